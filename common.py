@@ -1,0 +1,1241 @@
+"""What all scripts share: whatever could break or speed up a run, and could never change a result.
+
+Contents
+    1. ranks         one process or many, started the same way, ended together
+    2. arguments     the command line, and errors that say what to change
+    3. seeds         noise as a function of (seed, step, row), never of the number of ranks
+    4. models        loading, LoRA, FSDP2, final hidden states
+    5. batches       prompts and completions as padded tensors; the only place where anything is shifted
+    6. rollout       our sampler
+    7. vocabulary    losses over [N, V] logits that never exist at once
+    8. run folder    metrics, samples, plot, report
+    9. checkpoints   atomic, resumable on any number of ranks, exported in Hugging Face format
+    10. pre-flight   what --check looks at
+
+Shapes: B sequences, P prompt positions, T completion positions, H hidden width, V vocabulary, N unmasked tokens.
+
+Nothing here knows a method. A line that could change a number in a paper belongs in a script.
+"""
+
+import os
+
+# Before torch is imported: two threads that spin while they wait cost up to 4x when anything else runs.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import contextlib
+import hashlib
+import importlib.util
+import json
+import math
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+import types
+from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
+from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.utils._pytree import tree_map
+from torch.utils.checkpoint import checkpoint
+
+# ======================================================================================================================
+# 1. ranks
+# ======================================================================================================================
+
+_stop = threading.Event()  # set by SIGTERM or SIGINT; ranks agree on it once a step
+_store = None  # shared by all ranks; holds the message of the rank that failed first
+
+
+def rank() -> int:
+    return dist.get_rank()
+
+
+def world() -> int:
+    return dist.get_world_size()
+
+
+def local_device(device: str) -> torch.device:
+    """The device of this rank: `auto` takes CUDA where there is one; `cuda` becomes cuda:LOCAL_RANK."""
+    kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    if kind == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device(kind)
+
+
+def launch(main, device: str = "auto") -> None:
+    """Start this rank, run main(), end it.
+
+    Started by torchrun or alone: the code path is the same. A failing rank prints its error, tells the others through
+    the store and leaves at once; torchrun then closes the rest. SIGTERM and SIGINT ask for a save and a clean end.
+    """
+    global _store
+    backend = "cpu:gloo,cuda:nccl" if local_device(device).type == "cuda" else "gloo"
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    _store = dist.distributed_c10d._get_default_store()
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _on_signal)
+
+    code = 0
+    try:
+        record(main)()
+        dist.barrier()
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    except BadInput as error:
+        code = 2
+        _store.set("failed", "bad input")
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+    except BaseException as error:
+        code = 1
+        if _store_says_failed():
+            print(f"rank {rank()}: stopping because another rank failed ({type(error).__name__})", file=sys.stderr)
+        else:
+            _store.set("failed", f"rank {rank()}: {error}")
+            print(f"rank {rank()} failed:\n{traceback.format_exc()}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code or world() > 1:
+        os._exit(code)  # a normal exit right after a gloo collective aborts in about one run of ten
+    dist.destroy_process_group()
+
+
+def _store_says_failed() -> bool:
+    try:
+        return _store.check(["failed"])
+    except Exception:  # the store's host is gone, so somebody failed
+        return True
+
+
+def _on_signal(number, frame) -> None:
+    """First signal: finish the step, save, leave. Second one, or a rank that has failed: leave now."""
+    if _stop.is_set() and number == signal.SIGINT:
+        os._exit(130)
+    _stop.set()
+    # torchrun sends the same SIGTERM when a peer died. Then there is no next step to wait for.
+    threading.Thread(target=lambda: _store_says_failed() and os._exit(1), daemon=True).start()
+
+
+def stop_requested(device: torch.device) -> bool:
+    """True on all ranks as soon as one of them was asked to stop."""
+    flag = torch.tensor(float(_stop.is_set()), device=device)
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag)
+
+
+def all_sum(values: dict, device: torch.device) -> dict[str, float]:
+    """Sums of scalars over all ranks, in float64 and in one collective. Every rank must bring the same keys."""
+    keys = sorted(values)
+    total = torch.stack([torch.as_tensor(values[k], dtype=torch.float64).detach().to(device) for k in keys])
+    dist.all_reduce(total)
+    return dict(zip(keys, total.tolist()))
+
+
+def all_max(value: float, device: torch.device) -> float:
+    """The largest value over all ranks."""
+    most = torch.tensor(float(value), dtype=torch.float64, device=device)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    return most.item()
+
+
+def say(text: str) -> None:
+    """Print on rank 0."""
+    if rank() == 0:
+        print(text, flush=True)
+
+
+def stop_unless_finite(values: dict) -> None:
+    """Raise on every rank alike: the values must be global ones."""
+    bad = {k: float(v) for k, v in values.items() if not math.isfinite(float(v))}
+    if bad:
+        raise FloatingPointError(f"not finite: {bad}")
+
+
+def stop_unless_on_policy(gap: float, dtype: str) -> None:
+    """Raise when the first minibatch does not see the policy that made the rollout. gap: mean |pi / pi_old - 1|."""
+    limit = {"float32": 1e-3, "bfloat16": 2e-2}[dtype]
+    if gap > limit:
+        raise RuntimeError(
+            f"the first minibatch of a rollout differs from the rollout policy by {gap:.2g} (at most {limit} in {dtype}): "
+            "log-probabilities depend on padding, batch size or dropout, or weights changed in between; try --check"
+        )
+
+
+# ======================================================================================================================
+# 2. arguments
+# ======================================================================================================================
+
+
+class BadInput(ValueError):
+    """A wrong argument or file. Its message is one sentence: what, where, what was found, what was expected."""
+
+
+def arg(default, help: str):
+    """A dataclass field whose help sentence is the manual of the argument."""
+    return field(default=default, metadata={"help": help})
+
+
+def parse_args(cls, builtin: dict, argv: list[str] | None = None):
+    """An instance of the dataclass `cls` from the command line.
+
+    The defaults of `cls` are for real models. Without --model the built-in model is trained, and `builtin` replaces
+    the defaults of the arguments that are not given.
+    """
+    from transformers import HfArgumentParser
+
+    parser = HfArgumentParser(cls, allow_abbrev=False)
+    (args,) = parser.parse_args_into_dataclasses(argv)
+    if args.model == "builtin":
+        parser.set_defaults(**builtin)
+        (args,) = parser.parse_args_into_dataclasses(argv)
+    return args
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise BadInput(message)
+
+
+def at_least(least: float, **values) -> None:
+    """Every value is a finite number and not below `least`, or an error that names the argument."""
+    for name, value in values.items():
+        require(math.isfinite(value) and value >= least, f"--{name} must be at least {least}, found {value}")
+
+
+def one_of(**choices) -> None:
+    """one_of(loss=(value, allowed)): the value is one of those allowed."""
+    for name, (value, allowed) in choices.items():
+        require(value in allowed, f"--{name} must be one of {', '.join(allowed)}; found {value!r}")
+
+
+def split_evenly(prompts: int, samples: int, minibatches: int, micro_batch: int) -> str:
+    """The derived sizes of a step in words, or an error that names what does not divide."""
+    at_least(1, prompts_per_step=prompts, samples_per_prompt=samples, minibatches=minibatches, micro_batch=micro_batch)
+    require(prompts % world() == 0, f"--prompts_per_step {prompts} does not divide among {world()} ranks")
+    rows = prompts * samples // world()
+    require(
+        rows % minibatches == 0,
+        f"--minibatches {minibatches} does not divide the {rows} rows of a rank "
+        f"(--prompts_per_step {prompts} x --samples_per_prompt {samples} / {world()} ranks)",
+    )
+    part = rows // minibatches
+    micro = min(micro_batch, part)
+    require(part % micro == 0, f"--micro_batch {micro} does not divide the {part} rows of a rank in a minibatch")
+    return (
+        f"{prompts} prompts x {samples} samples = {prompts * samples} rows a step on {world()} rank(s); "
+        f"{minibatches} minibatch(es) of {part} rows a rank in {part // micro} micro-batch(es) of {micro}"
+    )
+
+
+# ======================================================================================================================
+# 3. seeds
+# ======================================================================================================================
+
+TRAIN, EVAL = 0, 1  # streams of noise that never meet
+
+
+def uniforms(seed: int, stream: int, step: int, rows, columns: int) -> torch.Tensor:
+    """Noise in [0, 1), [len(rows), columns], fp32, on the CPU; row i depends on (seed, stream, step, rows[i]) alone.
+
+    So a rollout is the same for any batch size and any number of ranks, and a checkpoint needs no random state.
+    """
+    noise = [
+        np.random.Generator(np.random.Philox(key=seed, counter=[0, row, step, stream])).random(columns, np.float32)
+        for row in rows
+    ]
+    return torch.from_numpy(np.stack(noise))
+
+
+def minibatch_rows(seed: int, step: int, epoch: int, rows_total: int, minibatches: int) -> list[list[int]]:
+    """The local row numbers of each minibatch of this rank.
+
+    Every run of `minibatches` neighbouring rows gives one row to each minibatch, in an order drawn from
+    (seed, step, epoch): so the global minibatches hold the same rows on any number of ranks, and all ranks have equally
+    many of them.
+    """
+    rng = np.random.default_rng([seed, step, epoch])
+    order = rng.permuted(np.arange(rows_total).reshape(-1, minibatches), axis=1)
+    mine = np.array_split(order, world())[rank()] - rank() * (rows_total // world())
+    return [mine[:, m].tolist() for m in range(minibatches)]
+
+
+# ======================================================================================================================
+# 4. models
+# ======================================================================================================================
+
+BUILTIN = Path(__file__).resolve().parent / "builtin" / "policy"
+
+
+def model_path(name: str) -> str:
+    """Where the model lies: the built-in one, a Hub name, a folder, or the converted copy of a folder's GGUF file."""
+    if name == "builtin":
+        require(BUILTIN.exists(), f"the built-in model is missing: expected the folder {BUILTIN}")
+        return str(BUILTIN)
+    folder = Path(name)
+    if folder.is_dir():
+        gguf = sorted(folder.glob("*.gguf"))
+        if gguf and not (folder / "config.json").exists():
+            require(len(gguf) == 1, f"--model {name}: expected one .gguf file, found {len(gguf)}")
+            return str(_convert_gguf(gguf[0]))
+        require((folder / "config.json").exists(), f"--model {name}: the folder has no config.json and no .gguf file")
+    else:
+        local = name.startswith((".", "/", "~")) or name.count("/") > 1
+        require(not local, f"--model {name}: no such folder")
+    return name
+
+
+def _convert_gguf(file: Path) -> Path:
+    """A safetensors copy of a GGUF file, made once (transformers takes half a minute to dequantise 100 MB)."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    stat = file.stat()
+    key = hashlib.sha256(f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:16]
+    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    target = home / "minalign" / f"{file.stem}-{key}"
+    if not target.exists():
+        work = target.with_name(f"{target.name}.{os.getpid()}")  # renamed when whole: ranks may race, none can see half
+        model = AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+        )
+        model.save_pretrained(work)
+        AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(work)
+        with contextlib.suppress(OSError):
+            work.rename(target)
+        shutil.rmtree(work, ignore_errors=True)
+    return target
+
+
+def load_tokenizer(name: str, trust_remote_code: bool = False):
+    """The tokenizer of a model, with a padding token (whose identity never matters: masks come from lengths)."""
+    from transformers import AutoTokenizer
+
+    path = model_path(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"--model {name}: no tokenizer could be loaded ({str(error).splitlines()[0]})") from error
+    require(tokenizer.eos_token_id is not None, f"--model {name}: its tokenizer has no end-of-sequence token")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def same_tokenizer(name_a: str, a, name_b: str, b) -> None:
+    """Raise unless both tokenizers give every string the same id."""
+    vocab_a, vocab_b = a.get_vocab(), b.get_vocab()
+    differ = [t for t in vocab_a.keys() | vocab_b.keys() if vocab_a.get(t) != vocab_b.get(t)]
+    require(
+        not differ,
+        f"the tokenizers of {name_a} and {name_b} differ in {len(differ)} entries, for example "
+        f"{min(differ, default='')!r}: models that are compared token by token must share one",
+    )
+
+
+def load_model(
+    name: str,
+    *,
+    head: str = "lm",
+    dtype: str = "float32",
+    device: torch.device,
+    lora_rank: int = 0,
+    trainable: bool = True,
+    activation_checkpointing: bool = False,
+    trust_remote_code: bool = False,
+    seed: int = 0,
+):
+    """A model in fp32 master weights, dropout off, sharded with FSDP2 where that changes anything.
+
+    head: `lm` for a causal language model; `scalar` for the same body with a linear head to one number, started at 0.
+    dtype: of the computation (bfloat16 keeps the fp32 master weights and reduces gradients in fp32).
+    lora_rank: > 0 trains low-rank adapters of that rank on all linear layers of the body (and the scalar head).
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification
+
+    path = model_path(name)
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"--model {name}: no model could be loaded ({str(error).splitlines()[0]})") from error
+    for key, value in vars(config).items():
+        if isinstance(value, float) and ("dropout" in key or "pdrop" in key):
+            setattr(config, key, 0.0)
+    for key in ("final_logit_softcapping", "logit_scale"):
+        require(
+            getattr(config, key, None) in (None, 1.0),
+            f"--model {name}: {key}={getattr(config, key, None)} is not supported (logits here are hidden @ W.T)",
+        )
+
+    torch.manual_seed(seed)  # new weights (adapters, heads) are the same on every rank
+    options = {"dtype": torch.float32, "trust_remote_code": trust_remote_code}
+    if head == "scalar":
+        config.num_labels, config.classifier_dropout = 1, 0.0
+        with quiet_transformers():  # it would warn that the head is new, which is what we want
+            model = AutoModelForTokenClassification.from_pretrained(path, config=config, **options)
+        scalar = scalar_head(model)
+        torch.nn.init.zeros_(scalar.weight)
+        if scalar.bias is not None:
+            torch.nn.init.zeros_(scalar.bias)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(path, config=config, **options)
+        has_bias = getattr(model.get_output_embeddings(), "bias", None) is not None
+        require(not has_bias, f"--model {name}: an LM head with a bias is not supported (logits here are hidden @ W.T)")
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+
+    model.requires_grad_(trainable)
+    if trainable and lora_rank:
+        from peft import LoraConfig
+
+        # The scalar head has its own name in this list of exceptions: peft only knows about LM heads.
+        targets = [
+            n for n, m in model.base_model.named_modules(prefix=model.base_model_prefix) if _is_linear(m)
+        ]
+        model.add_adapter(LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, lora_dropout=0.0, target_modules=targets))
+        if head == "scalar":
+            scalar_head(model).requires_grad_(True)
+    if trainable and activation_checkpointing:
+        model.activation_checkpointing_enable()
+    model.final_hidden = types.MethodType(_final_hidden, model)
+    return _shard(model.to(device).train(trainable), dtype)
+
+
+def _is_linear(module) -> bool:
+    return isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D"  # GPT-2's name for the same
+
+
+def scalar_head(model) -> torch.nn.Linear:
+    """The linear layer to one number of a model loaded with head='scalar'."""
+    return model.score if hasattr(model, "score") else model.classifier
+
+
+def _final_hidden(self, input_ids, attention_mask, position_ids):
+    return self.base_model(
+        input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+    ).last_hidden_state
+
+
+def _shard(model, dtype: str):
+    """FSDP2, one group per block. One fp32 process is bit-equal without it, and a small model up to 70 % faster."""
+    require(dtype in ("float32", "bfloat16"), f"--dtype must be float32 or bfloat16, found {dtype}")
+    if world() == 1 and dtype == "float32":
+        return model
+    policy = MixedPrecisionPolicy(param_dtype=getattr(torch, dtype), reduce_dtype=torch.float32)
+    blocks = set(model._no_split_modules or [])
+    mesh = dist.init_device_mesh(next(model.parameters()).device.type, (world(),))
+    for module in model.modules():
+        if type(module).__name__ in blocks:
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)  # embeddings, final norm and head stay together: tied weights live
+    register_fsdp_forward_method(model, "final_hidden")
+    return model
+
+
+@contextlib.contextmanager
+def gathered(model):
+    """All parameters whole on every rank meanwhile, so that ranks may run different numbers of forwards."""
+    shards = [m for m in model.modules() if isinstance(m, FSDPModule)]
+    for m in shards:
+        m.set_reshard_after_forward(False, recurse=False)
+        m.unshard()
+    try:
+        yield model
+    finally:
+        for m in shards:
+            m.set_reshard_after_forward(m is not model, recurse=False)
+            m.reshard()
+
+
+@contextlib.contextmanager
+def adapters_off(model):
+    """The model as it was before LoRA."""
+    model.disable_adapters()
+    try:
+        yield model
+    finally:
+        model.enable_adapters()
+
+
+@contextlib.contextmanager
+def quiet_transformers():
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
+def head_weight(model) -> torch.Tensor:
+    """W of the LM head [V, H]: logits are hidden @ W.T. Take it after each forward: FSDP2 makes it whole there."""
+    return model.get_output_embeddings().weight
+
+
+def trainable_parameters(model) -> list[torch.nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+# ======================================================================================================================
+# 5. batches
+# ======================================================================================================================
+
+
+def encode_prompt(tokenizer, prompt: str | list[dict]) -> list[int]:
+    """Ids of a prompt: text as it is, messages through the chat template (joined by newlines where there is none)."""
+    if isinstance(prompt, str):
+        return tokenizer(prompt)["input_ids"]
+    if tokenizer.chat_template is None:
+        return tokenizer("\n".join(m["content"] for m in prompt) + "\n")["input_ids"]
+    ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)
+    return ids["input_ids"]
+
+
+def decode(tokenizer, completion_ids: list[list[int]]) -> list[str]:
+    return tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
+
+
+def make_batch(prompt_ids: list[list[int]], completion_ids: list[list[int]], pad_id: int, device) -> dict:
+    """Prompts padded on the left [B, P], completions on the right [B, T]. Masks come from lengths, not from ids."""
+    P, T = max(map(len, prompt_ids)), max(map(len, completion_ids))
+    batch = {
+        "prompt_ids": torch.tensor([[pad_id] * (P - len(p)) + p for p in prompt_ids]),
+        "prompt_mask": torch.tensor([[False] * (P - len(p)) + [True] * len(p) for p in prompt_ids]),
+        "completion_ids": torch.tensor([c + [pad_id] * (T - len(c)) for c in completion_ids]),
+        "mask": torch.tensor([[True] * len(c) + [False] * (T - len(c)) for c in completion_ids]),
+    }
+    return {k: v.to(device) for k, v in batch.items()}
+
+
+def take(batch: dict, rows: list[int]) -> dict:
+    """Some rows of a batch, cut to the longest prompt and the longest completion among them.
+
+    Every entry is [B], or [B, P] with a name that starts with `prompt`, or [B, T, ...].
+    """
+    index = torch.tensor(rows, device=batch["mask"].device)
+    P = int(batch["prompt_mask"][index].sum(1).max())
+    T = int(batch["mask"][index].sum(1).max())
+    out = {}
+    for k, v in batch.items():
+        v = v[index]
+        out[k] = v if v.dim() == 1 else v[:, v.shape[1] - P :] if k.startswith("prompt") else v[:, :T]
+    return out
+
+
+def micro_batches(batch: dict, rows: list[int], size: int) -> list[dict]:
+    """`rows` in pieces of `size`, neighbours in length together so that little is padding."""
+    length = (batch["mask"].sum(1) + batch["prompt_mask"].sum(1)).tolist()
+    rows = sorted(rows, key=lambda r: (length[r], r))
+    return [take(batch, rows[i : i + size]) for i in range(0, len(rows), size)]
+
+
+def map_rows(fn, batch: dict, size: int) -> dict:
+    """fn(micro) -> {name: [b, t, ...]} on micro-batches of all rows; back in order as [B, T, ...], 0 in the padding."""
+    B, T = batch["mask"].shape
+    length = batch["mask"].sum(1) + batch["prompt_mask"].sum(1)
+    order = length.argsort(stable=True).tolist()
+    whole = {}
+    for i in range(0, B, size):
+        rows = order[i : i + size]
+        for name, part in fn(take(batch, rows)).items():
+            if name not in whole:
+                whole[name] = part.new_zeros(B, T, *part.shape[2:])
+            whole[name][rows, : part.shape[1]] = part
+    return whole
+
+
+def _inputs(batch: dict) -> dict:
+    attention = torch.cat([batch["prompt_mask"], batch["mask"]], 1)
+    return {
+        "input_ids": torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1),
+        "attention_mask": attention.long(),
+        "position_ids": (attention.long().cumsum(1) - 1).clamp_min(0),  # left padding must not move a position
+    }
+
+
+def completion_hidden(model, batch: dict) -> torch.Tensor:
+    """[B, T, H]: the final hidden state at [b, t] is the one that predicts completion token t."""
+    P = batch["prompt_ids"].shape[1]
+    return model.final_hidden(**_inputs(batch))[:, P - 1 : -1]
+
+
+def completion_scalars(model, batch: dict, after: bool = False) -> torch.Tensor:
+    """[B, T], fp32: the scalar head before completion token t was read (a state), or after it (a state and token)."""
+    P = batch["prompt_ids"].shape[1]
+    scalars = model(**_inputs(batch), use_cache=False).logits[..., 0].float()
+    return scalars[:, P:] if after else scalars[:, P - 1 : -1]
+
+
+# ======================================================================================================================
+# 6. rollout
+# ======================================================================================================================
+
+
+def stop_ids(model, tokenizer) -> list[int]:
+    """All tokens that end a completion: the tokenizer's, and those of the model's generation settings."""
+    extra = model.generation_config.eos_token_id
+    extra = [] if extra is None else extra if isinstance(extra, list) else [extra]
+    return sorted({tokenizer.eos_token_id, *extra})
+
+
+def generate(
+    model,
+    prompt_ids: list[list[int]],
+    *,
+    samples: int = 1,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    noise: torch.Tensor | None = None,
+    stop_ids: list[int],
+    pad_id: int,
+    rows_at_once: int = 256,
+) -> list[list[int]]:
+    """`samples` completions of each prompt, in the order of the prompts; each ends with a stop token or is cut.
+
+    noise: uniforms [len(prompt_ids) * samples, max_new_tokens], one a token; None decodes greedily.
+    Sampling inverts the whole distribution at `temperature`: no top-k, no top-p, no banned token, so the policy that
+    samples is the policy that is trained.
+    """
+    order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))
+    at_once = max(1, rows_at_once // samples)
+    completions: list[list[int]] = [[]] * (len(prompt_ids) * samples)
+    with gathered(model), torch.no_grad():
+        for i in range(0, len(order), at_once):
+            piece = order[i : i + at_once]
+            rows = [p * samples + s for p in piece for s in range(samples)]
+            piece_noise = None if noise is None else noise[rows]
+            done = _generate(
+                model, [prompt_ids[p] for p in piece], samples, max_new_tokens, temperature, piece_noise, stop_ids, pad_id
+            )
+            for row, completion in zip(rows, done):
+                completions[row] = completion
+    return completions
+
+
+def _generate(model, prompt_ids, samples, max_new_tokens, temperature, noise, stop_ids, pad_id) -> list[list[int]]:
+    from transformers import DynamicCache
+
+    device = next(model.parameters()).device
+    batch = make_batch(prompt_ids, [[pad_id]] * len(prompt_ids), pad_id, device)
+    attention = batch["prompt_mask"].long()
+    position = attention.cumsum(1) - 1
+    stop = torch.tensor(stop_ids, device=device)
+    cache = DynamicCache(config=model.config)
+    out = model(
+        input_ids=batch["prompt_ids"],
+        attention_mask=attention,
+        position_ids=position.clamp_min(0),
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    # The prompt of a group is read once; its cache is then repeated for each sample.
+    if samples > 1:
+        cache.batch_repeat_interleave(samples)
+    logits = out.logits[:, -1].repeat_interleave(samples, 0)
+    attention = attention.repeat_interleave(samples, 0)
+    position = position[:, -1:].repeat_interleave(samples, 0)
+    noise = None if noise is None else noise.to(device)
+
+    rows = torch.arange(len(logits), device=device)  # the rows still in the cache
+    alive = torch.ones(len(logits), dtype=torch.bool, device=device)
+    tokens = torch.full((len(logits), max_new_tokens), pad_id, device=device)
+    lengths = torch.full((len(logits),), max_new_tokens, device=device)
+    for t in range(max_new_tokens):
+        token = _pick(logits, temperature, None if noise is None else noise[rows, t])
+        tokens[rows[alive], t] = token[alive]
+        ended = alive & torch.isin(token, stop)
+        lengths[rows[ended]] = t + 1
+        alive &= ~ended
+        left = int(alive.sum())
+        if left == 0 or t + 1 == max_new_tokens:
+            break
+        if left <= 0.75 * len(alive):  # drop finished rows; each time costs one copy of the cache
+            keep = alive.nonzero()[:, 0]
+            cache.batch_select_indices(keep)
+            rows, alive, token, attention, position = (x[keep] for x in (rows, alive, token, attention, position))
+        attention = torch.cat([attention, attention.new_ones(len(attention), 1)], 1)
+        position = position + 1
+        logits = model(
+            input_ids=token[:, None],
+            attention_mask=attention,
+            position_ids=position,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
+    return [row[:n] for row, n in zip(tokens.tolist(), lengths.tolist())]
+
+
+def _pick(logits: torch.Tensor, temperature: float, u: torch.Tensor | None) -> torch.Tensor:
+    """One token a row, [B]: the largest logit, or the inverse of the cumulative distribution at u (in [0, 1))."""
+    if u is None:
+        return logits.argmax(-1)
+    cumulative = (logits.float() / temperature).softmax(-1).cumsum(-1)
+    total = cumulative[:, -1:]
+    # Strictly below the total, so that a token of probability 0 is never chosen.
+    target = torch.minimum(u[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, target, right=True)[:, 0]
+
+
+@dataclass
+class Sampling:
+    """A policy with its tokenizer and limits: rollouts of this rank's share of a step, and held-out accuracy."""
+
+    policy: torch.nn.Module
+    tokenizer: object
+    max_prompt: int
+    max_new_tokens: int
+    temperature: float
+    rows_at_once: int
+
+    def encode(self, row: dict) -> list[int]:
+        return encode_prompt(self.tokenizer, row["prompt"])[-self.max_prompt :]
+
+    def complete(self, prompt_ids, samples: int, noise) -> list[list[int]]:
+        return generate(
+            self.policy,
+            prompt_ids,
+            samples=samples,
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            noise=noise,
+            stop_ids=stop_ids(self.policy, self.tokenizer),
+            pad_id=self.tokenizer.pad_token_id,
+            rows_at_once=self.rows_at_once,
+        )
+
+    def rollout(self, rows: list[dict], samples: int, seed: int, step: int):
+        """This rank's share of `rows` (those of the whole step), `samples` completions each, one after the other.
+
+        Returns rows, prompt ids, completion ids (lists of equal length) and whether each completion ended by itself.
+        """
+        share = len(rows) // world()
+        rows = rows[rank() * share : (rank() + 1) * share]
+        prompt_ids = [self.encode(row) for row in rows]
+        first = rank() * share * samples
+        noise = uniforms(seed, TRAIN, step, range(first, first + share * samples), self.max_new_tokens)
+        completion_ids = self.complete(prompt_ids, samples, noise)
+        ends = set(stop_ids(self.policy, self.tokenizer))
+        finished = [c[-1] in ends for c in completion_ids]
+        return _repeat(rows, samples), _repeat(prompt_ids, samples), completion_ids, finished
+
+    def evaluate(self, task, seed: int) -> tuple[dict[str, float], list[dict]]:
+        """Held-out metrics, greedy and sampled (with the same noise each time), and some of this rank's samples.
+
+        eval/pass@1 and eval/sampled where the task knows right from wrong, else eval/reward and eval/reward_sampled;
+        eval/answered is the share of greedy completions that have an answer at all.
+        """
+        mine = list(range(rank(), len(task.test), world()))
+        rows = [task.test[i] for i in mine]
+        prompt_ids = [self.encode(row) for row in rows]
+        greedy, sampled = ("eval/pass@1", "eval/sampled") if task.correct else ("eval/reward", "eval/reward_sampled")
+        sums, samples = {"n": float(len(rows))}, []
+        for name in (greedy, sampled):
+            noise = uniforms(seed, EVAL, 0, mine, self.max_new_tokens) if name == sampled and mine else None
+            ids = self.complete(prompt_ids, 1, noise)
+            texts = decode(self.tokenizer, ids)
+            grades = task.correct(texts, rows) if task.correct else task.reward([r["prompt"] for r in rows], texts, rows)
+            grades = [float(sum(g)) if isinstance(g, list) else float(g) for g in grades]
+            sums[name] = sum(grades)
+            if task.answered and name == greedy:
+                sums["eval/answered"] = sum(task.answered(texts))
+            for row, text, grade in list(zip(rows, texts, grades))[:4]:
+                samples.append({"kind": name, "prompt": row["prompt"], "completion": text, "reward": grade})
+        sums = all_sum(sums, next(self.policy.parameters()).device)
+        n = sums.pop("n")
+        return {name: total / n for name, total in sums.items()}, samples
+
+
+def _repeat(rows: list, times: int) -> list:
+    return [row for row in rows for _ in range(times)]
+
+
+# ======================================================================================================================
+# 7. vocabulary
+# ======================================================================================================================
+
+
+def over_vocabulary(fn, heads, columns, temperature: float = 1.0, chunk_mib: int = 64):
+    """fn(*logits, *columns) without ever holding [N, V]: tokens in chunks, logits rebuilt in the backward pass.
+
+    heads: pairs (hidden [N, H], W [V, H]); each gives fn one fp32 tensor of logits [n, V], divided by `temperature`.
+    columns: tensors [N, ...], cut like the hidden states.
+    fn returns tensors (in tuples, lists, dicts); those with a token dimension are concatenated, scalars are summed.
+    chunk_mib: fp32 logits of one head in one chunk (below 32 MiB the C heap fragments and memory grows again).
+    """
+    hidden, weight = heads[0]
+    rows = max(1, chunk_mib * 2**20 // (4 * weight.shape[0]))
+    weights = [w for _, w in heads]
+
+    def piece(*tensors):
+        hiddens, cols = tensors[: len(weights)], tensors[len(weights) :]
+        return fn(*(F.linear(h, w).float() / temperature for h, w in zip(hiddens, weights)), *cols)
+
+    tensors = [h for h, _ in heads] + list(columns)
+    if len(hidden) <= rows:
+        return piece(*tensors)
+    parts = []
+    for i in range(0, len(hidden), rows):
+        cut = [x[i : i + rows] for x in tensors]
+        parts.append(
+            checkpoint(piece, *cut, use_reentrant=False, preserve_rng_state=False)
+            if torch.is_grad_enabled()
+            else piece(*cut)
+        )
+    return tree_map(lambda *c: torch.cat(c) if c[0].dim() else torch.stack(c).sum(0), *parts)
+
+
+def token_logprobs(hidden, weight, ids, temperature: float = 1.0, chunk_mib: int = 64):
+    """log-probabilities of `ids` [N] and entropies (nats, no gradient) [N], fp32, exact over the whole vocabulary."""
+
+    def fn(logits, ids):
+        logprobs = logits.log_softmax(-1)
+        with torch.no_grad():
+            entropy = -(logprobs.exp() * logprobs).sum(-1)
+        return logprobs.gather(-1, ids[:, None])[:, 0], entropy
+
+    return over_vocabulary(fn, [(hidden, weight)], [ids], temperature, chunk_mib)
+
+
+# ======================================================================================================================
+# 8. run folder
+# ======================================================================================================================
+
+FREE_TO_CHANGE = {"out", "resume", "check", "device", "micro_batch", "rollout_rows", "save_every", "wandb"}
+
+
+def from_rank_0(value):
+    """Rank 0's value, on every rank."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+class RunFolder:
+    """args.json, source.py, metrics.jsonl, samples.jsonl, plot.png, report.html, checkpoint/, model/. Rank 0 writes.
+
+    panels: {title: [metric, ...]}, what plot.png shows; show: the metrics of the printed line.
+    """
+
+    def __init__(self, args, script: str, panels: dict[str, list[str]], show: list[str]):
+        name = Path(script).stem
+        self.path = Path(from_rank_0(args.out or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"))
+        self.panels, self.show, self.steps = panels, show, args.steps
+        self.clock, self.first = time.time(), None
+        self.tracker = None
+        settings = asdict(args)
+        files = from_rank_0(sorted(p.name for p in self.path.iterdir()) if self.path.is_dir() else [])
+        require(not args.resume or args.out, "--resume needs --out, the folder of the run to go on with")
+        if args.resume and "args.json" in files:
+            before = from_rank_0(json.loads((self.path / "args.json").read_text())["args"] if rank() == 0 else None)
+            for key in settings.keys() - FREE_TO_CHANGE:
+                require(
+                    before.get(key) == settings[key],
+                    f"--resume {self.path}: --{key} was {before.get(key)!r} and is now {settings[key]!r}; "
+                    "a resumed run keeps its settings",
+                )
+        else:
+            require(not files, f"--out {self.path} exists and is not empty: choose another folder, or give --resume")
+        if rank() != 0:
+            return
+        if args.wandb:
+            require(importlib.util.find_spec("wandb") is not None, "--wandb: the package wandb is not installed")
+            import wandb
+
+            self.tracker = wandb.init(project="minalign", name=self.path.name, config=settings, resume="allow")
+        self.path.mkdir(parents=True, exist_ok=True)
+        about = {"args": settings, "command": " ".join(sys.argv), "world": world(), "git": _git_commit()}
+        about |= {"torch": torch.__version__, "time": time.strftime("%Y-%m-%d %H:%M:%S")}
+        write_whole(self.path / "args.json", json.dumps(about, indent=2) + "\n")
+        shutil.copy(script, self.path / "source.py")
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            (self.path / name).touch()
+
+    def resume(self, model, optimizer) -> int:
+        """Load the newest checkpoint, if there is one; returns the step to go on with."""
+        newest = latest_checkpoint(self.path)
+        if newest is None:
+            return 0
+        step, path = newest
+        load_checkpoint(path, model, optimizer)
+        self.cut(step)
+        say(f"resumed from {path}")
+        return step
+
+    def cut(self, step: int) -> None:
+        """Forget what was logged after `step`: the checkpoint that the run goes on from was written there."""
+        if rank() == 0:
+            for name in ("metrics.jsonl", "samples.jsonl"):
+                lines = [line for line in (self.path / name).read_text().splitlines() if line.endswith("}")]
+                kept = [line for line in lines if json.loads(line)["step"] <= step]
+                write_whole(self.path / name, "".join(line + "\n" for line in kept))
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """One line into metrics.jsonl and one on the screen. Values must be finite or None (not known)."""
+        if rank() != 0:
+            return
+        with (self.path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        if self.tracker:
+            self.tracker.log({k: v for k, v in metrics.items() if v is not None}, step=step)
+        self.first = self.first if self.first is not None else (step, time.time())
+        done, seconds = step - self.first[0], time.time() - self.first[1]
+        pace = seconds / done if done else 0.0
+        left = int(pace * (self.steps - step))
+        shown = [f"{k.removesuffix('/mean')} {metrics[k]:.4g}" for k in self.show if metrics.get(k) is not None]
+        eta = f"{pace:.2f} s/step  {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left" if done else ""
+        print(f"step {step}/{self.steps}  " + "  ".join([*shown, eta]), flush=True)
+
+    def samples(self, step: int, samples: list[dict]) -> None:
+        """Rows {kind, prompt, completion, reward} into samples.jsonl."""
+        if rank() == 0:
+            with (self.path / "samples.jsonl").open("a") as file:
+                file.writelines(json.dumps({"step": step, **sample}) + "\n" for sample in samples)
+
+    def report(self) -> None:
+        """plot.png, and report.html: curves, samples and settings in one file without links."""
+        if rank() == 0:
+            metrics = [json.loads(line) for line in (self.path / "metrics.jsonl").read_text().splitlines()]
+            samples = [json.loads(line) for line in (self.path / "samples.jsonl").read_text().splitlines()]
+            _plot(self.path / "plot.png", metrics, self.panels, self.path.name)
+            _report(self.path, metrics, samples)
+
+
+class Clock:
+    """Seconds of the parts of a step: clock.lap("rollout") ends a part; `laps` has time/rollout ... and time/step."""
+
+    def __init__(self):
+        self.start = self.last = time.perf_counter()
+        self.laps = {}
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps |= {f"time/{name}": now - self.last, "time/step": now - self.start}
+        self.last = now
+
+
+def write_whole(path: Path, text: str) -> None:
+    """The file is the old one or the new one at any moment."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    part.replace(path)
+
+
+def _git_commit() -> str | None:
+    here = Path(__file__).resolve().parent
+    out = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True, text=True)
+    return out.stdout.strip() or None
+
+
+def _plot(path: Path, metrics: list[dict], panels: dict[str, list[str]], title: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = {t: [k for k in keys if any(m.get(k) is not None for m in metrics)] for t, keys in panels.items()}
+    panels = {t: keys for t, keys in panels.items() if keys}
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / max(1, columns))
+    figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 2.9 * rows), squeeze=False)
+    for axis, (name, keys) in zip(axes.flat, panels.items()):
+        for key in keys:
+            points = [(m["step"], m[key]) for m in metrics if m.get(key) is not None]
+            style = {"marker": "o", "markersize": 3.5} if len(points) < 12 else {}
+            axis.plot(*zip(*points), label=key, linewidth=1.6, **style)
+        axis.set_title(name, fontsize=10, loc="left")
+        axis.set_xlabel("step", fontsize=8)
+        axis.tick_params(labelsize=8)
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(fontsize=7.5, frameon=False)
+    for axis in list(axes.flat)[len(panels) :]:
+        axis.axis("off")
+    figure.suptitle(title, fontsize=11, x=0.01, ha="left")
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _report(folder: Path, metrics: list[dict], samples: list[dict]) -> None:
+    import base64
+    from html import escape
+
+    def text(prompt) -> str:
+        return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
+
+    def table(header: list[str], rows: list[list]) -> str:
+        head = "".join(f"<th>{escape(h)}</th>" for h in header)
+        body = "".join("<tr>" + "".join(f"<td>{escape(str(c))}</td>" for c in row) + "</tr>" for row in rows)
+        return f"<table><tr>{head}</tr>{body}</table>"
+
+    about = json.loads((folder / "args.json").read_text())
+    image = base64.b64encode((folder / "plot.png").read_bytes()).decode()
+    first = next((m for m in metrics if "eval/pass@1" in m or "eval/reward" in m), {})
+    last = next((m for m in reversed(metrics) if "eval/pass@1" in m or "eval/reward" in m), {})
+    evals = [[k, f"{first[k]:.4f}", f"{last.get(k, float('nan')):.4f}"] for k in first if k.startswith("eval/")]
+    steps = sorted({s["step"] for s in samples})
+    chosen = [s for s in samples if s["step"] in (steps[0], steps[len(steps) // 2], steps[-1])] if steps else []
+    rows = [[s["step"], s["kind"], text(s["prompt"]), s["completion"], f"{s['reward']:.3g}"] for s in chosen]
+    page = f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(folder.name)}</title><style>
+body {{ font: 15px/1.45 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222 }}
+table {{ border-collapse: collapse; margin: .5em 0 }} img {{ max-width: 100% }}
+td, th {{ text-align: left; vertical-align: top; padding: .25em .7em; border-bottom: 1px solid #ddd;
+          white-space: pre-wrap; font-size: 13px }} code {{ background: #f4f4f4; padding: .1em .3em }}
+</style><h1>{escape(folder.name)}</h1><p><code>{escape(about["command"])}</code></p>
+<h2>Before and after</h2>{table(["held-out metric", f"step {first.get('step')}", f"step {last.get('step')}"], evals)}
+<h2>Curves</h2><img alt="learning curves" src="data:image/png;base64,{image}">
+<h2>Samples</h2>{table(["step", "kind", "prompt", "completion", "reward"], rows)}
+<h2>Settings</h2>{table(["argument", "value"], [[k, v] for k, v in about["args"].items()])}
+<p>{escape(f"world size {about['world']}, torch {about['torch']}, git {about['git']}, {about['time']}")}</p></html>"""
+    write_whole(folder / "report.html", page)
+
+
+# ======================================================================================================================
+# 9. checkpoints
+# ======================================================================================================================
+
+
+def _options(**more) -> StateDictOptions:
+    return StateDictOptions(ignore_frozen_params=True, strict=False, **more)  # LoRA: the frozen body is not saved again
+
+
+def save_checkpoint(folder: Path, step: int, model, optimizer) -> None:
+    """folder/checkpoint/step-<n>, whole or not there: written beside, renamed, and only then is the older one removed.
+
+    All ranks write their shards, so with several nodes the folder must be on a file system that they share.
+    """
+    home = Path(folder) / "checkpoint"
+    temporary, target = home / f"tmp-{step:06d}", home / f"step-{step:06d}"
+    if rank() == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    dist.barrier()
+    model_state, optimizer_state = get_state_dict(model, optimizer, options=_options())
+    with _quiet_dcp():
+        dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=temporary)
+    dist.barrier()
+    if rank() == 0:
+        sizes = {p.name: p.stat().st_size for p in temporary.iterdir()}
+        (temporary / "manifest.json").write_text(json.dumps(sizes))
+        if target.exists():
+            shutil.rmtree(target)
+        temporary.rename(target)
+        for old in home.iterdir():
+            if old != target:
+                shutil.rmtree(old, ignore_errors=True)
+    dist.barrier()
+
+
+def latest_checkpoint(folder: Path) -> tuple[int, Path] | None:
+    """(step, path) of the newest checkpoint of a run folder, checked file by file; None when there is none."""
+    steps = sorted((Path(folder) / "checkpoint").glob("step-*"))
+    if not steps:
+        return None
+    newest = steps[-1]
+    manifest = newest / "manifest.json"
+    require(manifest.exists(), f"checkpoint {newest} has no manifest.json: it is not whole")
+    for name, size in json.loads(manifest.read_text()).items():
+        found = (newest / name).stat().st_size if (newest / name).exists() else 0
+        require(found == size, f"checkpoint {newest} is truncated: {name} has {found} bytes, expected {size}")
+    return int(newest.name.split("-")[1]), newest
+
+
+def load_checkpoint(path: Path, model, optimizer) -> None:
+    """Model and optimizer as they were, on any number of ranks."""
+    model_state, optimizer_state = get_state_dict(model, optimizer, options=_options())
+    state = {"model": model_state, "optimizer": optimizer_state}
+    with _quiet_dcp():
+        dcp.load(state, checkpoint_id=path)
+    set_state_dict(
+        model,
+        optimizer,
+        model_state_dict=state["model"],
+        optim_state_dict=state["optimizer"],
+        options=_options(),
+    )
+
+
+@contextlib.contextmanager
+def _quiet_dcp():
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it warns that one process is a short process group
+        yield
+
+
+def export_model(folder: Path, model, tokenizer) -> None:
+    """folder/: Hugging Face format, loads with from_pretrained; adapters are merged into the weights."""
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if rank() == 0:
+        state = _merge_adapters(model, state)
+        # A tied head is the embedding under another name, and would be written twice.
+        if model.config.tie_word_embeddings:
+            for key in set(getattr(model, "_tied_weights_keys", None) or []) & state.keys():
+                del state[key]
+        with torch.device("meta"):
+            skeleton = type(model)(model.config)  # has no adapters, so that save_pretrained writes a whole model
+        if model.can_generate():
+            skeleton.generation_config = model.generation_config
+        work = Path(f"{folder}.part")
+        shutil.rmtree(work, ignore_errors=True)
+        skeleton.save_pretrained(work, state_dict=state)
+        tokenizer.save_pretrained(work)
+        shutil.rmtree(folder, ignore_errors=True)
+        work.rename(folder)
+    dist.barrier()
+
+
+def _merge_adapters(model, state: dict) -> dict:
+    """W + scaling * B @ A for each adapted layer (Conv1D keeps its weight transposed), under the original names."""
+    if not getattr(model, "_hf_peft_config_loaded", False):
+        return dict(state)
+    layers = {n: m for n, m in model.named_modules() if hasattr(m, "lora_A") and hasattr(m, "base_layer")}
+    merged = {k.replace(".base_layer.", "."): v for k, v in state.items() if ".lora_" not in k}
+    for name, layer in layers.items():
+        update = state[f"{name}.lora_B.default.weight"] @ state[f"{name}.lora_A.default.weight"]
+        update = layer.scaling["default"] * (update.T if layer.fan_in_fan_out else update)
+        merged[f"{name}.weight"] = merged[f"{name}.weight"] + update
+    return merged
+
+
+# ======================================================================================================================
+# 10. pre-flight
+# ======================================================================================================================
+
+
+def preflight(checks) -> None:
+    """Run (name, function) in order and print a table; function() -> (ok, detail). Leaves with 1 at the first failure."""
+    for name, function in checks:
+        started = time.perf_counter()
+        ok, detail = function()
+        ok = not all_max(float(not ok), torch.device("cpu"))
+        say(f"{'pass' if ok else 'FAIL'}  {name:<44} {detail}  ({time.perf_counter() - started:.1f} s)")
+        if not ok:
+            raise SystemExit(1)
+    say("all checks passed")
+
+
+def check_vocabulary(models: dict, tokenizer) -> tuple[bool, str]:
+    """Every id of the tokenizer has a row in each model's embeddings."""
+    rows = {name: m.config.vocab_size for name, m in models.items()}
+    top = max(tokenizer.get_vocab().values())
+    return all(top < n for n in rows.values()), f"largest id {top}, rows {rows}"
+
+
+def check_dropout(models: dict) -> tuple[bool, str]:
+    left = [
+        key
+        for m in models.values()
+        for key, value in [*vars(m.config).items(), *((n, getattr(s, "p", 0)) for n, s in m.named_modules())]
+        if isinstance(value, float) and value > 0 and ("drop" in key)
+    ]
+    return not left, f"{len(models)} model(s)" if not left else f"still on: {left}"
+
+
+def check_end_of_sequence(batch: dict, completion_ids, finished, stops) -> tuple[bool, str]:
+    """A finished completion ends with exactly one stop token, and the mask includes it."""
+    ok = batch["mask"].sum(1).tolist() == [len(c) for c in completion_ids]
+    for done, ids in zip(finished, completion_ids):
+        ok &= sum(i in stops for i in ids) == int(done) and (ids[-1] in stops) == done
+    return ok, f"{sum(finished)} of {len(finished)} completions ended by themselves, their EOS is in the loss"
+
+
+def check_padding(per_token, batch: dict, tolerance: float) -> tuple[bool, str]:
+    """per_token(batch) -> [B, T] is the same for rows alone, and with more padding on both sides."""
+    B, T = batch["mask"].shape
+    whole = per_token(batch)
+    alone = map_rows(lambda micro: {"x": per_token(micro)}, batch, 1)["x"]
+    wide = {
+        k: F.pad(v, (5, 0) if k.startswith("prompt") else (0, 5))
+        for k, v in batch.items()
+        if k in ("prompt_ids", "prompt_mask", "completion_ids", "mask")
+    }
+    padded = per_token(wide)[:, :T]
+    error = max(((x - whole) * batch["mask"]).abs().max().item() for x in (alone, padded))
+    return error < tolerance, f"largest difference {error:.1e} nats"
+
+
+def check_micro_batches(backward, models, sizes: list[int], tolerance: float) -> tuple[bool, str]:
+    """backward(size) leaves the same gradients for any micro-batch size."""
+    gradients = []
+    for size in sizes:
+        models.zero_grad(set_to_none=True)
+        backward(size)
+        parts = [p.grad for p in trainable_parameters(models) if p.grad is not None]
+        gradients.append(torch.cat([getattr(g, "full_tensor", lambda g=g: g)().flatten() for g in parts]))
+    models.zero_grad(set_to_none=True)
+    norm = gradients[0].norm()
+    error = max(((g - gradients[0]).norm() / norm).item() for g in gradients[1:])
+    return norm > 0 and error < tolerance, f"gradient norm {norm:.3g}, relative difference {error:.1e} for {sizes}"
+
+
+def check_resume(train, args) -> tuple[bool, str]:
+    """train(args, stop_after): two steps at once = one step, and another from its checkpoint, to the last bit."""
+    import tempfile
+
+    home = Path(from_rank_0(tempfile.mkdtemp() if rank() == 0 else None))
+    runs = {}
+    with contextlib.redirect_stdout(None):
+        train(replace(args, out=str(home / "whole")), None)
+        train(replace(args, out=str(home / "parts")), 1)
+        train(replace(args, out=str(home / "parts"), resume=True), None)
+    for name in ("whole", "parts"):
+        lines = [json.loads(line) for line in (home / name / "metrics.jsonl").read_text().splitlines()]
+        runs[name] = [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines]
+    dist.barrier()
+    if rank() == 0:
+        shutil.rmtree(home)
+    count = sum(len(line) for line in runs["whole"])
+    return runs["whole"] == runs["parts"], f"{count} logged numbers bit-equal"
+
+
+def estimate_memory(models: dict, *, rows: int, micro: int, rows_at_once: int, tokens: int, completion: int, dtype: str):
+    """A rough peak per rank, in words: weights, gradients and Adam; the KV cache; activations of one micro-batch."""
+    gib, width = 2**30, {"float32": 4, "bfloat16": 2}[dtype]
+    config = next(iter(models.values())).config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    state = sum(p.numel() * (16 if p.requires_grad else 4) for m in models.values() for p in m.parameters()) / world()
+    whole = max(sum(p.numel() for p in m.parameters()) for m in models.values()) * width * (world() > 1)
+    cache = 2 * config.num_hidden_layers * heads * head * width * min(rows, rows_at_once) * tokens
+    layer = 12 * config.hidden_size + 3 * (getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
+    activations = config.num_hidden_layers * layer * width * micro * tokens
+    kept = rows * completion * config.hidden_size * width
+    logits = 8 * min(64 * 2**20, 4 * config.vocab_size * micro * completion)
+    peak = state + max(whole + cache, activations + logits + kept)
+    return True, (
+        f"about {peak / gib:.1f} GiB a rank: weights and Adam {state / gib:.1f}, KV cache {cache / gib:.1f}, "
+        f"activations {activations / gib:.1f}, logits {logits / gib:.1f}, kept states {kept / gib:.1f}"
+    )

@@ -1,0 +1,529 @@
+"""PPO for language models: the baseline that the other methods are held against.
+
+    L = sum_t max( -r_t A_t, -clip(r_t, 1 - eps, 1 + eps) A_t ),      r_t = pi(a_t|s_t) / pi_old(a_t|s_t)         (PPO-1)
+
+Schulman et al. 2017 (arXiv:1707.06347), on tokens as in Ziegler et al. 2019 and Stiennon et al. 2020: a state is the
+prompt and the completion so far, an action is a token. Also REINFORCE (--loss reinforce), and advantages without a
+critic (--advantage reward, group).
+
+What differs from common practice, each for a reason
+    1. One optimizer for policy and critic, which are two models; so vf_coef counts through the common gradient norm.
+    2. Losses are divided by the number of tokens of the whole minibatch over all ranks, counted before any backward.
+    3. No entropy bonus, no adaptive KL, no early stop inside an update: each would be one more thing to hold equal.
+
+Run
+    python ppo_baseline.py                                                                        # this laptop, offline
+    python ppo_baseline.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset openai/gsm8k --dtype bfloat16            # 1 GPU
+    torchrun --nproc_per_node=8 ppo_baseline.py --model ... --dataset ...                                       # 8 GPUs
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 ppo_baseline.py ...  # 2 nodes
+More in docs/ppo_baseline.md. Shapes: B sequences, T completion positions, N unmasked tokens, V vocabulary, H width.
+"""
+
+from dataclasses import dataclass, replace
+
+import common  # before torch: it sets how OpenMP threads wait
+import tasks
+
+import torch
+
+from common import arg, require
+
+
+@dataclass
+class Args:
+    # model and data
+    model: str = arg("builtin", "Hub name or folder (also one with a single GGUF file); builtin: the one that lies here")
+    dataset: str = arg("", "Hub name or .jsonl/.json/.parquet file; empty: the built-in task")
+    task: str = arg("auto", "auto (by columns), chains, words, gsm8k, math or prompts")
+    test_dataset: str = arg("", "held-out rows; empty: the Hub's test split, else the last rows of --dataset")
+    test_rows: int = arg(256, "held-out prompts in an evaluation")
+    reward_file: str = arg("", "a Python file with reward(prompts, completions, rows) -> list of floats")
+    max_prompt: int = arg(512, "longest prompt in tokens")
+    long_prompts: str = arg("drop", "what happens to longer ones: drop, truncate (keeps the end) or error")
+    trust_remote_code: bool = arg(False, "allow code that comes with a model from the Hub")
+    # rollout
+    prompts_per_step: int = arg(64, "prompts in a step, over all ranks")
+    samples_per_prompt: int = arg(8, "completions of each prompt")
+    max_new_tokens: int = arg(512, "longest completion in tokens, its EOS included")
+    temperature: float = arg(1.0, "of sampling, and of every log-probability that is taken")
+    missing_eos_penalty: float = arg(0.0, "subtracted from the reward of a completion that was cut")
+    # method
+    loss: str = arg("ppo", "ppo (PPO-1) or reinforce: -A_t log pi(a_t|s_t), the same trunk without ratio and clip")
+    advantage: str = arg("gae", "gae: critic; reward: return, whitened; group: return minus the mean of its prompt")
+    clip: float = arg(0.2, "eps of PPO-1")
+    gamma: float = arg(1.0, "discount")
+    lam: float = arg(0.95, "lambda of GAE")
+    vf_coef: float = arg(0.1, "weight of the value loss")
+    value_clip: float = arg(0.2, "a value moves at most so far from the rollout's before its loss goes flat; 0: free")
+    critic_warmup: int = arg(0, "first steps that train the critic alone")
+    kl_coef: float = arg(0.0, "KL penalty per token inside the reward, against the starting policy; 0 loads no copy")
+    kl_estimator: str = arg("k1", "k1: log pi/ref; k2: half its square; k3: ref/pi - 1 - log ref/pi")
+    # optimisation
+    steps: int = arg(200, "rollouts")
+    epochs: int = arg(1, "passes over a rollout")
+    minibatches: int = arg(2, "optimizer steps in a pass")
+    micro_batch: int = arg(8, "sequences in one forward and backward of a rank; changes memory, never the result")
+    lr: float = arg(1e-6, "learning rate of the policy; decays linearly to 0")
+    critic_lr: float = arg(1e-5, "learning rate of the critic; decays likewise")
+    max_grad_norm: float = arg(1.0, "gradients are clipped to this norm")
+    lora_rank: int = arg(0, "train adapters of this rank instead of all weights; 0: all weights")
+    # run
+    out: str = arg("", "run folder; empty: runs/<script>-<time>")
+    resume: bool = arg(False, "go on from the newest checkpoint in --out (from the start if there is none)")
+    seed: int = arg(0, "of prompts, sampling, minibatches and new weights")
+    device: str = arg("auto", "auto, cpu or cuda")
+    dtype: str = arg("float32", "of the computation: float32 or bfloat16; master weights are fp32")
+    activation_checkpointing: bool = arg(False, "recompute activations in the backward pass: less memory, more time")
+    rollout_rows: int = arg(256, "sequences that a rank generates at once")
+    eval_every: int = arg(20, "steps between evaluations; there is one before the first step and after the last")
+    save_every: int = arg(50, "steps between checkpoints; there is one after the last")
+    check: bool = arg(False, "pre-flight: test this script with this model and task, train nothing")
+    diagnose: bool = arg(False, "log the shape of the loss on the first micro-batch of each update")
+    wandb: bool = arg(False, "also log to Weights & Biases")
+
+
+# What the bare command changes: a small model takes large steps.
+BUILTIN = dict(
+    steps=40, prompts_per_step=32, max_prompt=24, max_new_tokens=32, micro_batch=128, lr=1e-4, critic_lr=1e-3
+)
+PANELS = {
+    "held-out accuracy": ["eval/pass@1", "eval/sampled", "eval/reward", "eval/reward_sampled"],
+    "reward": ["reward/mean"],
+    "loss": ["loss/policy", "loss/value"],
+    "step away from the rollout policy": ["policy/kl_old", "policy/clip_fraction"],
+    "entropy (nats)": ["policy/entropy"],
+    "gradient norm": ["grad_norm"],
+    "completion length (tokens)": ["length/mean"],
+    "critic": ["critic/explained_variance"],
+    "KL to the start": ["kl/ref"],
+}
+SHOW = ["reward/mean", "loss/policy", "policy/kl_old", "length/mean", "eval/pass@1", "eval/sampled", "eval/reward"]
+
+
+# ---- the method --------------------------------------------------------------------------------------------------
+
+
+def policy_loss(logprobs, old_logprobs, advantages, loss: str, clip: float):
+    """PPO-1 or REINFORCE. All [N]; log-probabilities in nats. Returns the sum over tokens and metric sums."""
+    log_ratio = logprobs - old_logprobs
+    ratio = log_ratio.exp()
+    if loss == "reinforce":
+        per_token = -advantages * logprobs
+    else:
+        # The larger of two losses, for both signs of A: an advantage is never earned outside the clip range.
+        per_token = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip))
+    return per_token.sum(), {
+        "loss/policy": per_token.detach().sum(),
+        "policy/kl_old": (ratio - 1 - log_ratio).detach().sum(),  # k3 on samples of pi_old: KL(pi_old || pi)
+        "policy/ratio_gap": (ratio - 1).detach().abs().sum(),
+        "policy/clip_fraction": ((ratio - 1).abs() > clip).sum(),
+    }
+
+
+def value_loss(values, old_values, returns, value_clip: float):
+    """Half the squared error of the critic, the larger of clipped and unclipped. All [N]. Returns sums."""
+    error = (values - returns).square()
+    if value_clip:
+        error = torch.maximum(error, (old_values + (values - old_values).clamp(-value_clip, value_clip) - returns).square())
+    return 0.5 * error.sum(), {"loss/value": 0.5 * error.detach().sum()}
+
+
+def gae(rewards, values, mask, gamma: float, lam: float):
+    """Generalised advantage estimation (Schulman et al. 2016) on tokens. All [B, T]; returns advantages and returns.
+
+    delta_t = r_t + gamma V(s_t+1) - V(s_t),  A_t = delta_t + gamma lam A_t+1; after the last token both are 0.
+    """
+    values = values * mask
+    advantages = torch.zeros_like(values)
+    after, value_after = torch.zeros_like(values[:, 0]), torch.zeros_like(values[:, 0])
+    for t in reversed(range(values.shape[1])):
+        delta = rewards[:, t] + gamma * value_after - values[:, t]
+        after = (delta + gamma * lam * after) * mask[:, t]
+        value_after = values[:, t]
+        advantages[:, t] = after
+    return advantages, (advantages + values) * mask
+
+
+def kl_estimate(logprobs, ref_logprobs, estimator: str):
+    """An estimate of KL(pi || ref) from one sampled token each (Schulman, joschu.net/blog/kl-approx.html). All [B, T]."""
+    log_ratio = logprobs - ref_logprobs
+    if estimator == "k1":
+        return log_ratio
+    if estimator == "k2":
+        return 0.5 * log_ratio.square()
+    return (-log_ratio).exp() - 1 + log_ratio
+
+
+def whiten(x, mask):
+    """Mean 0 and variance 1 over the unmasked tokens of the global batch. [B, T]."""
+    count, total, square = mask.sum(), (x * mask).double().sum(), (x * mask).double().square().sum()
+    sums = common.all_sum({"n": count, "x": total, "xx": square}, x.device)
+    mean = sums["x"] / sums["n"]
+    variance = max(sums["xx"] / sums["n"] - mean**2, 0.0)
+    return (x - mean) / (variance + 1e-8) ** 0.5 * mask
+
+
+def estimate_advantages(batch, args) -> None:
+    """Add `advantages` [B, T] (and for GAE the critic's targets, `returns`) to a batch that has `rewards` [B, T]."""
+    mask, rewards = batch["mask"], batch["rewards"]
+    if args.advantage == "gae":
+        advantages, batch["returns"] = gae(rewards, batch["values"], mask, args.gamma, args.lam)
+        batch["advantages"] = whiten(advantages, mask)
+    elif args.advantage == "reward":
+        batch["advantages"] = whiten(rewards.sum(1, keepdim=True) * mask, mask)
+    else:  # group: the leave-none-out mean, not divided by the standard deviation (which would favour lucky prompts)
+        groups = rewards.sum(1).view(-1, args.samples_per_prompt)
+        batch["advantages"] = (groups - groups.mean(1, keepdim=True)).view(-1, 1) * mask
+
+
+# ---- models and batches to losses ------------------------------------------------------------------------------------
+
+
+def policy_logprobs(policy, batch, args):
+    """log-probabilities of the completion tokens and entropies, [B, T], 0 where masked. The same for pi, pi_old, ref."""
+    mask = batch["mask"]
+    hidden = common.completion_hidden(policy, batch)[mask]  # [N, H]
+    weight = common.head_weight(policy)
+    flat = common.token_logprobs(hidden, weight, batch["completion_ids"][mask], args.temperature)
+    return tuple(torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, x) for x in flat)
+
+
+@torch.no_grad()
+def score(models, batch, args) -> None:
+    """Add what the rollout policy, the reference and the critic say of each token, [B, T], before any update."""
+
+    def one(micro):
+        out = {"old_logprobs": policy_logprobs(models["policy"], micro, args)[0]}
+        if "ref" in models:
+            out["ref_logprobs"] = policy_logprobs(models["ref"], micro, args)[0]
+        elif args.kl_coef:
+            with common.adapters_off(models["policy"]):
+                out["ref_logprobs"] = policy_logprobs(models["policy"], micro, args)[0]
+        if "critic" in models:
+            out["values"] = common.completion_scalars(models["critic"], micro) * micro["mask"]
+        return out
+
+    batch |= common.map_rows(one, batch, args.micro_batch)
+
+
+def objective(models, micro, args, train_policy: bool = True):
+    """The loss of one micro-batch, summed over its tokens, and metric sums."""
+    mask = micro["mask"]
+    logprobs, entropy = policy_logprobs(models["policy"], micro, args)
+    loss, metrics = policy_loss(
+        logprobs[mask], micro["old_logprobs"][mask], micro["advantages"][mask], args.loss, args.clip
+    )
+    loss = loss * train_policy
+    metrics["policy/entropy"] = entropy.sum()
+    if "critic" in models:
+        values = common.completion_scalars(models["critic"], micro)[mask]
+        critic_loss, sums = value_loss(values, micro["values"][mask], micro["returns"][mask], args.value_clip)
+        loss, metrics = loss + args.vf_coef * critic_loss, metrics | sums
+    return loss, metrics
+
+
+def accumulate(models, batch, rows, args, train_policy: bool = True):
+    """Gradients of the mean loss over the tokens of these local rows on all ranks; also global metric sums, and N."""
+    device = batch["mask"].device
+    tokens = common.all_sum({"n": batch["mask"][rows].sum()}, device)["n"]  # counted first, divided by once
+    sums = {}
+    for micro in common.micro_batches(batch, rows, args.micro_batch):
+        loss, metrics = objective(models, micro, args, train_policy)
+        (loss * common.world() / tokens).backward()  # FSDP averages over ranks
+        sums = {k: sums.get(k, 0.0) + v for k, v in metrics.items()}
+    return common.all_sum(sums, device), tokens
+
+
+def update(models, optimizer, batch, rows, args, train_policy: bool = True):
+    """One optimizer step on some local rows of a batch."""
+    sums, tokens = accumulate(models, batch, rows, args, train_policy)
+    norm = torch.nn.utils.clip_grad_norm_(common.trainable_parameters(models), args.max_grad_norm)
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    common.stop_unless_finite({"grad_norm": norm, **sums})
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return sums | {"grad_norm": norm.item() * tokens}, tokens
+
+
+# ---- diagnostics -----------------------------------------------------------------------------------------------------
+
+
+# same in: ppo_baseline.py lco.py
+@torch.no_grad()
+def probe_logits(policy, micro, args, most: int = 256):
+    """Logits [N, V] of the first tokens of a micro-batch; `most` bounds N."""
+    hidden = common.completion_hidden(policy, micro)[micro["mask"]][:most]
+    return hidden @ common.head_weight(policy).T.to(hidden.dtype) / args.temperature
+
+
+# same in: ppo_baseline.py lco.py
+def diagnose(loss_of, logits, target_logits, states: int = 16, entries: int = 32) -> dict[str, float]:
+    """The shape of a loss after an update: at `logits` [N, V], with the optimum that the rollout asked for at target_logits.
+
+    loss_of(logits, i) -> the summed loss of the tokens in slice i, as a function of their logits alone.
+    Curvature is that of the `entries` likeliest tokens of the first `states` states: a principal minor of the Hessian,
+    so a negative eigenvalue here proves one of the whole.
+    """
+    n, logits, target_logits = len(logits), logits.float(), target_logits.float()
+    z = logits.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss_of(z, slice(0, n)), z)
+    moving = gradient.abs().amax(-1) > 0
+    cosine = torch.nn.functional.cosine_similarity(-gradient[moving], (target_logits - logits)[moving], dim=-1)
+    least = []
+    for i in range(min(states, n)):
+        top = logits[i].topk(min(entries, logits.shape[1]))
+
+        def part(x, i=i, top=top):
+            return loss_of(logits[i].scatter(-1, top.indices, x)[None], slice(i, i + 1))
+
+        least.append(torch.linalg.eigvalsh(torch.autograd.functional.hessian(part, top.values))[0].item())
+    sums = {"n": n, "moving": moving.sum(), "away": (cosine < -1e-4).sum(), "cosine": cosine.sum()}
+    sums |= {"states": len(least), "concave": sum(x < -1e-6 for x in least)}
+    sums = common.all_sum(sums, logits.device)
+    return {
+        "diagnose/zero_gradient": 1 - sums["moving"] / sums["n"],
+        "diagnose/away_from_target": sums["away"] / max(sums["moving"], 1),
+        "diagnose/cosine": sums["cosine"] / max(sums["moving"], 1),
+        "diagnose/not_convex": sums["concave"] / sums["states"],
+        "diagnose/least_eigenvalue": -common.all_max(-min(least), logits.device),
+    }
+
+
+def diagnose_update(policy, micro, old_logits, args) -> dict[str, float]:
+    """--diagnose: is the surrogate flat, or uphill, on the way to pi_old exp(A) (the optimum for a KL of weight 1)?"""
+    logits = probe_logits(policy, micro, args)
+    n, mask = len(logits), micro["mask"]
+    ids, old, advantages = (micro[k][mask][:n] for k in ("completion_ids", "old_logprobs", "advantages"))
+
+    def loss_of(z, i):
+        logprobs = z.log_softmax(-1).gather(-1, ids[i, None])[:, 0]
+        return policy_loss(logprobs, old[i], advantages[i], args.loss, args.clip)[0]
+
+    target = old_logits.scatter_add(-1, ids[:, None], advantages[:, None].to(old_logits.dtype))
+    return diagnose(loss_of, logits, target)
+
+
+# ---- the run ---------------------------------------------------------------------------------------------------------
+
+
+def validate(args) -> None:
+    """One clear sentence for each wrong value, before anything is loaded."""
+    common.one_of(
+        loss=(args.loss, ("ppo", "reinforce")),
+        advantage=(args.advantage, ("gae", "reward", "group")),
+        kl_estimator=(args.kl_estimator, ("k1", "k2", "k3")),
+        long_prompts=(args.long_prompts, ("drop", "truncate", "error")),
+        dtype=(args.dtype, ("float32", "bfloat16")),
+    )
+    common.at_least(0, lr=args.lr, critic_lr=args.critic_lr, kl_coef=args.kl_coef, value_clip=args.value_clip)
+    common.at_least(0, gamma=args.gamma, lam=args.lam, vf_coef=args.vf_coef, critic_warmup=args.critic_warmup)
+    common.at_least(1e-6, temperature=args.temperature, max_grad_norm=args.max_grad_norm, clip=args.clip)
+    common.at_least(1, steps=args.steps, epochs=args.epochs, max_prompt=args.max_prompt, eval_every=args.eval_every)
+    common.at_least(1, max_new_tokens=args.max_new_tokens, save_every=args.save_every, test_rows=args.test_rows)
+    one_sample = args.advantage == "group" and args.samples_per_prompt < 2
+    require(not one_sample, "--advantage group compares samples of one prompt: --samples_per_prompt must be at least 2")
+
+
+def build(args, device):
+    """The models by name, and one optimizer for all that is trained."""
+    shared = dict(dtype=args.dtype, device=device, trust_remote_code=args.trust_remote_code, seed=args.seed)
+    trained = shared | dict(lora_rank=args.lora_rank, activation_checkpointing=args.activation_checkpointing)
+    models = torch.nn.ModuleDict({"policy": common.load_model(args.model, **trained)})
+    groups = [{"params": common.trainable_parameters(models["policy"]), "name": "lr"}]
+    if args.advantage == "gae":
+        models["critic"] = common.load_model(args.model, head="scalar", **trained)
+        groups.append({"params": common.trainable_parameters(models["critic"]), "name": "critic_lr"})
+    if args.kl_coef and not args.lora_rank:  # with LoRA, the policy without its adapters is the reference
+        models["ref"] = common.load_model(args.model, trainable=False, **shared)
+    return models, torch.optim.Adam(groups, lr=args.lr, eps=1e-5)
+
+
+def token_rewards(scores, batch, finished, args):
+    """[B, T]: the task's reward on the last token (or its own reward for each token), less the KL penalty per token."""
+    mask = batch["mask"]
+    rewards = torch.zeros(mask.shape, device=mask.device)
+    last = mask.sum(1) - 1
+    for b, value in enumerate(scores):
+        if isinstance(value, list):
+            rewards[b, : len(value)] = torch.tensor(value, device=mask.device)
+        else:
+            rewards[b, last[b]] = value
+        rewards[b, last[b]] -= args.missing_eos_penalty * (not finished[b])
+    if args.kl_coef:
+        kl = kl_estimate(batch["old_logprobs"], batch["ref_logprobs"], args.kl_estimator)
+        rewards = rewards - args.kl_coef * kl * mask
+    return rewards
+
+
+def prepare(args):
+    """Task and tokenizer; every wrong argument and file is refused here, before a model is loaded."""
+    validate(args)
+    geometry = common.split_evenly(args.prompts_per_step, args.samples_per_prompt, args.minibatches, args.micro_batch)
+    task = tasks.load_task(args.task, args.dataset, args.reward_file, args.seed, args.test_rows, args.test_dataset)
+    tokenizer = common.load_tokenizer(args.model, args.trust_remote_code)
+    task = tasks.fit_prompts(task, lambda p: len(common.encode_prompt(tokenizer, p)), args.max_prompt, args.long_prompts)
+    common.say(f"{geometry}\n{task.note}")
+    return task, tokenizer
+
+
+def train(args, stop_after: int | None = None) -> None:
+    """The whole run. stop_after ends it early, as a signal would, without touching the schedule."""
+    device = common.local_device(args.device)
+    task, tokenizer = prepare(args)
+    run = common.RunFolder(args, __file__, PANELS, SHOW)
+    common.say(f"run folder: {run.path}")
+    models, optimizer = build(args, device)
+    policy = models["policy"]
+    start = run.resume(models, optimizer) if args.resume else 0
+    sampling = common.Sampling(policy, tokenizer, args.max_prompt, args.max_new_tokens, args.temperature, args.rollout_rows)
+    if start == 0:
+        held_out, examples = sampling.evaluate(task, args.seed)
+        run.samples(0, examples)
+        run.log(0, held_out)
+
+    for step in range(start, args.steps):
+        clock = common.Clock()
+
+        # ---- 1. roll out: samples_per_prompt completions of each prompt from pi_old = pi
+        rows = task.rows(args.seed, step, args.prompts_per_step)
+        rows, prompt_ids, completion_ids, finished = sampling.rollout(rows, args.samples_per_prompt, args.seed, step)
+        batch = common.make_batch(prompt_ids, completion_ids, tokenizer.pad_token_id, device)
+        completions = common.decode(tokenizer, completion_ids)
+        clock.lap("rollout")
+
+        # ---- 2. reward each completion
+        scores = task.reward([row["prompt"] for row in rows], completions, rows)
+
+        # ---- 3. log-probabilities of pi_old and of the reference, values of the critic; then rewards on tokens
+        score(models, batch, args)
+        batch["rewards"] = token_rewards(scores, batch, finished, args)
+
+        # ---- 4. advantages
+        estimate_advantages(batch, args)
+
+        # ---- 5. update: a few passes over the rollout in minibatches
+        if args.diagnose:
+            probe = common.take(batch, list(range(min(args.micro_batch, len(rows)))))
+            old_logits = probe_logits(policy, probe, args)
+        for group in optimizer.param_groups:
+            group["lr"] = getattr(args, group["name"]) * (1 - step / args.steps)
+        sums, tokens = {}, 0
+        for epoch in range(args.epochs):
+            for mine in common.minibatch_rows(args.seed, step, epoch, len(rows) * common.world(), args.minibatches):
+                new, n = update(models, optimizer, batch, mine, args, train_policy=step >= args.critic_warmup)
+                if tokens == 0:
+                    common.stop_unless_on_policy(new["policy/ratio_gap"] / n, args.dtype)
+                sums, tokens = {k: sums.get(k, 0.0) + v for k, v in new.items()}, tokens + n
+        clock.lap("update")
+
+        # ---- 6. log, evaluate, save
+        metrics = {k: v / tokens for k, v in sums.items()} | rollout_metrics(batch, scores, finished, args)
+        metrics["lr"] = optimizer.param_groups[0]["lr"]
+        if args.diagnose:
+            metrics |= diagnose_update(policy, probe, old_logits, args)
+        if metrics["reward/spread"] == 0:
+            common.say("  no prompt of this step has two different rewards: there is no signal to learn from")
+        examples = [{"kind": "train", "prompt": rows[i]["prompt"], "completion": completions[i]} for i in range(4)]
+        run.samples(step + 1, [e | {"reward": float(batch["rewards"][i].sum())} for i, e in enumerate(examples)])
+        last = step + 1 == args.steps
+        if last or (step + 1) % args.eval_every == 0:
+            held_out, examples = sampling.evaluate(task, args.seed)
+            metrics |= held_out
+            run.samples(step + 1, examples)
+        run.log(step + 1, metrics | clock.laps)
+        stop = common.stop_requested(device) or step + 1 == stop_after
+        if last or stop or (step + 1) % args.save_every == 0:
+            common.save_checkpoint(run.path, step + 1, models, optimizer)
+        if stop:
+            break
+    run.report()
+    common.export_model(run.path / "model", policy, tokenizer)
+
+
+def rollout_metrics(batch, scores, finished, args) -> dict[str, float]:
+    """Global means over completions, prompts and tokens of a rollout."""
+    mask = batch["mask"]
+    task_reward = torch.tensor([sum(s) if isinstance(s, list) else s for s in scores], dtype=torch.float64)
+    by_prompt = task_reward.view(-1, args.samples_per_prompt)
+    sums = {
+        "rows": len(scores),
+        "tokens": mask.sum(),
+        "reward/mean": task_reward.sum(),
+        "reward/spread": (by_prompt.amax(1) > by_prompt.amin(1)).sum() * args.samples_per_prompt,
+        "length/mean": mask.sum(),
+        "length/finished": sum(finished),
+    }
+    if args.kl_coef:
+        sums["kl/ref"] = (kl_estimate(batch["old_logprobs"], batch["ref_logprobs"], args.kl_estimator) * mask).sum()
+    if args.advantage == "gae":
+        returns, error = batch["returns"][mask].double(), (batch["returns"] - batch["values"])[mask].double()
+        sums |= {"r": returns.sum(), "rr": returns.square().sum(), "e": error.sum(), "ee": error.square().sum()}
+    sums = common.all_sum(sums, mask.device)
+    rows, tokens = sums.pop("rows"), sums.pop("tokens")
+    metrics = {k: v / rows for k, v in sums.items() if k.split("/")[0] in ("reward", "length")}
+    if args.kl_coef:
+        metrics["kl/ref"] = sums["kl/ref"] / tokens
+    if args.advantage == "gae":
+        variance, unexplained = (sums[k + k] / tokens - (sums[k] / tokens) ** 2 for k in "re")
+        metrics["critic/explained_variance"] = 1 - unexplained / variance if variance > 1e-12 else None
+    return metrics
+
+
+# ---- pre-flight ------------------------------------------------------------------------------------------------------
+
+
+def check(args) -> None:
+    """--check: is this script right with this model and this task? Ten seconds with the built-in model."""
+    device = common.local_device(args.device)
+    small = replace(args, prompts_per_step=2 * common.world(), samples_per_prompt=4, minibatches=1, epochs=1, steps=2)
+    small = replace(small, micro_batch=8, max_new_tokens=min(args.max_new_tokens, 32), test_rows=4, wandb=False)
+    task, tokenizer = prepare(small)
+    models, _ = build(small, device)
+    sampling = common.Sampling(models["policy"], tokenizer, args.max_prompt, small.max_new_tokens, args.temperature, 8)
+    rows = task.rows(args.seed, 0, small.prompts_per_step)
+    rows, prompt_ids, completion_ids, finished = sampling.rollout(rows, small.samples_per_prompt, args.seed, 0)
+    batch = common.make_batch(prompt_ids, completion_ids, tokenizer.pad_token_id, device)
+    score(models, batch, small)
+    batch["rewards"] = batch["mask"] * torch.sin(torch.arange(len(rows), device=device))[:, None]  # something to learn
+    estimate_advantages(batch, small)
+    everything, tight = list(range(len(rows))), 1e-4 if args.dtype == "float32" else 0.1
+    ends = set(common.stop_ids(models["policy"], tokenizer))
+
+    def at_start():
+        sums, tokens = accumulate(models, batch, everything, small)
+        names = ("policy/ratio_gap", "policy/kl_old")
+        return all(abs(sums[k]) / tokens < tight for k in names), ", ".join(f"{k} {sums[k] / tokens:.1e}" for k in names)
+
+    def backward(size):
+        accumulate(models, batch, everything, replace(small, micro_batch=size))
+
+    @torch.no_grad()
+    def logprobs(batch):
+        return policy_logprobs(models["policy"], batch, args)[0]
+
+    sizes = dict(rows=args.prompts_per_step * args.samples_per_prompt // common.world(), micro=args.micro_batch)
+    sizes |= dict(tokens=args.max_prompt + args.max_new_tokens, completion=args.max_new_tokens)
+    common.preflight(
+        [
+            ("tokenizer and vocabularies agree", lambda: common.check_vocabulary(models, tokenizer)),
+            ("dropout is off", lambda: common.check_dropout(models)),
+            ("EOS is inside the loss", lambda: common.check_end_of_sequence(batch, completion_ids, finished, ends)),
+            ("log-probs ignore padding and batch size", lambda: common.check_padding(logprobs, batch, tight)),
+            ("ratio = 1 and KL = 0 at the start", at_start),
+            ("gradient ignores micro-batches", lambda: common.check_micro_batches(backward, models, [8, 1, 3], tight)),
+            ("resuming changes nothing", lambda: common.check_resume(train, small)),
+            (
+                "peak memory",
+                lambda: common.estimate_memory(models, rows_at_once=args.rollout_rows, dtype=args.dtype, **sizes),
+            ),
+        ]
+    )
+
+
+def main() -> None:
+    (check if args.check else train)(args)
+
+
+if __name__ == "__main__":
+    args = common.parse_args(Args, BUILTIN)
+    common.launch(main, args.device)
