@@ -1,0 +1,482 @@
+"""tasks.py: determinism, graders, files, every bad input, and the checkpoint in builtin/policy."""
+
+import json
+import math
+import os
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import tasks
+from common import BadInput
+
+POLICY = Path(__file__).resolve().parent.parent / "builtin" / "policy"
+
+
+def write(path: Path, rows: list) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def refused(message: str, function, *args, **kwargs) -> None:
+    """`function` raises BadInput with exactly one sentence that contains `message`."""
+    with pytest.raises(BadInput) as error:
+        function(*args, **kwargs)
+    assert message in str(error.value), str(error.value)
+    assert "\n" not in str(error.value)
+    assert "expected" in str(error.value) or "(" in str(error.value)
+
+
+# chains
+
+
+def test_the_worked_example():
+    assert tasks.chain_solution("7+15+8=") == "22+8=30"
+    assert tasks.chain_solution("49+49+49+49=") == "98+49+49=147+49=196"
+
+
+@pytest.mark.parametrize(
+    "completion, steps, wrong",
+    [
+        ("22+8=30", [True, True], None),
+        ("12+8=20", [False, True], 0),  # the forgotten carry, then a right step from the wrong value
+        ("22+8=20", [True, False], 5),
+        ("22+8", [True], 4),
+        ("22+8=", [True, False], 5),
+        ("22+8=30=30", [True, True, False], 7),
+        ("22+8=30+0", [True, False], 7),
+        ("022+8=30", [False, False], 0),
+        ("22+8=030", [True, False], 5),
+        ("30", [False], 0),
+        ("", [False], 0),
+        ("22++8=30", [False, False], 3),
+    ],
+)
+def test_steps_and_first_wrong_character(completion, steps, wrong):
+    assert tasks.chain_steps("7+15+8=", completion) == steps
+    assert tasks.first_wrong("7+15+8=", completion) == wrong
+
+
+def test_the_answer_is_what_stands_after_the_last_equals_sign():
+    texts = ["22+8=30", "12+8=30", "30", "22+8=30=", "22+8=030", "22+8=130", "22+8=3", "22+8=30+0", "22+8=-30", ""]
+    row = {"prompt": "7+15+8=", "answer": "30"}
+    assert tasks.chain_correct(texts, [row] * len(texts)) == [True, True, True] + [False] * 7
+    assert tasks.chain_answered(texts) == [True, True, True, False, False, True, True, False, False, False]
+
+
+def test_chains_are_a_function_of_seed_and_step_and_never_of_the_test_set():
+    task = tasks.load_task(test_rows=300)
+    assert task.name == "chains" and len(task.test) == 300
+    assert task.rows(1, 5, 64) == task.rows(1, 5, 64)
+    assert task.rows(1, 5, 64)[:8] == task.rows(1, 5, 8)
+    assert task.rows(1, 5, 64) != task.rows(1, 6, 64) != task.rows(2, 6, 64)
+    assert task.test == tasks.load_task(seed=7, test_rows=300).test
+    test = {row["prompt"] for row in task.test}
+    assert len(test) == 300
+    train = [row["prompt"] for step in range(20) for row in task.rows(0, step, 200)]
+    train += [row["prompt"] for row in tasks.demonstrations(2000, 0, 0.6) + tasks.preference_pairs(2000, 0)]
+    train += [row["prompt"] for row in tasks.unannotated(2000, 0)]
+    assert not any(tasks.chain_is_held_out(prompt) for prompt in train)
+    assert all(tasks.chain_is_held_out(prompt) for prompt in test)
+    assert all(tasks.chain_is_held_out(row["prompt"]) for row in tasks.preference_pairs(50, 0, held_out=True))
+    exact = [tasks.chain_solution(row["prompt"]) for row in task.test]
+    assert task.reward([row["prompt"] for row in task.test], exact, task.test) == [1.0] * 300
+
+
+def test_a_tenth_of_all_prompts_is_held_out():
+    rng = np.random.default_rng(0)
+    prompts = ["+".join(map(str, rng.integers(1, 50, size=3))) + "=" for _ in range(20000)]
+    assert abs(sum(map(tasks.chain_is_held_out, prompts)) / 20000 - 0.1) < 0.01
+
+
+def test_demonstrations_forget_carries_at_the_rate_that_was_asked_for():
+    slips, carries = 0, 0
+    for row in tasks.demonstrations(4000, seed=3, slip=0.6):
+        before = tasks.chain_terms(row["prompt"][:-1])
+        for step in row["completion"].split("="):
+            terms = tasks.chain_terms(step)
+            if tasks.has_carry(before[0], before[1]):
+                carries += 1
+                slips += terms[0] == before[0] + before[1] - 10
+            else:
+                assert terms[0] == before[0] + before[1]
+            assert terms[1:] == before[2:]
+            before = terms
+    assert abs(slips / carries - 0.6) < 4 * math.sqrt(0.24 / carries)
+
+
+def test_demonstrations_without_slips_are_exact_and_noise_is_not():
+    assert all(r["completion"] == tasks.chain_solution(r["prompt"]) for r in tasks.demonstrations(200, 0, slip=0.0))
+    noisy = tasks.demonstrations(200, 0, slip=0.0, noise=0.5)
+    assert 50 < sum(r["completion"] != tasks.chain_solution(r["prompt"]) for r in noisy) < 190
+    assert tasks.demonstrations(20, 0, 0.6) == tasks.demonstrations(40, 0, 0.6)[:20]
+    assert tasks.demonstrations(20, 0, 0.6) != tasks.demonstrations(20, 1, 0.6)
+
+
+def test_preference_pairs_prefer_the_exact_completion():
+    for row in tasks.preference_pairs(300, seed=0):
+        assert set(row) == {"prompt", "chosen", "rejected"}
+        assert all(tasks.chain_steps(row["prompt"], row["chosen"]))
+        assert not all(tasks.chain_steps(row["prompt"], row["rejected"]))
+        assert tasks.first_wrong(row["prompt"], row["chosen"]) is None
+
+
+# words
+
+
+def test_words_splits_the_hundred_sums():
+    task = tasks.load_task("words")
+    train = task.rows(0, 0, 75)
+    asked = {row["prompt"][0]["content"] for row in train}
+    assert len(asked) == 75 and len(task.test) == 25
+    assert not asked & {row["prompt"][0]["content"] for row in task.test}
+    assert len({row["prompt"][0]["content"] for row in task.rows(0, 1, 32)}) == 32
+    row = {"prompt": "", "answer": "12"}
+    texts = ["12", "7+5=12.", "It is 12", "twelve", "112", "-12", "12 or 13", "**12**", "7+5 = 12!"]
+    assert tasks.word_correct(texts, [row] * 9) == [True, True, True, False, False, False, False, True, True]
+    assert tasks.word_answered(["twelve", "12"]) == [False, True]
+
+
+# graders
+
+
+@pytest.mark.parametrize(
+    "text, number",
+    [
+        ("#### 72", "72"),
+        ("so 3 and 4\n#### $1,234.00\nDone in 5 steps", "1234"),
+        ("#### 5\n#### 6", "6"),
+        ("It is \\boxed{40} apples for 3 people", "40"),
+        ("\\boxed{1} then \\boxed{\\$1{,}500}, surely 2", "1500"),
+        ("\\boxed{\\text{about } 8\\%}", "8"),
+        ("\\boxed{no", None),
+        ("#### none, but 5 before", "5"),
+        ("7 + 5 = 12.", "12"),
+        ("10-3=7", "7"),
+        ("from 10-3", "3"),
+        ("= -3", "-3"),
+        ("it lost $-5", "-5"),
+        ("it lost -$5", "-5"),
+        ("−4 degrees", "-4"),
+        ("72.0", "72"),
+        ("0.50", "1/2"),
+        (".5", "1/2"),
+        ("3/4 of it", "3/4"),
+        ("\\boxed{\\frac{3}{2}}", "3/2"),
+        ("about 20%", "20"),
+        ("1,000,000 people", "1000000"),
+        ("1,2,3", "3"),
+        ("007", "7"),
+        ("1/0", None),
+        ("seven", None),
+        ("", None),
+        ("9" * 5000, None),  # a model that repeats itself must not end the run
+    ],
+)
+def test_extract_number(text, number):
+    assert tasks.extract_number(text) == number
+
+
+def test_gsm8k_grades_numbers_and_never_substrings():
+    row = {"answer": "40"}
+    texts = ["40", "140", "#### 40.0", "#### 4", "-40", "40 or 41", "forty"]
+    assert tasks.gsm8k_correct(texts, [row] * 7) == [True, False, True, False, False, False, False]
+    assert tasks.gsm8k_answered(texts) == [True] * 6 + [False]
+
+
+LATEX = [
+    ("40", "140", False),
+    ("2", "-2", False),
+    ("\\frac{1}{2}", "0.5", True),
+    ("\\frac12", "1/2", True),
+    ("x^2+1", "1+x^2", True),
+    ("(1,2)", "(2,1)", False),
+    ("[2,5)", "(2,5)", False),
+    ("5", "5.001", False),
+    ("3", "", False),
+    ("3", "\\frac{", False),
+    ("2", "2,3", False),
+]
+
+
+@pytest.mark.parametrize("reference, answer, same", LATEX)
+def test_math_grades_meanings_and_never_substrings(reference, answer, same):
+    assert tasks.math_correct([f"so \\boxed{{{answer}}}."], [{"answer": reference}]) == [same]
+
+
+def test_math_reads_the_last_complete_box_and_works_outside_the_main_thread():
+    texts = ["\\boxed{2}", "\\boxed{1}, no, \\boxed{2}", "\\boxed{2}, no, \\boxed{1}", "2", "\\boxed{2} and \\boxed{1"]
+    right = []
+    thread = threading.Thread(target=lambda: right.extend(tasks.math_correct(texts, [{"answer": "2"}] * 5)))
+    thread.start()
+    thread.join()
+    assert right == [True, True, False, False, True]
+    assert tasks.math_answered(texts) == [True, True, True, False, True]
+    assert tasks.last_boxed("\\boxed{\\frac{1}{2}}") == "\\frac{1}{2}"
+
+
+# files
+
+GSM8K = [{"question": f"{i}?", "answer": f"because\n#### {i}"} for i in range(10)]
+
+
+def test_columns_decide_the_task(tmp_path):
+    task = tasks.load_task(dataset=write(tmp_path / "g.jsonl", GSM8K), test_rows=3)
+    assert task.name == "gsm8k" and [row["answer"] for row in task.test] == ["7", "8", "9"]
+    assert task.test[0]["solution"] == "because\n#### 7"
+    assert task.test[0]["prompt"][0]["role"] == "user" and task.test[0]["prompt"][0]["content"].startswith("7?")
+    assert task.reward(["", "", ""], ["#### 7", "7", "8"], task.test) == [1.0, 0.0, 0.0]
+
+    rows = [{"problem": f"{i}?", "solution": f"\\boxed{{{i}}}"} for i in range(4)]
+    task = tasks.load_task(dataset=write(tmp_path / "m.jsonl", rows), test_rows=1)
+    assert task.name == "math" and task.test[0]["answer"] == "3"
+    assert task.reward([""], ["\\boxed{3.0}"], task.test) == [1.0]
+
+
+def test_all_three_kinds_of_file_give_the_same_rows(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    write(tmp_path / "a.jsonl", GSM8K)
+    (tmp_path / "b.json").write_text(json.dumps(GSM8K))
+    write(tmp_path / "c.json", GSM8K)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(GSM8K), tmp_path / "d.parquet")
+    for name in ("a.jsonl", "b.json", "c.json", "d.parquet"):
+        assert tasks.read_rows(str(tmp_path / name)) == GSM8K
+
+
+def test_an_epoch_is_a_permutation_and_held_out_prompts_are_never_trained_on(tmp_path):
+    file = write(tmp_path / "g.jsonl", [*GSM8K, GSM8K[0]])  # row 1 again as the last, held-out row
+    task = tasks.load_task(dataset=file, test_rows=1)
+    assert len(task.train) == 9 and "1 training rows left out" in task.note
+    epoch = [row["answer"] for step in range(3) for row in task.rows(4, step, 3)]
+    assert sorted(epoch) == [str(i) for i in range(1, 10)]
+    again = [row["answer"] for step in range(3, 6) for row in task.rows(4, step, 3)]
+    assert sorted(again) == sorted(epoch) and again != epoch
+    assert task.rows(4, 2, 3) == task.rows(4, 2, 3) != task.rows(5, 2, 3)
+    assert len(task.rows(0, 0, 40)) == 40
+
+    other = write(tmp_path / "t.jsonl", GSM8K[5:])
+    task = tasks.load_task(dataset=file, test_dataset=other, test_rows=2)
+    assert [row["answer"] for row in task.test] == ["5", "6"]
+    assert sorted(row["answer"] for row in task.train) == ["0", "0", "1", "2", "3", "4"]
+
+
+def test_hub_datasets_use_their_test_split(monkeypatch):
+    import datasets
+
+    asked = []
+
+    def load_dataset(name, config=None):
+        asked.append((name, config))
+        if name == "nobody/nothing":
+            raise ConnectionError("offline\nreally")
+        return {name: datasets.Dataset.from_list(rows) for name, rows in (("train", GSM8K[:6]), ("test", GSM8K[6:]))}
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    task = tasks.load_task("gsm8k", test_rows=3)
+    assert asked[0] == ("openai/gsm8k", "main")
+    assert len(task.train) == 6 and [row["answer"] for row in task.test] == ["6", "7", "8"]
+    task = tasks.load_task(dataset="org/name", split="test", test_rows=1)
+    assert len(task.train) == 3 and asked[-1] == ("org/name", None)
+    refused("no split 'val'; expected one of train, test", tasks.load_task, dataset="org/name", split="val")
+    refused("there is no such file, and loading it from the Hub", tasks.load_task, dataset="nobody/nothing")
+
+
+def test_prompts_and_messages_with_a_reward_file(tmp_path):
+    reward = tmp_path / "r.py"
+    reward.write_text("K = 2\ndef reward(prompts, completions, rows):\n    return [K * len(c) for c in completions]\n")
+    turns = [{"role": r, "content": c} for r, c in (("system", "s"), ("user", "u"), ("assistant", "a"))]
+    rows = [{"messages": turns, "extra": 1}, {"prompt": "p"}, {"prompt": turns[:2]}]
+    for row, expected in zip(rows, (turns[:2], "p", turns[:2]), strict=True):
+        other = {**row, "prompt": "q"} if "prompt" in row else {"messages": [{"role": "user", "content": "q"}]}
+        task = tasks.load_task(dataset=write(tmp_path / "p.jsonl", [other, row]), reward_file=str(reward), test_rows=1)
+        assert task.name == "prompts" and task.correct is None and task.answered is None
+        assert task.test[0]["prompt"] == expected
+        assert task.reward([""], ["abc"], task.test) == [6.0]
+    task = tasks.load_task("chains", reward_file=str(reward))
+    assert task.reward([""], ["abc"], task.test[:1]) == [6.0] and task.correct is tasks.chain_correct
+
+
+def test_bad_files(tmp_path):
+    load = tasks.load_task
+    refused("unknown; expected one of auto", load, "sums")
+    refused("--seed -1: expected 0 or more", load, seed=-1)
+    refused("--test_rows -1: expected 0 or more", load, test_rows=-1)
+    refused("--dataset is empty", load, "math")
+    refused("makes its own rows", load, "chains", "x.jsonl")
+    refused("makes its own rows", load, "words", test_dataset="x.jsonl")
+    refused("nothing.jsonl: there is no such file", load, dataset="nothing.jsonl")
+    refused("it is a folder", load, dataset=str(tmp_path))
+    refused("there is no such file", load, dataset="data/x/y.csv")
+    (tmp_path / "x.csv").write_text("a")
+    refused("unknown extension '.csv'", load, dataset=str(tmp_path / "x.csv"))
+    refused("has no rows", load, dataset=write(tmp_path / "empty.jsonl", []))
+    (tmp_path / "bad.jsonl").write_text('{"a": 1}\n{"a": \n')
+    refused("row 2 is not JSON", load, dataset=str(tmp_path / "bad.jsonl"))
+    refused("row 2 is a int", load, dataset=write(tmp_path / "x.jsonl", [{}, 3]))
+    (tmp_path / "bad.json").write_text("[1, ")
+    refused("cannot be read as json", load, dataset=str(tmp_path / "bad.json"))
+    (tmp_path / "bad.parquet").write_text("no")
+    refused("cannot be read as parquet", load, dataset=str(tmp_path / "bad.parquet"))
+
+
+def test_bad_rows(tmp_path):
+    def load(rows, task="auto", **kwargs):
+        return tasks.load_task(task, write(tmp_path / "x.jsonl", rows), **{"test_rows": 0, **kwargs})
+
+    refused("it has the columns text, n; expected answer+question or problem+solution or prompt or messages",
+            load, [{"text": "", "n": 1}])  # fmt: skip
+    refused("expected problem+solution for --task math", load, GSM8K, "math")
+    refused("row 2: 'question' is missing or empty; expected text", load, [GSM8K[0], {"answer": "#### 1"}])
+    refused("row 2: 'answer' is a int; expected text", load, [GSM8K[0], {"question": "a", "answer": 3}])
+    refused("row 1: 'answer' ends in 'it is 3'; expected '#### '", load, [{"question": "a", "answer": "it is 3"}])
+    refused("row 1: 'answer' ends in", load, [{"question": "a", "answer": "3 ####"}])
+    refused("row 1: 'solution' ends in", load, [{"problem": "a", "solution": "3"}])
+    refused("--test_rows 10: ", load, GSM8K, test_rows=10)
+    refused("--reward_file is empty", load, [{"prompt": "a"}])
+    refused("each of its training prompts", load, [GSM8K[0], GSM8K[0]], test_rows=1)
+    refused("expected answer+question for --task gsm8k", load, GSM8K,
+            test_dataset=write(tmp_path / "t.jsonl", [{"prompt": "a"}]))  # fmt: skip
+
+    (tmp_path / "r.py").write_text("def reward(prompts, completions, rows): return [0.0] * len(rows)")
+    reward = {"reward_file": str(tmp_path / "r.py")}
+    refused("row 1: 'prompt' is a int; expected text or a list of messages", load, [{"prompt": 3}], **reward)
+    refused("row 1: 'prompt' is missing or empty", load, [{"prompt": []}], **reward)
+    refused("row 1: 'prompt' has the message {'role': 'user'}", load, [{"prompt": [{"role": "user"}]}], **reward)
+    refused("'messages' has no user turn", load, [{"messages": [{"role": "system", "content": "a"}]}], **reward)
+
+
+# rewards
+
+
+def test_bad_reward_files(tmp_path):
+    file = tmp_path / "r.py"
+    refused("there is no such file", tasks.load_task, reward_file=str(file))
+    for source, message in (
+        ("x = 1", "it has no function 'reward'"),
+        ("reward = 3", "it has no function 'reward'"),
+        ("def reward(:", "running it raised SyntaxError"),
+        ("import no_such_module", "running it raised ModuleNotFoundError"),
+        ("def reward(completions): pass", "it has reward(completions)"),
+    ):
+        file.write_text(source)
+        refused(message, tasks.load_task, reward_file=str(file))
+
+
+def test_rewards_are_checked():
+    def check(value, lengths=None):
+        return tasks.checked_reward(lambda *_: value, "r.py")(["p"] * 2, ["a", "bc"], [{}] * 2, lengths)
+
+    assert check([1, np.float32(0.5)]) == [1.0, 0.5]
+    assert check(np.array([1.0, 2.0])) == [1.0, 2.0]
+    assert check([[1.0], [1, True]], [1, 2]) == [[1.0], [1.0, 1.0]]
+    refused("r.py: reward() returned a NoneType; expected a list", check, None)
+    refused("r.py: reward() returned 1 rewards; expected one for 2 rows", check, [1.0])
+    refused("r.py: the reward of row 2 is nan; expected a finite number", check, [1.0, float("nan")])
+    refused("r.py: the reward of row 1 is inf", check, [float("inf"), 0.0])
+    refused("r.py: the reward of row 2 is a str; expected a number", check, [1.0, "2"])
+    refused("r.py: the reward of row 2 is a float and that of row 1 a list", check, [[1.0], 2.0])
+    refused("r.py: the reward of row 2 at token 2 is nan", check, [[1.0], [1.0, float("nan")]])
+    refused("r.py: the reward of row 2 has 1 numbers; expected 2", check, [[1.0], [1.0]], [1, 2])
+
+
+# prompts that are too long
+
+
+def test_fit_prompts(tmp_path):
+    rows = [{"question": "x" * i, "answer": f"#### {i}"} for i in range(1, 11)]
+    task = tasks.load_task(dataset=write(tmp_path / "x.jsonl", rows), test_rows=2)
+    room = len(tasks.GSM8K_ASK)
+
+    def length(prompt):
+        return len(prompt[0]["content"]) - room
+
+    assert tasks.fit_prompts(task, length, 10) is task
+    fitted = tasks.fit_prompts(task, length, 9)
+    assert len(fitted.train) == 8 and len(fitted.test) == 1
+    assert "0 training and 1 held-out prompts are longer than 9 tokens, left out" in fitted.note
+    fitted = tasks.fit_prompts(tasks.load_task(dataset=write(tmp_path / "x.jsonl", rows[::-1]), test_rows=2), length, 6)
+    assert sorted(len(r["question"]) for r in fitted.rows(0, 0, 4)) == [3, 4, 5, 6]
+    assert fitted.reward([""], ["2"], [{"answer": "2"}]) == [1.0]
+    assert len(tasks.fit_prompts(task, length, 6, "truncate").train) == 8
+    refused("--max_prompt 6: 2 training and 2 held-out", tasks.fit_prompts, task, length, 6, "error")
+    refused("--max_prompt 6: ", tasks.fit_prompts, task, length, 6)  # no held-out row would be left
+    refused("--long_prompts cut: unknown", tasks.fit_prompts, task, length, 6, "cut")
+    refused("--max_prompt 3: 0 training and", tasks.fit_prompts, tasks.load_task(), len, 3)
+
+
+# preference pairs
+
+
+def test_pairs_of_all_forms(tmp_path):
+    def load(row):
+        return tasks.load_pairs(write(tmp_path / "x.jsonl", [row]))[0]
+
+    def said(role, content):
+        return {"role": role, "content": content}
+
+    expected = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    assert load(expected) == expected
+    user = [said("user", "p")]
+    good, bad = [said("assistant", "a")], [said("assistant", "b")]
+    expected["prompt"] = user
+    assert load({"prompt": user, "chosen": good, "rejected": bad}) == expected
+    assert load({"chosen": user + good, "rejected": user + bad}) == expected
+    assert load({"prompt": "p", "chosen": user + good, "rejected": user + bad}) == expected
+    assert load({"chosen": user + good, "rejected": user + good})["rejected"] == "a"
+    long = user + bad + [said("user", "again")]
+    assert load({"chosen": long + good, "rejected": long + bad})["prompt"] == long
+
+    refused("expected chosen+rejected", load, {"prompt": "p", "chosen": "a"})
+    refused("row 1: 'prompt' is missing or empty", load, {"chosen": "a", "rejected": "b"})
+    refused("row 1: only one of 'chosen' and 'rejected' is text", load, {"chosen": "a", "rejected": user + bad})
+    refused("row 1: 'rejected' is missing or empty", load, {"prompt": "p", "chosen": "a", "rejected": ""})
+    refused("row 1: 'chosen' has 0 messages of prompt", load, {"chosen": good, "rejected": bad})
+    refused("row 1: 'chosen' has 1 messages of prompt and then assistant user assistant", load,
+            {"chosen": long + good, "rejected": user + good + good})  # fmt: skip
+
+
+# the checkpoint and real data
+
+
+def test_the_builtin_policy():
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    assert sum(file.stat().st_size for file in POLICY.iterdir()) <= 3 * 2**20
+    model = AutoModelForCausalLM.from_pretrained(POLICY)
+    tokenizer = AutoTokenizer.from_pretrained(POLICY)
+    assert model.config.vocab_size == len(tokenizer) == 16
+    for config in (model.config, model.generation_config):
+        assert (config.pad_token_id, config.bos_token_id, config.eos_token_id) == (0, 1, 2)
+    assert (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1, 2)
+    for row in tasks.chain_test_rows(50):
+        text = row["prompt"] + tasks.chain_solution(row["prompt"])
+        ids = tokenizer(text)["input_ids"]
+        assert ids[0] == 1 and len(ids) == len(text) + 1
+        assert tokenizer.decode(ids, skip_special_tokens=True) == text
+        message = [{"role": "user", "content": text}]
+        assert tokenizer.apply_chat_template(message, return_dict=True)["input_ids"] == ids
+    assert tokenizer("7?")["input_ids"][-1] == tokenizer.unk_token_id == 3
+
+    # it has learnt sums without carries, and forgets carries: there is something to win for every script
+    rows = tasks.chain_test_rows(64)
+    inputs = tokenizer([row["prompt"] for row in rows], return_tensors="pt", padding=True)
+    output = model.generate(**inputs, max_new_tokens=24, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+    texts = tokenizer.batch_decode(output, skip_special_tokens=True)
+    assert 0.05 < sum(tasks.chain_correct(texts, rows)) / 64 < 0.5
+    assert all(tasks.chain_answered(texts))
+
+
+def test_real_gsm8k():
+    folder = os.environ.get("MINALIGN_GSM8K", "")
+    if not folder:
+        pytest.skip("MINALIGN_GSM8K does not name a folder with GSM8K's train.jsonl")
+    task = tasks.load_task(dataset=str(Path(folder) / "train.jsonl"), test_rows=256)
+    assert task.name == "gsm8k" and len(task.train) + len(task.test) in range(7470, 7474)
+    solutions = [row["solution"] for row in task.test]
+    assert all(task.correct(solutions, task.test))
+    assert not any(task.correct([row["answer"] + "0" for row in task.test if row["answer"] != "0"],
+                                [row for row in task.test if row["answer"] != "0"]))  # fmt: skip
