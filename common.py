@@ -10,7 +10,7 @@ Contents
     7. vocabulary    losses over [N, V] logits that never exist at once
     8. run folder    metrics, samples, plot, report
     9. checkpoints   atomic, resumable on any number of ranks, exported in Hugging Face format
-    10. pre-flight   what --check looks at
+    10. pre-flight   what --check and --diagnose look at
 
 Shapes: B sequences, P prompt positions, T completion positions, H hidden width, V vocabulary, N unmasked tokens.
 
@@ -184,7 +184,7 @@ def stop_unless_on_policy(gap: float, dtype: str) -> None:
     limit = {"float32": 1e-3, "bfloat16": 2e-2}[dtype]
     if gap > limit:
         raise RuntimeError(
-            f"the first minibatch of a rollout differs from the rollout policy by {gap:.2g} (at most {limit} in {dtype}): "
+            f"the first minibatch of a rollout differs from the rollout policy by {gap:.2g} (limit {limit}, {dtype}): "
             "log-probabilities depend on padding, batch size or dropout, or weights changed in between; try --check"
         )
 
@@ -632,10 +632,8 @@ def generate(
         for i in range(0, len(order), at_once):
             piece = order[i : i + at_once]
             rows = [p * samples + s for p in piece for s in range(samples)]
-            piece_noise = None if noise is None else noise[rows]
-            done = _generate(
-                model, [prompt_ids[p] for p in piece], samples, max_new_tokens, temperature, piece_noise, stop_ids, pad_id
-            )
+            u, prompts = None if noise is None else noise[rows], [prompt_ids[p] for p in piece]
+            done = _generate(model, prompts, samples, max_new_tokens, temperature, u, stop_ids, pad_id)
             for row, completion in zip(rows, done):
                 completions[row] = completion
     return completions
@@ -764,7 +762,10 @@ class Sampling:
             noise = uniforms(seed, EVAL, 0, mine, self.max_new_tokens) if name == sampled and mine else None
             ids = self.complete(prompt_ids, 1, noise)
             texts = decode(self.tokenizer, ids)
-            grades = task.correct(texts, rows) if task.correct else task.reward([r["prompt"] for r in rows], texts, rows)
+            if task.correct:
+                grades = task.correct(texts, rows)
+            else:
+                grades = task.reward([row["prompt"] for row in rows], texts, rows)
             grades = [float(sum(g)) if isinstance(g, list) else float(g) for g in grades]
             sums[name] = sum(grades)
             if task.answered and name == greedy:
@@ -1135,8 +1136,8 @@ def _merge_adapters(model, state: dict) -> dict:
 # ======================================================================================================================
 
 
-def preflight(checks) -> None:
-    """Run (name, function) in order and print a table; function() -> (ok, detail). Leaves with 1 at the first failure."""
+def preflight(*checks) -> None:
+    """Run (name, function) in order and print a table; function() -> (ok, detail). The first failure exits with 1."""
     for name, function in checks:
         started = time.perf_counter()
         ok, detail = function()
@@ -1221,15 +1222,17 @@ def check_resume(train, args) -> tuple[bool, str]:
     return runs["whole"] == runs["parts"], f"{count} logged numbers bit-equal"
 
 
-def estimate_memory(models: dict, *, rows: int, micro: int, rows_at_once: int, tokens: int, completion: int, dtype: str):
+def estimate_memory(models: dict, args) -> tuple[bool, str]:
     """A rough peak per rank, in words: weights, gradients and Adam; the KV cache; activations of one micro-batch."""
-    gib, width = 2**30, {"float32": 4, "bfloat16": 2}[dtype]
+    rows = args.prompts_per_step * args.samples_per_prompt // world()
+    tokens, completion, micro = args.max_prompt + args.max_new_tokens, args.max_new_tokens, args.micro_batch
+    gib, width = 2**30, {"float32": 4, "bfloat16": 2}[args.dtype]
     config = next(iter(models.values())).config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     state = sum(p.numel() * (16 if p.requires_grad else 4) for m in models.values() for p in m.parameters()) / world()
     whole = max(sum(p.numel() for p in m.parameters()) for m in models.values()) * width * (world() > 1)
-    cache = 2 * config.num_hidden_layers * heads * head * width * min(rows, rows_at_once) * tokens
+    cache = 2 * config.num_hidden_layers * heads * head * width * min(rows, args.rollout_rows) * tokens
     layer = 12 * config.hidden_size + 3 * (getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
     activations = config.num_hidden_layers * layer * width * micro * tokens
     kept = rows * completion * config.hidden_size * width
@@ -1239,3 +1242,42 @@ def estimate_memory(models: dict, *, rows: int, micro: int, rows_at_once: int, t
         f"about {peak / gib:.1f} GiB a rank: weights and Adam {state / gib:.1f}, KV cache {cache / gib:.1f}, "
         f"activations {activations / gib:.1f}, logits {logits / gib:.1f}, kept states {kept / gib:.1f}"
     )
+
+
+@torch.no_grad()
+def probe_logits(policy, micro: dict, temperature: float, most: int = 256) -> torch.Tensor:
+    """fp32 logits [N, V] of the first completion tokens of a micro-batch; `most` bounds N."""
+    hidden = completion_hidden(policy, micro)[micro["mask"]][:most]
+    return F.linear(hidden, head_weight(policy)).float() / temperature
+
+
+def diagnose(loss_of, logits, target_logits, states: int = 16, entries: int = 32) -> dict[str, float]:
+    """The shape of a loss at `logits` [N, V]: its slope towards target_logits [N, V], and its curvature.
+
+    loss_of(logits, i) -> the summed loss of the tokens in slice i, as a function of their logits alone.
+    Curvature is that of the `entries` likeliest tokens of the first `states` states: a principal minor of the Hessian,
+    so a negative eigenvalue here proves one of the whole.
+    """
+    n = len(logits)
+    z = logits.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss_of(z, slice(0, n)), z)
+    moving = gradient.abs().amax(-1) > 0
+    cosine = F.cosine_similarity(-gradient[moving], (target_logits - logits)[moving], dim=-1)
+    least = []
+    for i in range(min(states, n)):
+        top = logits[i].topk(min(entries, logits.shape[1]))
+
+        def part(x, i=i, top=top):
+            return loss_of(logits[i].scatter(-1, top.indices, x)[None], slice(i, i + 1))
+
+        least.append(torch.linalg.eigvalsh(torch.autograd.functional.hessian(part, top.values))[0].item())
+    sums = {"n": n, "moving": moving.sum(), "away": (cosine < -1e-4).sum(), "cosine": cosine.sum()}
+    sums |= {"states": len(least), "concave": sum(x < -1e-6 for x in least)}
+    sums = all_sum(sums, logits.device)
+    return {
+        "diagnose/zero_gradient": 1 - sums["moving"] / sums["n"],
+        "diagnose/away_from_target": sums["away"] / max(sums["moving"], 1),
+        "diagnose/cosine": sums["cosine"] / max(sums["moving"], 1),
+        "diagnose/not_convex": sums["concave"] / sums["states"],
+        "diagnose/least_eigenvalue": -all_max(-min(least), logits.device),
+    }

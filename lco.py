@@ -1,14 +1,14 @@
 """LCO: logits convex optimisation. PPO's clipped surrogate replaced by regression onto the closed-form optimum.
 
-Chen et al. 2026, "Stabilizing Policy Optimization via Logits Convexity" (arXiv:2603.00963). Where PPO climbs a surrogate
-that is not convex in the logits, LCO asks what the KL-regularised step would end in, and fits that by regression:
+Chen et al. 2026, "Stabilizing Policy Optimization via Logits Convexity" (arXiv:2603.00963). PPO climbs a surrogate that
+is not convex in the logits. LCO asks where the KL-regularised step would end, and fits that by regression:
 
-    max_pi E_pi[A] - beta KL(pi || pi_old)   =>   pi*(a|s) = pi_old(a|s) exp(A(s,a) / beta) / Z(s)                (LCO-1)
-    in logits, up to a constant a state:          z*(s,a) = z_old(s,a) + A(s,a) / beta                            (LCO-2)
+    max_pi E_pi[A] - beta KL(pi || pi_old)   =>   pi*(a|s) = pi_old(a|s) exp(A(s,a) / beta) / Z(s)              (LCO-1)
+    in logits, up to a constant a state:          z*(s,a) = z_old(s,a) + A(s,a) / beta                          (LCO-2)
 
-    --loss kld   KL(pi* || pi)                    gradient in z: pi - pi*                                         (LCO-3)
-    --loss mse   (z(s,a) - z*(s,a))^2             on the entries whose advantage is known                         (LCO-4)
-    --loss lch   log cosh(z(s,a) - z*(s,a))       likewise                                                        (LCO-5)
+    --loss kld   KL(pi* || pi)                    gradient in z: pi - pi*                                       (LCO-3)
+    --loss mse   (z(s,a) - z*(s,a))^2             on the entries whose advantage is known                       (LCO-4)
+    --loss lch   log cosh(z(s,a) - z*(s,a))       likewise                                                      (LCO-5)
 
 The target is fixed by the rollout, so each loss is convex in z(s,.). The diff to ppo_baseline.py is the method:
 docs/diffs/ppo_baseline--lco.diff. Relatives: AWR, MPO, REBEL, A*-PO (2505.20686), QRPO (2507.08068), LAD (2602.20132),
@@ -42,7 +42,7 @@ from common import arg, require
 @dataclass
 class Args:
     # model and data
-    model: str = arg("builtin", "Hub name or folder (also one with a single GGUF file); builtin: the one that lies here")
+    model: str = arg("builtin", "Hub name, or a folder (also one with a single GGUF file); builtin: the one here")
     dataset: str = arg("", "Hub name or .jsonl/.json/.parquet file; empty: the built-in task")
     task: str = arg("auto", "auto (by columns), chains, words, gsm8k, math or prompts")
     test_dataset: str = arg("", "held-out rows; empty: the Hub's test split, else the last rows of --dataset")
@@ -59,11 +59,9 @@ class Args:
     missing_eos_penalty: float = arg(0.0, "subtracted from the reward of a completion that was cut")
     # method
     loss: str = arg("kld", "kld (LCO-3), mse (LCO-4) or lch (LCO-5)")
-    advantage: str = arg(
-        "group", "gae: critic; reward: return, whitened; group: return minus the mean of its prompt; dpo: log pi_dpo/pi_ref"
-    )
-    dpo_model: str = arg("", "for --advantage dpo: the aligned model")
-    dpo_ref: str = arg("", "for --advantage dpo: the model that it was aligned from")
+    advantage: str = arg("group", "gae, reward, group, or dpo: log pi_dpo - log pi_ref over the whole vocabulary")
+    dpo_model: str = arg("", "pi_dpo of --advantage dpo")
+    dpo_ref: str = arg("", "pi_ref of --advantage dpo: the model that pi_dpo was aligned from")
     beta: float = arg(1.0, "size of the step: pi* = pi_old exp(A / beta); tune it by lco/target_kl")
     negative_beta_scale: float = arg(1.0, "beta is multiplied by this where A < 0 (authors' code: 100)")
     target: str = arg("exp", "exp (LCO-1) or linear: pi_old (1 + (A - E[A]) / beta), clipped to the simplex")
@@ -83,8 +81,9 @@ class Args:
     epochs: int = arg(1, "passes over a rollout")
     minibatches: int = arg(2, "optimizer steps in a pass")
     micro_batch: int = arg(8, "sequences in one forward and backward of a rank; changes memory, never the result")
-    lr: float = arg(1e-6, "learning rate of the policy; decays linearly to 0")
-    critic_lr: float = arg(1e-5, "learning rate of the critic; decays likewise")
+    lr: float = arg(1e-6, "learning rate of the policy; falls linearly to 0")
+    critic_lr: float = arg(1e-5, "learning rate of the critic; falls likewise")
+    warmup_steps: int = arg(0, "first steps in which both rise linearly: Adam's very first updates are the largest")
     max_grad_norm: float = arg(1.0, "gradients are clipped to this norm")
     lora_rank: int = arg(0, "train adapters of this rank instead of all weights; 0: all weights")
     # run
@@ -104,7 +103,7 @@ class Args:
 
 # What the bare command changes: a small model takes large steps.
 BUILTIN = dict(
-    steps=40, prompts_per_step=32, max_prompt=24, max_new_tokens=32, micro_batch=128, lr=1e-4, critic_lr=1e-3
+    steps=40, prompts_per_step=32, max_prompt=24, max_new_tokens=24, micro_batch=64, eval_every=10, lr=1e-4, critic_lr=1e-3
 )
 PANELS = {
     "held-out accuracy": ["eval/pass@1", "eval/sampled", "eval/reward", "eval/reward_sampled"],
@@ -124,11 +123,11 @@ SHOW = ["reward/mean", "loss/policy", "policy/kl_old", "length/mean", "eval/pass
 
 
 def fill_advantages(advantages, ids, old_logits, fill: str):
-    """A(s,.) [N, V] from one sampled advantage a state [N]: 0 elsewhere, or the value there that makes E_pi_old[A] = 0."""
+    """A(s,.) [N, V] from one sampled advantage a state [N]; elsewhere 0, or the value that makes E_pi_old[A] = 0."""
     rest = torch.zeros_like(advantages)
     if fill == "balanced":
         p = old_logits.log_softmax(-1).gather(-1, ids[:, None])[:, 0].exp()
-        rest = -advantages * p / (1 - p).clamp_min(1e-6)  # at p = 1 no other token can carry it
+        rest = torch.where(1 - p > 1e-6, -advantages * p / (1 - p), 0.0)  # at p = 1 there are no others to carry it
     return rest[:, None].repeat(1, old_logits.shape[1]).scatter(-1, ids[:, None], advantages[:, None])
 
 
@@ -136,8 +135,8 @@ def target_logprobs(old_logits, advantages, beta, target: str):
     """log pi* [N, V] from A(s,.) [N, V]: LCO-1, or its first order in A / beta, which is unbiased in a noisy A."""
     if target == "exp":
         return (old_logits + advantages / beta).log_softmax(-1)
-    old = old_logits.softmax(-1)
-    weight = old * (1 + (advantages - (old * advantages).sum(-1, keepdim=True)) / beta).clamp_min(0)
+    old, step = old_logits.softmax(-1), advantages / beta
+    weight = old * (1 + step - (old * step).sum(-1, keepdim=True)).clamp_min(0)
     return (weight / weight.sum(-1, keepdim=True)).log()
 
 
@@ -178,8 +177,7 @@ def vocabulary_loss(logits, old_logits, advantages, args):
         losses = (old.exp() * (square_loss if args.loss == "mse" else log_cosh_loss)(gap)).sum(-1)
     with torch.no_grad():
         metrics = {
-            "loss/policy": losses.detach(),
-            "lco/target_kl": (old.exp() * (old - target_logp.clamp_min(-100))).sum(-1),  # a linear target may hold zeros
+            "lco/target_kl": (old.exp() * (old - target_logp.clamp_min(-100))).sum(-1),  # linear targets hold zeros
             "policy/kl_old": (old.exp() * (old - new)).sum(-1),
             "policy/ratio_gap": (new.exp() - old.exp()).abs().sum(-1),  # E_pi_old |pi / pi_old - 1|
             "policy/entropy": -(new.exp() * new).sum(-1),
@@ -193,22 +191,22 @@ def sampled_loss(logit, old_logit, advantages, args):
     gap = logit - (start + advantages / scaled_beta(advantages, args))
     losses = (square_loss if args.loss == "mse" else log_cosh_loss)(gap)
     return losses, {
-        "loss/policy": losses.detach(),
         "lco/gap": gap.detach().abs(),
         "policy/logit_gap": (logit - old_logit).detach().abs(),
     }
 
 
 def value_loss(values, old_values, returns, value_clip: float):
-    """Half the squared error of the critic, the larger of clipped and unclipped. All [N]. Returns sums."""
+    """PPO-3: half the squared error of the critic, the larger of clipped and unclipped. All [N]. Returns sums."""
     error = (values - returns).square()
     if value_clip:
-        error = torch.maximum(error, (old_values + (values - old_values).clamp(-value_clip, value_clip) - returns).square())
+        clipped = old_values + (values - old_values).clamp(-value_clip, value_clip)
+        error = torch.maximum(error, (clipped - returns).square())
     return 0.5 * error.sum(), {"loss/value": 0.5 * error.detach().sum()}
 
 
 def gae(rewards, values, mask, gamma: float, lam: float):
-    """Generalised advantage estimation (Schulman et al. 2016) on tokens. All [B, T]; returns advantages and returns.
+    """PPO-2: generalised advantage estimation (Schulman et al. 2016) on tokens. All [B, T]; returns advantages, returns.
 
     delta_t = r_t + gamma V(s_t+1) - V(s_t),  A_t = delta_t + gamma lam A_t+1; after the last token both are 0.
     """
@@ -224,7 +222,7 @@ def gae(rewards, values, mask, gamma: float, lam: float):
 
 
 def kl_estimate(logprobs, ref_logprobs, estimator: str):
-    """An estimate of KL(pi || ref) from one sampled token each (Schulman, joschu.net/blog/kl-approx.html). All [B, T]."""
+    """PPO-4: KL(pi || ref) from one sampled token each (Schulman, joschu.net/blog/kl-approx.html). All [B, T]."""
     log_ratio = logprobs - ref_logprobs
     if estimator == "k1":
         return log_ratio
@@ -258,15 +256,16 @@ def estimate_advantages(batch, args) -> None:
     batch["token_weight"] = mask.float()
     if args.token_mean == "signed":
         up = mask & (batch["advantages"] > 0)
-        n = common.all_sum({"up": up.sum(), "all": mask.sum()}, mask.device)
-        batch["token_weight"] = mask * torch.where(up, n["all"] / max(n["up"], 1), n["all"] / max(n["all"] - n["up"], 1))
+        n = common.all_sum({"up": up.sum(), "down": (mask & ~up).sum()}, mask.device)
+        total = n["up"] + n["down"]
+        batch["token_weight"] = mask * torch.where(up, total / max(n["up"], 1), total / max(n["down"], 1))
 
 
 # ---- models and batches to losses ------------------------------------------------------------------------------------
 
 
 def policy_logprobs(policy, batch, args):
-    """log-probabilities of the completion tokens and entropies, [B, T], 0 where masked. The same for pi, pi_old, ref."""
+    """log-probabilities of the completion tokens, and entropies: [B, T], 0 where masked. Alike for pi, pi_old, ref."""
     mask = batch["mask"]
     hidden = common.completion_hidden(policy, batch)[mask]  # [N, H]
     weight = common.head_weight(policy)
@@ -285,11 +284,12 @@ def score(models, batch, args) -> dict[str, torch.Tensor]:
 
     def one(micro):
         out = {"old_hidden": common.completion_hidden(models["policy"], micro)}
-        heads.setdefault("old", common.head_weight(models["policy"]).clone())
-        for name in ("dpo", "dpo_ref"):
-            if name in models:
-                out[f"{name}_hidden"] = common.completion_hidden(models[name], micro)
-                heads.setdefault(name, common.head_weight(models[name]).clone())
+        if "old" not in heads:
+            heads["old"] = common.head_weight(models["policy"]).clone()
+        for name in [n for n in ("dpo", "dpo_ref") if n in models]:
+            out[f"{name}_hidden"] = common.completion_hidden(models[name], micro)
+            if name not in heads:
+                heads[name] = common.head_weight(models[name]).clone()
         if args.kl_coef:
             out["old_logprobs"] = policy_logprobs(models["policy"], micro, args)[0]
         if "ref" in models:
@@ -307,7 +307,7 @@ def score(models, batch, args) -> dict[str, torch.Tensor]:
 
 def chosen_logits(hidden, weight, ids, args):
     """The logits of `ids` alone, [N]: no vocabulary is touched."""
-    return (hidden * weight[ids]).sum(-1).float() / args.temperature
+    return (hidden.float() * weight[ids].float()).sum(-1) / args.temperature
 
 
 def objective(models, heads, micro, args, train_policy: bool = True):
@@ -324,7 +324,8 @@ def objective(models, heads, micro, args, train_policy: bool = True):
             else:
                 dense = fill_advantages(advantages, ids, old_logits, args.fill)
             per_token, metrics = vocabulary_loss(logits, old_logits, dense, args)
-            return (per_token * token_weight).sum(), {k: v.sum() for k, v in metrics.items()}
+            loss = (per_token * token_weight).sum()
+            return loss, {k: v.sum() for k, v in metrics.items()} | {"loss/policy": loss.detach()}
 
         pairs = [(hidden, weight)] + [(micro[f"{name}_hidden"][mask], head) for name, head in heads.items()]
         columns = [ids, advantages, token_weight]
@@ -333,7 +334,8 @@ def objective(models, heads, micro, args, train_policy: bool = True):
         logit = chosen_logits(hidden, weight, ids, args)
         old_logit = chosen_logits(micro["old_hidden"][mask], heads["old"], ids, args)
         per_token, metrics = sampled_loss(logit, old_logit, advantages, args)
-        loss, metrics = (per_token * token_weight).sum(), {k: v.sum() for k, v in metrics.items()}
+        loss = (per_token * token_weight).sum()
+        metrics = {k: v.sum() for k, v in metrics.items()} | {"loss/policy": loss.detach()}
     loss = loss * train_policy
     if "critic" in models:
         values = common.completion_scalars(models["critic"], micro)[mask]
@@ -365,53 +367,9 @@ def update(models, heads, optimizer, batch, rows, args, train_policy: bool = Tru
     return sums | {"grad_norm": norm.item() * tokens}, tokens
 
 
-# ---- diagnostics -----------------------------------------------------------------------------------------------------
-
-
-# same in: ppo_baseline.py lco.py
-@torch.no_grad()
-def probe_logits(policy, micro, args, most: int = 256):
-    """Logits [N, V] of the first tokens of a micro-batch; `most` bounds N."""
-    hidden = common.completion_hidden(policy, micro)[micro["mask"]][:most]
-    return hidden @ common.head_weight(policy).T.to(hidden.dtype) / args.temperature
-
-
-# same in: ppo_baseline.py lco.py
-def diagnose(loss_of, logits, target_logits, states: int = 16, entries: int = 32) -> dict[str, float]:
-    """The shape of a loss after an update: at `logits` [N, V], with the optimum that the rollout asked for at target_logits.
-
-    loss_of(logits, i) -> the summed loss of the tokens in slice i, as a function of their logits alone.
-    Curvature is that of the `entries` likeliest tokens of the first `states` states: a principal minor of the Hessian,
-    so a negative eigenvalue here proves one of the whole.
-    """
-    n, logits, target_logits = len(logits), logits.float(), target_logits.float()
-    z = logits.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(loss_of(z, slice(0, n)), z)
-    moving = gradient.abs().amax(-1) > 0
-    cosine = torch.nn.functional.cosine_similarity(-gradient[moving], (target_logits - logits)[moving], dim=-1)
-    least = []
-    for i in range(min(states, n)):
-        top = logits[i].topk(min(entries, logits.shape[1]))
-
-        def part(x, i=i, top=top):
-            return loss_of(logits[i].scatter(-1, top.indices, x)[None], slice(i, i + 1))
-
-        least.append(torch.linalg.eigvalsh(torch.autograd.functional.hessian(part, top.values))[0].item())
-    sums = {"n": n, "moving": moving.sum(), "away": (cosine < -1e-4).sum(), "cosine": cosine.sum()}
-    sums |= {"states": len(least), "concave": sum(x < -1e-6 for x in least)}
-    sums = common.all_sum(sums, logits.device)
-    return {
-        "diagnose/zero_gradient": 1 - sums["moving"] / sums["n"],
-        "diagnose/away_from_target": sums["away"] / max(sums["moving"], 1),
-        "diagnose/cosine": sums["cosine"] / max(sums["moving"], 1),
-        "diagnose/not_convex": sums["concave"] / sums["states"],
-        "diagnose/least_eigenvalue": -common.all_max(-min(least), logits.device),
-    }
-
-
 def diagnose_update(policy, micro, old_logits, args) -> dict[str, float]:
     """--diagnose: is the loss flat, or uphill, on the way to pi*? By construction it should be neither."""
-    logits = probe_logits(policy, micro, args)
+    logits = common.probe_logits(policy, micro, args.temperature)
     n, mask = len(logits), micro["mask"]
     ids, advantages = (micro[k][mask][:n] for k in ("completion_ids", "advantages"))
     beta, chosen = scaled_beta(advantages, args), ids[:, None]
@@ -423,7 +381,7 @@ def diagnose_update(policy, micro, old_logits, args) -> dict[str, float]:
         z, old = (x.gather(-1, chosen[i])[:, 0] for x in (z, old_logits[i]))
         return sampled_loss(z, old, advantages[i], args)[0].sum()
 
-    return diagnose(loss_of, logits, old_logits.scatter_add(-1, chosen, (advantages / beta)[:, None]))
+    return common.diagnose(loss_of, logits, old_logits.scatter_add(-1, chosen, (advantages / beta)[:, None]))
 
 
 # ---- the run ---------------------------------------------------------------------------------------------------------
@@ -443,16 +401,20 @@ def validate(args) -> None:
     )
     common.at_least(0, lr=args.lr, critic_lr=args.critic_lr, kl_coef=args.kl_coef, value_clip=args.value_clip)
     common.at_least(0, gamma=args.gamma, lam=args.lam, vf_coef=args.vf_coef, critic_warmup=args.critic_warmup)
+    common.at_least(0, warmup_steps=args.warmup_steps, missing_eos_penalty=args.missing_eos_penalty)
     common.at_least(1e-6, temperature=args.temperature, max_grad_norm=args.max_grad_norm)
     common.at_least(1e-6, beta=args.beta, negative_beta_scale=args.negative_beta_scale)
     common.at_least(0, old_topk=args.old_topk)
     sampled = args.advantage != "dpo"
     for name, given in (("target linear", args.target == "linear"), ("old_topk", args.old_topk > 0)):
         require(not given or args.loss == "kld", f"--{name} describes a target distribution: it needs --loss kld")
-    require(args.fill == "zero" or (sampled and args.loss == "kld"), "--fill balanced needs --loss kld and a sampled advantage")
-    require(args.token_mean == "global" or sampled, "--token_mean signed needs one advantage a token, found --advantage dpo")
-    both = bool(args.dpo_model) and bool(args.dpo_ref)
-    require(sampled or both, "--advantage dpo needs --dpo_model and --dpo_ref")
+    fills = args.fill == "zero" or (sampled and args.loss == "kld")
+    require(fills, "--fill balanced needs --loss kld and one advantage a token (not --advantage dpo)")
+    lopsided = args.fill == "balanced" and args.negative_beta_scale != 1
+    require(not lopsided, "--fill balanced and --negative_beta_scale exclude each other: a balanced A has both signs")
+    signed = args.token_mean == "signed"
+    require(sampled or not signed, "--token_mean signed needs one advantage a token (not --advantage dpo)")
+    require(sampled or (args.dpo_model and args.dpo_ref), "--advantage dpo needs --dpo_model and --dpo_ref")
     common.at_least(1, steps=args.steps, epochs=args.epochs, max_prompt=args.max_prompt, eval_every=args.eval_every)
     common.at_least(1, max_new_tokens=args.max_new_tokens, save_every=args.save_every, test_rows=args.test_rows)
     one_sample = args.advantage == "group" and args.samples_per_prompt < 2
@@ -483,7 +445,9 @@ def token_rewards(scores, batch, finished, args):
     last = mask.sum(1) - 1
     for b, value in enumerate(scores):
         if isinstance(value, list):
-            rewards[b, : len(value)] = torch.tensor(value, device=mask.device)
+            n = int(last[b]) + 1
+            require(len(value) == n, f"reward(): {len(value)} rewards for a completion of {n} tokens (completion_ids)")
+            rewards[b, :n] = torch.tensor(value, device=mask.device)
         else:
             rewards[b, last[b]] = value
         rewards[b, last[b]] -= args.missing_eos_penalty * (not finished[b])
@@ -501,7 +465,8 @@ def prepare(args):
     tokenizer = common.load_tokenizer(args.model, args.trust_remote_code)
     for name in (args.dpo_model, args.dpo_ref) if args.advantage == "dpo" else ():
         common.same_tokenizer(args.model, tokenizer, name, common.load_tokenizer(name, args.trust_remote_code))
-    task = tasks.fit_prompts(task, lambda p: len(common.encode_prompt(tokenizer, p)), args.max_prompt, args.long_prompts)
+    length = lambda prompt: len(common.encode_prompt(tokenizer, prompt))  # noqa: E731
+    task = tasks.fit_prompts(task, length, args.max_prompt, args.long_prompts)
     common.say(f"{geometry}\n{task.note}")
     return task, tokenizer
 
@@ -515,7 +480,8 @@ def train(args, stop_after: int | None = None) -> None:
     models, optimizer = build(args, device)
     policy = models["policy"]
     start = run.resume(models, optimizer) if args.resume else 0
-    sampling = common.Sampling(policy, tokenizer, args.max_prompt, args.max_new_tokens, args.temperature, args.rollout_rows)
+    limits = args.max_prompt, args.max_new_tokens, args.temperature, args.rollout_rows
+    sampling = common.Sampling(policy, tokenizer, *limits)
     if start == 0:
         held_out, examples = sampling.evaluate(task, args.seed)
         run.samples(0, examples)
@@ -532,6 +498,7 @@ def train(args, stop_after: int | None = None) -> None:
         clock.lap("rollout")
 
         # ---- 2. reward each completion
+        rows = [row | {"completion_ids": ids} for row, ids in zip(rows, completion_ids)]  # for rewards token by token
         scores = task.reward([row["prompt"] for row in rows], completions, rows)
 
         # ---- 3. log-probabilities of pi_old and of the reference, values of the critic; then rewards on tokens
@@ -544,15 +511,17 @@ def train(args, stop_after: int | None = None) -> None:
         # ---- 5. update: a few passes over the rollout in minibatches
         if args.diagnose:
             probe = common.take(batch, list(range(min(args.micro_batch, len(rows)))))
-            old_logits = probe_logits(policy, probe, args)
+            old_logits = common.probe_logits(policy, probe, args.temperature)
         for group in optimizer.param_groups:
-            group["lr"] = getattr(args, group["name"]) * (1 - step / args.steps)
+            rise, fall = (step + 1) / (args.warmup_steps + 1), 1 - step / args.steps
+            group["lr"] = getattr(args, group["name"]) * min(1, rise) * fall
         sums, tokens = {}, 0
         for epoch in range(args.epochs):
             for mine in common.minibatch_rows(args.seed, step, epoch, len(rows) * common.world(), args.minibatches):
                 new, n = update(models, heads, optimizer, batch, mine, args, train_policy=step >= args.critic_warmup)
                 if tokens == 0:
-                    common.stop_unless_on_policy(new.get("policy/ratio_gap", new.get("policy/logit_gap")) / n, args.dtype)
+                    gap = new["policy/ratio_gap" if "policy/ratio_gap" in new else "policy/logit_gap"]
+                    common.stop_unless_on_policy(gap / n, args.dtype)
                 sums, tokens = {k: sums.get(k, 0.0) + v for k, v in new.items()}, tokens + n
         clock.lap("update")
 
@@ -563,8 +532,10 @@ def train(args, stop_after: int | None = None) -> None:
             metrics |= diagnose_update(policy, probe, old_logits, args)
         if metrics["reward/spread"] == 0:
             common.say("  no prompt of this step has two different rewards: there is no signal to learn from")
-        examples = [{"kind": "train", "prompt": rows[i]["prompt"], "completion": completions[i]} for i in range(4)]
-        run.samples(step + 1, [e | {"reward": float(batch["rewards"][i].sum())} for i, e in enumerate(examples)])
+        train_rows = zip(rows[:4], completions, batch["rewards"].sum(1).tolist())
+        run.samples(
+            step + 1, [{"kind": "train", "prompt": r["prompt"], "completion": c, "reward": x} for r, c, x in train_rows]
+        )
         last = step + 1 == args.steps
         if last or (step + 1) % args.eval_every == 0:
             held_out, examples = sampling.evaluate(task, args.seed)
@@ -632,7 +603,8 @@ def check(args) -> None:
     def at_start():
         sums, tokens = accumulate(models, heads, batch, everything, small)
         names = [k for k in sums if k.endswith(("ratio_gap", "logit_gap", "kl_old"))]
-        return all(abs(sums[k]) / tokens < tight for k in names), ", ".join(f"{k} {sums[k] / tokens:.1e}" for k in names)
+        gaps = {k: abs(sums[k]) / tokens for k in names}
+        return max(gaps.values()) < tight, ", ".join(f"{k} {v:.1e}" for k, v in gaps.items())
 
     def backward(size):
         accumulate(models, heads, batch, everything, replace(small, micro_batch=size))
@@ -641,22 +613,15 @@ def check(args) -> None:
     def logprobs(batch):
         return policy_logprobs(models["policy"], batch, args)[0]
 
-    sizes = dict(rows=args.prompts_per_step * args.samples_per_prompt // common.world(), micro=args.micro_batch)
-    sizes |= dict(tokens=args.max_prompt + args.max_new_tokens, completion=args.max_new_tokens)
     common.preflight(
-        [
-            ("tokenizer and vocabularies agree", lambda: common.check_vocabulary(models, tokenizer)),
-            ("dropout is off", lambda: common.check_dropout(models)),
-            ("EOS is inside the loss", lambda: common.check_end_of_sequence(batch, completion_ids, finished, ends)),
-            ("log-probs ignore padding and batch size", lambda: common.check_padding(logprobs, batch, tight)),
-            ("pi = pi_old and KL = 0 at the start", at_start),
-            ("gradient ignores micro-batches", lambda: common.check_micro_batches(backward, models, [8, 1, 3], tight)),
-            ("resuming changes nothing", lambda: common.check_resume(train, small)),
-            (
-                "peak memory",
-                lambda: common.estimate_memory(models, rows_at_once=args.rollout_rows, dtype=args.dtype, **sizes),
-            ),
-        ]
+        ("tokenizer and vocabularies agree", lambda: common.check_vocabulary(models, tokenizer)),
+        ("dropout is off", lambda: common.check_dropout(models)),
+        ("EOS is inside the loss", lambda: common.check_end_of_sequence(batch, completion_ids, finished, ends)),
+        ("log-probs ignore padding and batch size", lambda: common.check_padding(logprobs, batch, tight)),
+        ("ratio = 1 and KL = 0 at the start", at_start),
+        ("gradient ignores micro-batches", lambda: common.check_micro_batches(backward, models, [8, 1, 3], tight)),
+        ("resuming changes nothing", lambda: common.check_resume(train, small)),
+        ("peak memory", lambda: common.estimate_memory(models, args)),
     )
 
 

@@ -1,6 +1,6 @@
 """PPO for language models: the baseline that the other methods are held against.
 
-    L = sum_t max( -r_t A_t, -clip(r_t, 1 - eps, 1 + eps) A_t ),      r_t = pi(a_t|s_t) / pi_old(a_t|s_t)         (PPO-1)
+    L = sum_t max( -r_t A_t, -clip(r_t, 1 - eps, 1 + eps) A_t ),      r_t = pi(a_t|s_t) / pi_old(a_t|s_t)       (PPO-1)
 
 Schulman et al. 2017 (arXiv:1707.06347), on tokens as in Ziegler et al. 2019 and Stiennon et al. 2020: a state is the
 prompt and the completion so far, an action is a token. Also REINFORCE (--loss reinforce), and advantages without a
@@ -32,7 +32,7 @@ from common import arg, require
 @dataclass
 class Args:
     # model and data
-    model: str = arg("builtin", "Hub name or folder (also one with a single GGUF file); builtin: the one that lies here")
+    model: str = arg("builtin", "Hub name, or a folder (also one with a single GGUF file); builtin: the one here")
     dataset: str = arg("", "Hub name or .jsonl/.json/.parquet file; empty: the built-in task")
     task: str = arg("auto", "auto (by columns), chains, words, gsm8k, math or prompts")
     test_dataset: str = arg("", "held-out rows; empty: the Hub's test split, else the last rows of --dataset")
@@ -63,8 +63,9 @@ class Args:
     epochs: int = arg(1, "passes over a rollout")
     minibatches: int = arg(2, "optimizer steps in a pass")
     micro_batch: int = arg(8, "sequences in one forward and backward of a rank; changes memory, never the result")
-    lr: float = arg(1e-6, "learning rate of the policy; decays linearly to 0")
-    critic_lr: float = arg(1e-5, "learning rate of the critic; decays likewise")
+    lr: float = arg(1e-6, "learning rate of the policy; falls linearly to 0")
+    critic_lr: float = arg(1e-5, "learning rate of the critic; falls likewise")
+    warmup_steps: int = arg(0, "first steps in which both rise linearly: Adam's very first updates are the largest")
     max_grad_norm: float = arg(1.0, "gradients are clipped to this norm")
     lora_rank: int = arg(0, "train adapters of this rank instead of all weights; 0: all weights")
     # run
@@ -84,7 +85,7 @@ class Args:
 
 # What the bare command changes: a small model takes large steps.
 BUILTIN = dict(
-    steps=40, prompts_per_step=32, max_prompt=24, max_new_tokens=32, micro_batch=128, lr=1e-4, critic_lr=1e-3
+    steps=40, prompts_per_step=32, max_prompt=24, max_new_tokens=24, micro_batch=64, eval_every=10, lr=1e-4, critic_lr=1e-3
 )
 PANELS = {
     "held-out accuracy": ["eval/pass@1", "eval/sampled", "eval/reward", "eval/reward_sampled"],
@@ -121,15 +122,16 @@ def policy_loss(logprobs, old_logprobs, advantages, loss: str, clip: float):
 
 
 def value_loss(values, old_values, returns, value_clip: float):
-    """Half the squared error of the critic, the larger of clipped and unclipped. All [N]. Returns sums."""
+    """PPO-3: half the squared error of the critic, the larger of clipped and unclipped. All [N]. Returns sums."""
     error = (values - returns).square()
     if value_clip:
-        error = torch.maximum(error, (old_values + (values - old_values).clamp(-value_clip, value_clip) - returns).square())
+        clipped = old_values + (values - old_values).clamp(-value_clip, value_clip)
+        error = torch.maximum(error, (clipped - returns).square())
     return 0.5 * error.sum(), {"loss/value": 0.5 * error.detach().sum()}
 
 
 def gae(rewards, values, mask, gamma: float, lam: float):
-    """Generalised advantage estimation (Schulman et al. 2016) on tokens. All [B, T]; returns advantages and returns.
+    """PPO-2: generalised advantage estimation (Schulman et al. 2016) on tokens. All [B, T]; returns advantages, returns.
 
     delta_t = r_t + gamma V(s_t+1) - V(s_t),  A_t = delta_t + gamma lam A_t+1; after the last token both are 0.
     """
@@ -145,7 +147,7 @@ def gae(rewards, values, mask, gamma: float, lam: float):
 
 
 def kl_estimate(logprobs, ref_logprobs, estimator: str):
-    """An estimate of KL(pi || ref) from one sampled token each (Schulman, joschu.net/blog/kl-approx.html). All [B, T]."""
+    """PPO-4: KL(pi || ref) from one sampled token each (Schulman, joschu.net/blog/kl-approx.html). All [B, T]."""
     log_ratio = logprobs - ref_logprobs
     if estimator == "k1":
         return log_ratio
@@ -180,7 +182,7 @@ def estimate_advantages(batch, args) -> None:
 
 
 def policy_logprobs(policy, batch, args):
-    """log-probabilities of the completion tokens and entropies, [B, T], 0 where masked. The same for pi, pi_old, ref."""
+    """log-probabilities of the completion tokens, and entropies: [B, T], 0 where masked. Alike for pi, pi_old, ref."""
     mask = batch["mask"]
     hidden = common.completion_hidden(policy, batch)[mask]  # [N, H]
     weight = common.head_weight(policy)
@@ -245,53 +247,9 @@ def update(models, optimizer, batch, rows, args, train_policy: bool = True):
     return sums | {"grad_norm": norm.item() * tokens}, tokens
 
 
-# ---- diagnostics -----------------------------------------------------------------------------------------------------
-
-
-# same in: ppo_baseline.py lco.py
-@torch.no_grad()
-def probe_logits(policy, micro, args, most: int = 256):
-    """Logits [N, V] of the first tokens of a micro-batch; `most` bounds N."""
-    hidden = common.completion_hidden(policy, micro)[micro["mask"]][:most]
-    return hidden @ common.head_weight(policy).T.to(hidden.dtype) / args.temperature
-
-
-# same in: ppo_baseline.py lco.py
-def diagnose(loss_of, logits, target_logits, states: int = 16, entries: int = 32) -> dict[str, float]:
-    """The shape of a loss after an update: at `logits` [N, V], with the optimum that the rollout asked for at target_logits.
-
-    loss_of(logits, i) -> the summed loss of the tokens in slice i, as a function of their logits alone.
-    Curvature is that of the `entries` likeliest tokens of the first `states` states: a principal minor of the Hessian,
-    so a negative eigenvalue here proves one of the whole.
-    """
-    n, logits, target_logits = len(logits), logits.float(), target_logits.float()
-    z = logits.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(loss_of(z, slice(0, n)), z)
-    moving = gradient.abs().amax(-1) > 0
-    cosine = torch.nn.functional.cosine_similarity(-gradient[moving], (target_logits - logits)[moving], dim=-1)
-    least = []
-    for i in range(min(states, n)):
-        top = logits[i].topk(min(entries, logits.shape[1]))
-
-        def part(x, i=i, top=top):
-            return loss_of(logits[i].scatter(-1, top.indices, x)[None], slice(i, i + 1))
-
-        least.append(torch.linalg.eigvalsh(torch.autograd.functional.hessian(part, top.values))[0].item())
-    sums = {"n": n, "moving": moving.sum(), "away": (cosine < -1e-4).sum(), "cosine": cosine.sum()}
-    sums |= {"states": len(least), "concave": sum(x < -1e-6 for x in least)}
-    sums = common.all_sum(sums, logits.device)
-    return {
-        "diagnose/zero_gradient": 1 - sums["moving"] / sums["n"],
-        "diagnose/away_from_target": sums["away"] / max(sums["moving"], 1),
-        "diagnose/cosine": sums["cosine"] / max(sums["moving"], 1),
-        "diagnose/not_convex": sums["concave"] / sums["states"],
-        "diagnose/least_eigenvalue": -common.all_max(-min(least), logits.device),
-    }
-
-
 def diagnose_update(policy, micro, old_logits, args) -> dict[str, float]:
     """--diagnose: is the surrogate flat, or uphill, on the way to pi_old exp(A) (the optimum for a KL of weight 1)?"""
-    logits = probe_logits(policy, micro, args)
+    logits = common.probe_logits(policy, micro, args.temperature)
     n, mask = len(logits), micro["mask"]
     ids, old, advantages = (micro[k][mask][:n] for k in ("completion_ids", "old_logprobs", "advantages"))
 
@@ -300,7 +258,7 @@ def diagnose_update(policy, micro, old_logits, args) -> dict[str, float]:
         return policy_loss(logprobs, old[i], advantages[i], args.loss, args.clip)[0]
 
     target = old_logits.scatter_add(-1, ids[:, None], advantages[:, None].to(old_logits.dtype))
-    return diagnose(loss_of, logits, target)
+    return common.diagnose(loss_of, logits, target)
 
 
 # ---- the run ---------------------------------------------------------------------------------------------------------
@@ -317,6 +275,7 @@ def validate(args) -> None:
     )
     common.at_least(0, lr=args.lr, critic_lr=args.critic_lr, kl_coef=args.kl_coef, value_clip=args.value_clip)
     common.at_least(0, gamma=args.gamma, lam=args.lam, vf_coef=args.vf_coef, critic_warmup=args.critic_warmup)
+    common.at_least(0, warmup_steps=args.warmup_steps, missing_eos_penalty=args.missing_eos_penalty)
     common.at_least(1e-6, temperature=args.temperature, max_grad_norm=args.max_grad_norm, clip=args.clip)
     common.at_least(1, steps=args.steps, epochs=args.epochs, max_prompt=args.max_prompt, eval_every=args.eval_every)
     common.at_least(1, max_new_tokens=args.max_new_tokens, save_every=args.save_every, test_rows=args.test_rows)
@@ -345,7 +304,9 @@ def token_rewards(scores, batch, finished, args):
     last = mask.sum(1) - 1
     for b, value in enumerate(scores):
         if isinstance(value, list):
-            rewards[b, : len(value)] = torch.tensor(value, device=mask.device)
+            n = int(last[b]) + 1
+            require(len(value) == n, f"reward(): {len(value)} rewards for a completion of {n} tokens (completion_ids)")
+            rewards[b, :n] = torch.tensor(value, device=mask.device)
         else:
             rewards[b, last[b]] = value
         rewards[b, last[b]] -= args.missing_eos_penalty * (not finished[b])
@@ -361,7 +322,8 @@ def prepare(args):
     geometry = common.split_evenly(args.prompts_per_step, args.samples_per_prompt, args.minibatches, args.micro_batch)
     task = tasks.load_task(args.task, args.dataset, args.reward_file, args.seed, args.test_rows, args.test_dataset)
     tokenizer = common.load_tokenizer(args.model, args.trust_remote_code)
-    task = tasks.fit_prompts(task, lambda p: len(common.encode_prompt(tokenizer, p)), args.max_prompt, args.long_prompts)
+    length = lambda prompt: len(common.encode_prompt(tokenizer, prompt))  # noqa: E731
+    task = tasks.fit_prompts(task, length, args.max_prompt, args.long_prompts)
     common.say(f"{geometry}\n{task.note}")
     return task, tokenizer
 
@@ -375,7 +337,8 @@ def train(args, stop_after: int | None = None) -> None:
     models, optimizer = build(args, device)
     policy = models["policy"]
     start = run.resume(models, optimizer) if args.resume else 0
-    sampling = common.Sampling(policy, tokenizer, args.max_prompt, args.max_new_tokens, args.temperature, args.rollout_rows)
+    limits = args.max_prompt, args.max_new_tokens, args.temperature, args.rollout_rows
+    sampling = common.Sampling(policy, tokenizer, *limits)
     if start == 0:
         held_out, examples = sampling.evaluate(task, args.seed)
         run.samples(0, examples)
@@ -392,6 +355,7 @@ def train(args, stop_after: int | None = None) -> None:
         clock.lap("rollout")
 
         # ---- 2. reward each completion
+        rows = [row | {"completion_ids": ids} for row, ids in zip(rows, completion_ids)]  # for rewards token by token
         scores = task.reward([row["prompt"] for row in rows], completions, rows)
 
         # ---- 3. log-probabilities of pi_old and of the reference, values of the critic; then rewards on tokens
@@ -404,9 +368,10 @@ def train(args, stop_after: int | None = None) -> None:
         # ---- 5. update: a few passes over the rollout in minibatches
         if args.diagnose:
             probe = common.take(batch, list(range(min(args.micro_batch, len(rows)))))
-            old_logits = probe_logits(policy, probe, args)
+            old_logits = common.probe_logits(policy, probe, args.temperature)
         for group in optimizer.param_groups:
-            group["lr"] = getattr(args, group["name"]) * (1 - step / args.steps)
+            rise, fall = (step + 1) / (args.warmup_steps + 1), 1 - step / args.steps
+            group["lr"] = getattr(args, group["name"]) * min(1, rise) * fall
         sums, tokens = {}, 0
         for epoch in range(args.epochs):
             for mine in common.minibatch_rows(args.seed, step, epoch, len(rows) * common.world(), args.minibatches):
@@ -423,8 +388,10 @@ def train(args, stop_after: int | None = None) -> None:
             metrics |= diagnose_update(policy, probe, old_logits, args)
         if metrics["reward/spread"] == 0:
             common.say("  no prompt of this step has two different rewards: there is no signal to learn from")
-        examples = [{"kind": "train", "prompt": rows[i]["prompt"], "completion": completions[i]} for i in range(4)]
-        run.samples(step + 1, [e | {"reward": float(batch["rewards"][i].sum())} for i, e in enumerate(examples)])
+        train_rows = zip(rows[:4], completions, batch["rewards"].sum(1).tolist())
+        run.samples(
+            step + 1, [{"kind": "train", "prompt": r["prompt"], "completion": c, "reward": x} for r, c, x in train_rows]
+        )
         last = step + 1 == args.steps
         if last or (step + 1) % args.eval_every == 0:
             held_out, examples = sampling.evaluate(task, args.seed)
@@ -492,7 +459,8 @@ def check(args) -> None:
     def at_start():
         sums, tokens = accumulate(models, batch, everything, small)
         names = ("policy/ratio_gap", "policy/kl_old")
-        return all(abs(sums[k]) / tokens < tight for k in names), ", ".join(f"{k} {sums[k] / tokens:.1e}" for k in names)
+        gaps = {k: abs(sums[k]) / tokens for k in names}
+        return max(gaps.values()) < tight, ", ".join(f"{k} {v:.1e}" for k, v in gaps.items())
 
     def backward(size):
         accumulate(models, batch, everything, replace(small, micro_batch=size))
@@ -501,22 +469,15 @@ def check(args) -> None:
     def logprobs(batch):
         return policy_logprobs(models["policy"], batch, args)[0]
 
-    sizes = dict(rows=args.prompts_per_step * args.samples_per_prompt // common.world(), micro=args.micro_batch)
-    sizes |= dict(tokens=args.max_prompt + args.max_new_tokens, completion=args.max_new_tokens)
     common.preflight(
-        [
-            ("tokenizer and vocabularies agree", lambda: common.check_vocabulary(models, tokenizer)),
-            ("dropout is off", lambda: common.check_dropout(models)),
-            ("EOS is inside the loss", lambda: common.check_end_of_sequence(batch, completion_ids, finished, ends)),
-            ("log-probs ignore padding and batch size", lambda: common.check_padding(logprobs, batch, tight)),
-            ("ratio = 1 and KL = 0 at the start", at_start),
-            ("gradient ignores micro-batches", lambda: common.check_micro_batches(backward, models, [8, 1, 3], tight)),
-            ("resuming changes nothing", lambda: common.check_resume(train, small)),
-            (
-                "peak memory",
-                lambda: common.estimate_memory(models, rows_at_once=args.rollout_rows, dtype=args.dtype, **sizes),
-            ),
-        ]
+        ("tokenizer and vocabularies agree", lambda: common.check_vocabulary(models, tokenizer)),
+        ("dropout is off", lambda: common.check_dropout(models)),
+        ("EOS is inside the loss", lambda: common.check_end_of_sequence(batch, completion_ids, finished, ends)),
+        ("log-probs ignore padding and batch size", lambda: common.check_padding(logprobs, batch, tight)),
+        ("ratio = 1 and KL = 0 at the start", at_start),
+        ("gradient ignores micro-batches", lambda: common.check_micro_batches(backward, models, [8, 1, 3], tight)),
+        ("resuming changes nothing", lambda: common.check_resume(train, small)),
+        ("peak memory", lambda: common.estimate_memory(models, args)),
     )
 
 

@@ -1,0 +1,129 @@
+"""Peak memory and time of losses over the vocabulary: in chunks, as the scripts run them, against all logits at once.
+
+    python benchmarks/memory.py [--json memory.json]        # a few minutes, 10 GiB of memory
+
+Each case is a process of its own: forward and backward, once, in fp32. `lco-kld` is lco.objective() itself on a policy
+whose final hidden states and LM head [V, H] are its parameters; `logprobs` is common.token_logprobs(). The peak is the
+highest resident memory less that before the call, so it includes the gradients; s are CPU seconds, which other work on
+the machine still stretches. "once" is the same code with one chunk.
+Leaves with 1 when a chunked peak is more than a quarter of the dense one or a gradient differs by more than 1e-5.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+LOSSES, CHUNKS = ("lco-kld", "logprobs"), {"chunks": None, "once": 2**20}  # None: the scripts' own chunk size; in MiB
+
+
+def resident(field: str) -> int:
+    """VmRSS (now) or VmHWM (the highest so far), in bytes, from Linux."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
+
+
+def measure(loss: str, chunk_mib: int | None, tokens: int, vocabulary: int, width: int, out: Path) -> None:
+    """One case in this process; peak, seconds, value and gradients go to `out`."""
+    sys.path.insert(0, str(ROOT))
+    import common  # before torch: it sets how OpenMP threads wait
+    import lco
+
+    import torch
+
+    class FixedStates(torch.nn.Module):
+        def __init__(self, hidden, weight):
+            super().__init__()
+            self.hidden, self.weight = torch.nn.Parameter(hidden), torch.nn.Parameter(weight)
+
+        def final_hidden(self, input_ids, attention_mask, position_ids):
+            return self.hidden
+
+        def get_output_embeddings(self):
+            return self
+
+    torch.manual_seed(0)
+    B = 8
+    T = tokens // B
+    old_hidden, weight = torch.randn(B, T, width), torch.randn(vocabulary, width) * 2 / width**0.5
+    hidden = torch.cat([old_hidden + 0.1 * torch.randn(B, T, width), torch.zeros(B, 1, width)], 1)
+    policy = FixedStates(hidden, weight + 0.01 * torch.randn(vocabulary, width))
+    micro = common.make_batch([[0]] * B, torch.randint(vocabulary, (B, T)).tolist(), 0, "cpu")
+    micro |= {"old_hidden": old_hidden, "advantages": torch.randn(B, T), "token_weight": torch.ones(B, T)}
+    if chunk_mib:
+        name = "over_vocabulary" if loss == "lco-kld" else "token_logprobs"
+        setattr(common, name, partial(getattr(common, name), chunk_mib=chunk_mib))
+
+    before, start = resident("VmRSS"), time.process_time()
+    if loss == "lco-kld":
+        value, _ = lco.objective({"policy": policy}, {"old": weight}, micro, lco.Args())
+    else:
+        chosen = common.completion_hidden(policy, micro)[micro["mask"]]
+        logprobs, _ = common.token_logprobs(chosen, policy.weight, micro["completion_ids"][micro["mask"]])
+        value = -(logprobs * micro["advantages"][micro["mask"]]).sum()
+    (value / tokens).backward()
+    seconds, peak = time.process_time() - start, resident("VmHWM") - before
+    gradients = {"hidden": policy.hidden.grad, "W": policy.weight.grad}
+    torch.save({"peak": peak, "seconds": seconds, "loss": value.item() / tokens, "gradients": gradients}, out)
+
+
+def compare(tokens: int, vocabulary: int, width: int) -> list[dict]:
+    """One row a loss, each measured with and without chunks."""
+    import torch
+
+    rows = []
+    for loss in LOSSES:
+        with tempfile.TemporaryDirectory() as folder:
+            cases = {}
+            for name in CHUNKS:
+                out = Path(folder) / name
+                sizes = [f"--tokens={tokens}", f"--vocabulary={vocabulary}", f"--width={width}"]
+                command = [sys.executable, __file__, *sizes, "--case", loss, name, str(out)]
+                subprocess.run(command, check=True, env={"OMP_NUM_THREADS": "1"} | os.environ)
+                cases[name] = torch.load(out, weights_only=True)
+        row = {"loss": loss, "N": tokens, "V": vocabulary, "H": width}
+        for name, case in cases.items():
+            row |= {f"{name}_mib": round(case["peak"] / 2**20), f"{name}_s": round(case["seconds"], 1)}
+        for key in ("hidden", "W"):
+            a, b = (cases[name]["gradients"][key] for name in ("chunks", "once"))
+            row[f"error_{key}"] = ((a - b).norm() / b.norm()).item()
+        row["error_loss"] = abs(cases["chunks"]["loss"] / cases["once"]["loss"] - 1)
+        row["ratio"] = round(row["chunks_mib"] / row["once_mib"], 3)
+        rows.append(row)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=4096, help="N, a multiple of 8")
+    parser.add_argument("--vocabulary", type=int, default=49152, help="V")
+    parser.add_argument("--width", type=int, default=576, help="H")
+    parser.add_argument("--json", help="also write the rows to this file")
+    parser.add_argument("--case", nargs=3, metavar=("LOSS", "CHUNKS", "OUT"), help="measure one case in this process")
+    args = parser.parse_args()
+    if args.case:
+        loss, chunks, out = args.case
+        measure(loss, CHUNKS[chunks], args.tokens, args.vocabulary, args.width, Path(out))
+        return
+    rows = compare(args.tokens, args.vocabulary, args.width)
+    print(f"N={args.tokens} V={args.vocabulary} H={args.width} fp32; peak above the inputs, gradients included; CPU s")
+    print("| loss | chunks: MiB / s | once: MiB / s | ratio | gradient error in hidden, W | in the loss |")
+    print("|---|---|---|---|---|---|")
+    for r in rows:
+        peaks = f"{r['chunks_mib']} / {r['chunks_s']} | {r['once_mib']} / {r['once_s']} | {r['ratio']}"
+        print(f"| {r['loss']} | {peaks} | {r['error_hidden']:.1e}, {r['error_W']:.1e} | {r['error_loss']:.1e} |")
+    if args.json:
+        Path(args.json).write_text(json.dumps(rows, indent=2) + "\n")
+    bad = [r["loss"] for r in rows if r["ratio"] > 0.25 or max(r["error_hidden"], r["error_W"]) > 1e-5]
+    if bad:
+        sys.exit(f"more than a quarter of the memory, or another gradient: {', '.join(bad)}")
+
+
+if __name__ == "__main__":
+    main()
