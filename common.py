@@ -78,7 +78,9 @@ def world() -> int:
 
 def local_device(device: str) -> torch.device:
     """The device of this rank: `auto` takes CUDA where there is one; `cuda` becomes cuda:LOCAL_RANK."""
+    one_of(device=(device, ("auto", "cpu", "cuda")))
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    require(kind == "cpu" or torch.cuda.is_available(), "--device cuda: torch sees no CUDA device")
     if kind == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         return torch.device("cuda", torch.cuda.current_device())
@@ -92,7 +94,7 @@ def launch(main, device: str = "auto") -> None:
     the store and leaves at once; torchrun then closes the rest. SIGTERM and SIGINT ask for a save and a clean end.
     """
     global _store
-    backend = "cpu:gloo,cuda:nccl" if local_device(device).type == "cuda" else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if device != "cpu" and torch.cuda.is_available() else "gloo"
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group(backend, timeout=timedelta(minutes=30))
     else:
@@ -106,10 +108,11 @@ def launch(main, device: str = "auto") -> None:
 
     code = 0
     try:
+        local_device(device)
         record(main)()
         dist.barrier()
     except SystemExit as stop:
-        code = int(stop.code or 0)
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except BadInput as error:
         code = 2
         _store.set("failed", "bad input")
@@ -212,10 +215,17 @@ def parse_args(cls, builtin: dict, argv: list[str] | None = None):
     from transformers import HfArgumentParser
 
     parser = HfArgumentParser(cls, allow_abbrev=False)
-    (args,) = parser.parse_args_into_dataclasses(argv)
+
+    def parse():
+        args, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+        if unknown:
+            parser.error(f"unknown arguments: {' '.join(unknown)}")
+        return args
+
+    args = parse()
     if args.model == "builtin":
         parser.set_defaults(**builtin)
-        (args,) = parser.parse_args_into_dataclasses(argv)
+        args = parse()
     return args
 
 
@@ -346,6 +356,15 @@ def load_tokenizer(name: str, trust_remote_code: bool = False):
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def fits_context(name: str, tokens: int, trust_remote_code: bool = False) -> None:
+    """Raise when the model has fewer positions than `tokens`, those of the longest prompt and completion."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model_path(name), trust_remote_code=trust_remote_code)
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None) or tokens
+    require(tokens <= limit, f"--max_prompt + --max_new_tokens is {tokens}: {name} has {limit} positions")
 
 
 def same_tokenizer(name_a: str, a, name_b: str, b) -> None:
@@ -765,7 +784,8 @@ class Sampling:
             if task.correct:
                 grades = task.correct(texts, rows)
             else:
-                grades = task.reward([row["prompt"] for row in rows], texts, rows)
+                with_ids = [row | {"completion_ids": c} for row, c in zip(rows, ids)]
+                grades = task.reward([row["prompt"] for row in rows], texts, with_ids)
             grades = [float(sum(g)) if isinstance(g, list) else float(g) for g in grades]
             sums[name] = sum(grades)
             if task.answered and name == greedy:
@@ -855,7 +875,8 @@ class RunFolder:
         self.clock, self.first = time.time(), None
         self.tracker = None
         settings = asdict(args)
-        files = from_rank_0(sorted(p.name for p in self.path.iterdir()) if self.path.is_dir() else [])
+        files = [p.name for p in self.path.iterdir() if p.suffix != ".part"] if self.path.is_dir() else []
+        files = from_rank_0(files)
         require(not args.resume or args.out, "--resume needs --out, the folder of the run to go on with")
         if args.resume and "args.json" in files:
             before = from_rank_0(json.loads((self.path / "args.json").read_text())["args"] if rank() == 0 else None)
@@ -886,6 +907,7 @@ class RunFolder:
         """Load the newest checkpoint, if there is one; returns the step to go on with."""
         newest = latest_checkpoint(self.path)
         if newest is None:
+            self.cut(-1)
             return 0
         step, path = newest
         load_checkpoint(path, model, optimizer)
@@ -897,9 +919,9 @@ class RunFolder:
         """Forget what was logged after `step`: the checkpoint that the run goes on from was written there."""
         if rank() == 0:
             for name in ("metrics.jsonl", "samples.jsonl"):
-                lines = [line for line in (self.path / name).read_text().splitlines() if line.endswith("}")]
-                kept = [line for line in lines if json.loads(line)["step"] <= step]
-                write_whole(self.path / name, "".join(line + "\n" for line in kept))
+                lines = (self.path / name).read_text().splitlines(keepends=True)
+                whole = [line for line in lines if line.endswith("\n")]  # the last one may be torn
+                write_whole(self.path / name, "".join(line for line in whole if json.loads(line)["step"] <= step))
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """One line into metrics.jsonl and one on the screen. Values must be finite or None (not known)."""
@@ -1222,21 +1244,22 @@ def check_resume(train, args) -> tuple[bool, str]:
     return runs["whole"] == runs["parts"], f"{count} logged numbers bit-equal"
 
 
-def estimate_memory(models: dict, args) -> tuple[bool, str]:
-    """A rough peak per rank, in words: weights, gradients and Adam; the KV cache; activations of one micro-batch."""
-    rows = args.prompts_per_step * args.samples_per_prompt // world()
-    tokens, completion, micro = args.max_prompt + args.max_new_tokens, args.max_new_tokens, args.micro_batch
-    gib, width = 2**30, {"float32": 4, "bfloat16": 2}[args.dtype]
+def estimate_memory(
+    models: dict, *, rows: int, micro_batch: int, rollout_rows: int, max_prompt: int, max_new_tokens: int, dtype: str
+) -> tuple[bool, str]:
+    """A rough peak of a rank with `rows` completions a step, in words: weights and Adam, KV cache, activations."""
+    tokens = max_prompt + max_new_tokens
+    gib, width = 2**30, {"float32": 4, "bfloat16": 2}[dtype]
     config = next(iter(models.values())).config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     state = sum(p.numel() * (16 if p.requires_grad else 4) for m in models.values() for p in m.parameters()) / world()
     whole = max(sum(p.numel() for p in m.parameters()) for m in models.values()) * width * (world() > 1)
-    cache = 2 * config.num_hidden_layers * heads * head * width * min(rows, args.rollout_rows) * tokens
+    cache = 2 * config.num_hidden_layers * heads * head * width * min(rows, rollout_rows) * tokens
     layer = 12 * config.hidden_size + 3 * (getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
-    activations = config.num_hidden_layers * layer * width * micro * tokens
-    kept = rows * completion * config.hidden_size * width
-    logits = 8 * min(64 * 2**20, 4 * config.vocab_size * micro * completion)
+    activations = config.num_hidden_layers * layer * width * micro_batch * tokens
+    kept = rows * max_new_tokens * config.hidden_size * width
+    logits = 8 * min(64 * 2**20, 4 * config.vocab_size * micro_batch * max_new_tokens)
     peak = state + max(whole + cache, activations + logits + kept)
     return True, (
         f"about {peak / gib:.1f} GiB a rank: weights and Adam {state / gib:.1f}, KV cache {cache / gib:.1f}, "

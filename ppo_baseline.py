@@ -85,8 +85,9 @@ class Args:
 
 # What the bare command changes: a small model takes large steps.
 BUILTIN = dict(
-    steps=40, prompts_per_step=32, max_prompt=24, max_new_tokens=24, micro_batch=64, eval_every=10, lr=1e-4, critic_lr=1e-3
-)
+    steps=40, prompts_per_step=32, max_prompt=24, max_new_tokens=24, micro_batch=64, eval_every=10,
+    lr=2e-4, critic_lr=1e-3, warmup_steps=4,
+)  # fmt: skip
 PANELS = {
     "held-out accuracy": ["eval/pass@1", "eval/sampled", "eval/reward", "eval/reward_sampled"],
     "reward": ["reward/mean"],
@@ -121,6 +122,7 @@ def policy_loss(logprobs, old_logprobs, advantages, loss: str, clip: float):
     }
 
 
+# same in: ppo_baseline.py lco.py
 def value_loss(values, old_values, returns, value_clip: float):
     """PPO-3: half the squared error of the critic, the larger of clipped and unclipped. All [N]. Returns sums."""
     error = (values - returns).square()
@@ -130,8 +132,9 @@ def value_loss(values, old_values, returns, value_clip: float):
     return 0.5 * error.sum(), {"loss/value": 0.5 * error.detach().sum()}
 
 
+# same in: ppo_baseline.py lco.py
 def gae(rewards, values, mask, gamma: float, lam: float):
-    """PPO-2: generalised advantage estimation (Schulman et al. 2016) on tokens. All [B, T]; returns advantages, returns.
+    """PPO-2: generalised advantage estimation on tokens (Schulman et al. 2016). All [B, T]; advantages and returns.
 
     delta_t = r_t + gamma V(s_t+1) - V(s_t),  A_t = delta_t + gamma lam A_t+1; after the last token both are 0.
     """
@@ -146,6 +149,7 @@ def gae(rewards, values, mask, gamma: float, lam: float):
     return advantages, (advantages + values) * mask
 
 
+# same in: ppo_baseline.py lco.py
 def kl_estimate(logprobs, ref_logprobs, estimator: str):
     """PPO-4: KL(pi || ref) from one sampled token each (Schulman, joschu.net/blog/kl-approx.html). All [B, T]."""
     log_ratio = logprobs - ref_logprobs
@@ -156,6 +160,7 @@ def kl_estimate(logprobs, ref_logprobs, estimator: str):
     return (-log_ratio).exp() - 1 + log_ratio
 
 
+# same in: ppo_baseline.py lco.py
 def whiten(x, mask):
     """Mean 0 and variance 1 over the unmasked tokens of the global batch. [B, T]."""
     count, total, square = mask.sum(), (x * mask).double().sum(), (x * mask).double().square().sum()
@@ -181,6 +186,7 @@ def estimate_advantages(batch, args) -> None:
 # ---- models and batches to losses ------------------------------------------------------------------------------------
 
 
+# same in: ppo_baseline.py lco.py
 def policy_logprobs(policy, batch, args):
     """log-probabilities of the completion tokens, and entropies: [B, T], 0 where masked. Alike for pi, pi_old, ref."""
     mask = batch["mask"]
@@ -276,9 +282,11 @@ def validate(args) -> None:
     common.at_least(0, lr=args.lr, critic_lr=args.critic_lr, kl_coef=args.kl_coef, value_clip=args.value_clip)
     common.at_least(0, gamma=args.gamma, lam=args.lam, vf_coef=args.vf_coef, critic_warmup=args.critic_warmup)
     common.at_least(0, warmup_steps=args.warmup_steps, missing_eos_penalty=args.missing_eos_penalty)
+    common.at_least(0, lora_rank=args.lora_rank)
     common.at_least(1e-6, temperature=args.temperature, max_grad_norm=args.max_grad_norm, clip=args.clip)
     common.at_least(1, steps=args.steps, epochs=args.epochs, max_prompt=args.max_prompt, eval_every=args.eval_every)
     common.at_least(1, max_new_tokens=args.max_new_tokens, save_every=args.save_every, test_rows=args.test_rows)
+    common.at_least(1, rollout_rows=args.rollout_rows)
     one_sample = args.advantage == "group" and args.samples_per_prompt < 2
     require(not one_sample, "--advantage group compares samples of one prompt: --samples_per_prompt must be at least 2")
 
@@ -297,6 +305,7 @@ def build(args, device):
     return models, torch.optim.Adam(groups, lr=args.lr, eps=1e-5)
 
 
+# same in: ppo_baseline.py lco.py
 def token_rewards(scores, batch, finished, args):
     """[B, T]: the task's reward on the last token (or its own reward for each token), less the KL penalty per token."""
     mask = batch["mask"]
@@ -322,6 +331,7 @@ def prepare(args):
     geometry = common.split_evenly(args.prompts_per_step, args.samples_per_prompt, args.minibatches, args.micro_batch)
     task = tasks.load_task(args.task, args.dataset, args.reward_file, args.seed, args.test_rows, args.test_dataset)
     tokenizer = common.load_tokenizer(args.model, args.trust_remote_code)
+    common.fits_context(args.model, args.max_prompt + args.max_new_tokens, args.trust_remote_code)
     length = lambda prompt: len(common.encode_prompt(tokenizer, prompt))  # noqa: E731
     task = tasks.fit_prompts(task, length, args.max_prompt, args.long_prompts)
     common.say(f"{geometry}\n{task.note}")
@@ -407,6 +417,7 @@ def train(args, stop_after: int | None = None) -> None:
     common.export_model(run.path / "model", policy, tokenizer)
 
 
+# same in: ppo_baseline.py lco.py
 def rollout_metrics(batch, scores, finished, args) -> dict[str, float]:
     """Global means over completions, prompts and tokens of a rollout."""
     mask = batch["mask"]
@@ -469,6 +480,8 @@ def check(args) -> None:
     def logprobs(batch):
         return policy_logprobs(models["policy"], batch, args)[0]
 
+    sizes = ("micro_batch", "rollout_rows", "max_prompt", "max_new_tokens", "dtype")
+    share = args.prompts_per_step * args.samples_per_prompt // common.world()
     common.preflight(
         ("tokenizer and vocabularies agree", lambda: common.check_vocabulary(models, tokenizer)),
         ("dropout is off", lambda: common.check_dropout(models)),
@@ -477,7 +490,7 @@ def check(args) -> None:
         ("ratio = 1 and KL = 0 at the start", at_start),
         ("gradient ignores micro-batches", lambda: common.check_micro_batches(backward, models, [8, 1, 3], tight)),
         ("resuming changes nothing", lambda: common.check_resume(train, small)),
-        ("peak memory", lambda: common.estimate_memory(models, args)),
+        ("peak memory", lambda: common.estimate_memory(models, rows=share, **{k: getattr(args, k) for k in sizes})),
     )
 
 

@@ -42,7 +42,8 @@ def run(study: str, name: str, command: str, seed: int, threads: int) -> dict:
         )
         lines = out / "metrics.jsonl"
         metrics = [json.loads(text) for text in lines.read_text().splitlines()] if lines.exists() else []
-    held_out = [{k: v for k, v in m.items() if k == "step" or k.startswith("eval/")} for m in metrics if "eval/sampled" in m]
+    evaluated = [m for m in metrics if "eval/sampled" in m]
+    held_out = [{k: v for k, v in m.items() if k == "step" or k.startswith("eval/")} for m in evaluated]
     return {
         "study": study,
         "setting": name,
@@ -63,7 +64,7 @@ def table(rows: list[dict], settings: dict[str, str]) -> str:
     def spread(values: list[float]) -> str:
         return f"{statistics.median(values):.3f} [{min(values):.3f}, {max(values):.3f}]" if values else "–"
 
-    lines = ["| setting | seeds | greedy after | sampled after | entropy at the end | failed |", "|---|---|---|---|---|---|"]
+    lines = ["| setting | seeds | greedy after | sampled after | entropy at the end | failed |", "|---|" + 5 * "---|"]
     for name in settings:
         mine = [r for r in rows if r["setting"] == name]
         if mine:

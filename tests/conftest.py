@@ -1,0 +1,241 @@
+"""What the tests share: one process group, the real command lines, tiny models with random weights."""
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; child processes inherit both
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import importlib.util
+import json
+import logging
+import math
+import multiprocessing
+import runpy
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+import common  # before torch: it sets how OpenMP threads wait
+
+import torch
+import torch.distributed as dist
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# A run of a second or two. 16 rows of unequal length, and 5 held-out ones, which do not divide among 2 ranks.
+TINY = dict(
+    steps=3,
+    prompts_per_step=4,
+    samples_per_prompt=4,
+    minibatches=2,
+    micro_batch=2,
+    max_prompt=24,
+    max_new_tokens=12,
+    test_rows=5,
+    eval_every=2,
+    lr=1e-3,
+    critic_lr=1e-3,
+)
+
+# Gives nearly every completion of a random model another value: without a signal Adam amplifies rounding errors.
+REWARD = """
+def reward(prompts, completions, rows):
+    return [len(set(text)) - 0.3 * len(text) + 0.1 * text.count("1") for text in completions]
+"""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def process_group():
+    """A group of one process, as common.launch makes it."""
+    logging.getLogger("c10d-NullHandler-dcp_logger").propagate = False  # pages of it beside each failed test
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+
+# ---- command lines ---------------------------------------------------------------------------------------------------
+
+
+def flags(**settings) -> list[str]:
+    return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+
+
+def command(script, *args, ranks: int = 0) -> list[str]:
+    """The command line of a script at the root of the repository; ranks > 0: under torchrun."""
+    start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
+    return [sys.executable, *start, str(ROOT / script), *map(str, args)]
+
+
+def start(words: list[str], **env) -> subprocess.Popen:
+    """A process in a session of its own, with the repository on its path."""
+    env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"} | env
+    pipe = subprocess.PIPE
+    return subprocess.Popen(words, cwd=ROOT, env=env, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+
+
+def finish(process: subprocess.Popen, expect: int | None = 0, timeout: float = 120) -> subprocess.CompletedProcess:
+    """Wait for the end, and compare the exit code with `expect` (None: any but 0)."""
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # torchrun and its ranks
+        out, err = process.communicate()
+        raise AssertionError(f"not over after {timeout} s\n{out[-3000:]}\n{err[-3000:]}") from None
+    code = process.returncode
+    right = code != 0 if expect is None else code == expect
+    assert right, f"exit code {code}, expected {expect}\n{out[-3000:]}\n{err[-5000:]}"
+    return subprocess.CompletedProcess(process.args, code, out, err)
+
+
+def run_script(script, *args, ranks: int = 0, expect: int | None = 0, timeout: float = 120, **env):
+    """A script through its real command line; returns the completed process."""
+    return finish(start(command(script, *args, ranks=ranks), **env), expect, timeout)
+
+
+def wait_for(process: subprocess.Popen, text: str) -> None:
+    """Read the screen of a process until a line contains `text`."""
+    for line in process.stdout:
+        if text in line:
+            return
+    raise AssertionError(f"it ended without printing {text!r}\n{process.stderr.read()}")
+
+
+# The same command in a process forked from one that has imported everything: starts at once, where Python takes 10 s.
+_forks = multiprocessing.get_context("forkserver")
+_forks.set_forkserver_preload(
+    ["common", "lco", "ppo_baseline", "matplotlib.pyplot", "peft", "transformers.models.llama.modeling_llama"]
+)
+
+
+def _be(words: list[str], log: str) -> None:
+    screen = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(screen, 1)
+    os.dup2(screen, 2)
+    sys.argv = words
+    runpy.run_path(words[0], run_name="__main__")
+
+
+def fork_script(script, *args, log: Path):
+    """A script started as by its command line, in a forked process; its screen is appended to the file `log`."""
+    process = _forks.Process(target=_be, args=([str(ROOT / script), *map(str, args)], str(log)))
+    process.start()
+    return process
+
+
+# ---- what runs leave behind ------------------------------------------------------------------------------------------
+
+
+def read_metrics(folder, times: bool = False) -> list[dict]:
+    """The lines of metrics.jsonl, without what a clock measured."""
+    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if times or not k.startswith("time/")} for line in lines]
+
+
+def assert_same_metrics(a: list[dict], b: list[dict], relative: float = 1e-5, floor: float = 1e-6) -> None:
+    """Equal to a relative error; `floor` is for values that cancel to nearly nothing."""
+    assert [list(x) for x in a] == [list(x) for x in b]
+    for x, y in zip(a, b):
+        wrong = {
+            k: (x[k], y[k])
+            for k in x
+            if x[k] != y[k] and not math.isclose(x[k], y[k], rel_tol=relative, abs_tol=floor)
+        }
+        assert not wrong, f"step {x['step']}: {wrong}"
+
+
+def run_here(script, stop_after: int | None = None, **settings) -> Path:
+    """script.train in this process, without the plot, which takes longer than the run; returns the run folder."""
+    with mock.patch.object(common.RunFolder, "report"):
+        script.train(script.Args(**settings), stop_after)
+    return Path(settings["out"])
+
+
+@pytest.fixture
+def out(tmp_path) -> str:
+    return str(tmp_path / "run")
+
+
+@pytest.fixture(scope="session")
+def reward_file(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("reward") / "reward.py"
+    path.write_text(REWARD)
+    return str(path)
+
+
+# ---- tiny models -----------------------------------------------------------------------------------------------------
+
+
+def make_builtin():
+    """The module benchmarks/make_builtin.py."""
+    spec = importlib.util.spec_from_file_location("make_builtin", ROOT / "benchmarks" / "make_builtin.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def save_model(folder: Path, config, tokenizer, seed: int = 0) -> str:
+    """A model with random weights in a folder; embeddings large enough for rows that differ."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(5)  # a policy that has preferences
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def ids_of(tokenizer) -> dict:
+    names = ("pad_token_id", "bos_token_id", "eos_token_id")
+    return {name: getattr(tokenizer, name) for name in names} | {"vocab_size": len(tokenizer)}
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> str:
+    """A Llama of 2 layers with random weights and the tokenizer of the built-in model."""
+    from transformers import LlamaConfig
+
+    tokenizer = make_builtin().make_tokenizer()
+    shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    config = LlamaConfig(**shape, num_key_value_heads=2, max_position_embeddings=64, **ids_of(tokenizer))
+    return save_model(tmp_path_factory.mktemp("models") / "llama", config, tokenizer)
+
+
+@pytest.fixture(scope="session")
+def letter_tokenizer():
+    """A tokenizer of another vocabulary, without a chat template and without a padding token."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    symbols = ["<eos>", "<unk>", *"0123456789+= abcdefghijklmnopqrstuvwxyz?"]
+    tokenizer = Tokenizer(models.WordLevel({s: i for i, s in enumerate(symbols)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>")
+
+
+@pytest.fixture(scope="session")
+def gpt2_model(tmp_path_factory, letter_tokenizer) -> str:
+    """A GPT-2: absolute positions, Conv1D, tied embeddings, dropout in its config; another vocabulary."""
+    from transformers import GPT2Config
+
+    config = GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=64, **ids_of(letter_tokenizer))
+    return save_model(tmp_path_factory.mktemp("models") / "gpt2", config, letter_tokenizer)
+
+
+@pytest.fixture(scope="session")
+def qwen_model(tmp_path_factory, letter_tokenizer) -> str:
+    """A Qwen3: norms on queries and keys, heads of their own width, tied embeddings."""
+    from transformers import Qwen3Config
+
+    shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, head_dim=16)
+    shape |= dict(num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True)
+    return save_model(
+        tmp_path_factory.mktemp("models") / "qwen", Qwen3Config(**shape, **ids_of(letter_tokenizer)), letter_tokenizer
+    )
+

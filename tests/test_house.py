@@ -1,0 +1,216 @@
+"""The house is clean: rooms do not know each other, copies are equal, the family diffs and help sentences are current.
+
+    python tests/test_house.py --write        regenerate docs/diffs
+"""
+
+import ast
+import dataclasses
+import difflib
+import importlib
+import re
+import subprocess
+import sys
+import typing
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+NAMES = ("ppo_baseline", "lco", "qrm", "dckd", "adpa", "seft", "evaluate")
+SCRIPTS = [ROOT / f"{name}.py" for name in NAMES if (ROOT / f"{name}.py").exists()]
+FAMILIES = [("ppo_baseline", "lco"), ("ppo_baseline", "qrm"), ("dckd", "adpa")]
+DIFFS = {
+    ROOT / "docs" / "diffs" / f"{a}--{b}.diff": (ROOT / f"{a}.py", ROOT / f"{b}.py")
+    for a, b in FAMILIES
+    if (ROOT / f"{a}.py").exists() and (ROOT / f"{b}.py").exists()
+}
+PAPER_WORDS = re.compile(
+    "(advantage|beta|clip|teacher|student|reviser|critic|ppo|lco|dpo|qrm|dckd|adpa|seft|reinforce|grpo|gae|surrogate"
+    "|distil|distill|distillation)s?"
+)
+METHOD_ARGUMENTS = {"loss", "advantage"}  # the same name, with other choices in each script
+
+
+def make_diff(a: Path, b: Path) -> str:
+    lines = (path.read_text().splitlines(keepends=True) for path in (a, b))
+    return "".join(difflib.unified_diff(*lines, a.name, b.name))
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add((node.module or "").split(".")[0])
+    return found
+
+
+def functions(path: Path) -> dict[str, ast.FunctionDef]:
+    return {node.name: node for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)}
+
+
+def repository_files() -> list[Path]:
+    """What git tracks or would track."""
+    listed = ["git", "-C", ROOT, "ls-files", "--cached", "--others", "--exclude-standard"]
+    out = subprocess.run(listed, capture_output=True, text=True, check=True).stdout
+    return [ROOT / name for name in out.splitlines() if (ROOT / name).is_file()]
+
+
+def test_scripts_do_not_import_each_other():
+    """Scripts know common and tasks, tasks knows common, common knows nobody."""
+    own = {path.stem for path in ROOT.glob("*.py")}
+    for path in SCRIPTS:
+        assert imports(path) & own <= {"common", "tasks"}, path.name
+    assert imports(ROOT / "tasks.py") & own <= {"common"}
+    assert not imports(ROOT / "common.py") & own
+
+
+def test_rooms():
+    """No utils.py, no helpers.py, no second common file."""
+    assert {path.stem for path in ROOT.glob("*.py")} <= {"common", "tasks", *NAMES}
+
+
+def test_common_knows_no_method():
+    """No word of a paper in common.py, not even in a comment."""
+    text = (ROOT / "common.py").read_text().replace("clip_grad_norm_", "").replace("clip_grad", "")
+    found = []
+    for number, line in enumerate(text.splitlines(), 1):
+        words = re.findall(r"[a-z]+", re.sub(r"([a-z])([A-Z])", r"\1 \2", line).lower())
+        found += [f"common.py:{number}: {word}" for word in words if PAPER_WORDS.fullmatch(word)]
+    assert not found, found
+
+
+def test_common_takes_plain_values():
+    """Only what stores or checks all arguments of a run is given an `args` object."""
+    takers = {
+        node.name
+        for node in ast.walk(ast.parse((ROOT / "common.py").read_text()))
+        if isinstance(node, ast.FunctionDef) and "args" in [a.arg for a in node.args.args]
+    }
+    assert takers <= {"__init__", "check_resume"}
+
+
+def test_copies_are_equal():
+    """Functions marked `# same in: a.py b.py` are identical by AST, and are marked in each of those files."""
+    for path in SCRIPTS:
+        lines = path.read_text().splitlines()
+        for name, node in functions(path).items():
+            first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
+            tag = re.fullmatch(r"# same in: (.+)", lines[first - 2].strip())
+            if not tag:
+                continue
+            files = tag[1].split()
+            assert path.name in files, f"{path.name}: {name}"
+            for other in files:
+                assert (ROOT / other).exists(), f"{path.name}: {name} is marked as the same in {other}"
+                twin = functions(ROOT / other).get(name)
+                assert twin and ast.dump(twin) == ast.dump(node), f"{name} differs between {path.name} and {other}"
+                assert f"# same in: {tag[1]}" in (ROOT / other).read_text()
+
+
+def test_family_diffs_are_current():
+    """docs/diffs holds what tells a method from its trunk."""
+    for file, (a, b) in DIFFS.items():
+        current = file.exists() and file.read_text() == make_diff(a, b)
+        assert current, f"{file.relative_to(ROOT)} is out of date: run python tests/test_house.py --write"
+
+
+def test_every_argument_has_a_help_sentence():
+    for path in SCRIPTS:
+        for field in dataclasses.fields(importlib.import_module(path.stem).Args):
+            help = field.metadata.get("help", "")
+            assert help and not help.endswith("."), f"{path.name} --{field.name}: {help!r}"
+
+
+def test_one_vocabulary_of_arguments():
+    """An argument of the same name has the same type and the same sentence in every script."""
+    seen = {}
+    for path in SCRIPTS:
+        cls = importlib.import_module(path.stem).Args
+        types = typing.get_type_hints(cls)
+        for field in dataclasses.fields(cls):
+            if field.name in METHOD_ARGUMENTS:
+                continue
+            entry = (types[field.name], type(field.default), field.metadata["help"])
+            assert seen.setdefault(field.name, entry) == entry, f"{path.name} --{field.name}"
+
+
+def test_built_in_changes_name_arguments():
+    for path in SCRIPTS:
+        module = importlib.import_module(path.stem)
+        assert set(module.BUILTIN) <= {field.name for field in dataclasses.fields(module.Args)}, path.name
+
+
+def test_equation_tags_are_in_the_docs():
+    """Each tag like PPO-1 of a script is explained on its docs page."""
+    for path in SCRIPTS:
+        tags = set(re.findall(r"\b[A-Z]{3,4}-[0-9]+\b", path.read_text()))
+        page = ROOT / "docs" / f"{path.stem}.md"
+        assert not page.exists() or {t for t in tags if t not in page.read_text()} == set(), page.name
+
+
+def test_equation_tables():
+    """Each row `| TAG | equation | function |` of a docs page names functions of its script that carry the tag."""
+    for path in SCRIPTS:
+        source, rows = path.read_text(), []
+        for line in (ROOT / "docs" / f"{path.stem}.md").read_text().splitlines():
+            tags = re.findall(r"[A-Z]{3,4}-[0-9]+", line.split("|")[1]) if line.startswith("| ") else []
+            names = re.findall(r"`(\w+)`", line.rsplit("|", 2)[1]) if tags else []
+            rows += [(tags, names)] if tags else []
+        assert rows, path.name
+        for tags, names in rows:
+            known = {name: ast.get_source_segment(source, node) for name, node in functions(path).items()}
+            assert names and set(names) <= set(known), f"{path.name}: {names}"
+            for tag in tags:
+                assert any(tag in known[name] for name in names), f"{path.name}: {tag} is not in {names}"
+
+
+def test_nothing_is_shifted_in_a_script():
+    """Shift once, at the batch boundary: no [:, 1:] and no [:, :-1] in a script."""
+    for path in SCRIPTS:
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            assert not re.search(r"\[:, *1:|\[:, *:-1\]", line), f"{path.name}:{number}: {line.strip()}"
+
+
+def test_no_shortcuts_of_one_machine():
+    """No .cuda(), no sentinel repair, no path of the machine where a line was written."""
+    here = Path(__file__).resolve()
+    for path in repository_files():
+        if path == here or path.suffix not in (".py", ".md", ".toml", ".txt", ".diff", "") or path.name == "LICENSE":
+            continue
+        text = path.read_text()
+        if path.suffix == ".py":
+            assert ".cuda()" not in text and "nan_to_num" not in text, path.name
+        found = re.search(r"(?<![\w.])/(work|home|root|tmp|Users|mnt)/\w+", text)
+        assert not found, f"{path.relative_to(ROOT)}: {found[0]}"
+
+
+def test_main_loop_fits_a_screen():
+    """At most 80 lines, at most 4 levels deep."""
+
+    def depth(node) -> int:
+        blocks = (ast.For, ast.While, ast.If, ast.With, ast.Try)
+        return max((depth(child) for child in ast.iter_child_nodes(node)), default=0) + isinstance(node, blocks)
+
+    for path in SCRIPTS:
+        if "train" in functions(path):
+            loops = [node for node in functions(path)["train"].body if isinstance(node, ast.For)]
+            for loop in loops:
+                assert loop.end_lineno - loop.lineno < 80, f"{path.name}: {loop.end_lineno - loop.lineno + 1} lines"
+                assert depth(loop) <= 4, path.name
+
+
+def test_lines_are_short():
+    for path in ROOT.glob("*.py"):
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            assert len(line) <= 120, f"{path.name}:{number}"
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["--write"]:
+        sys.exit(__doc__)
+    for file, (a, b) in DIFFS.items():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(make_diff(a, b))
+        print(f"wrote {file.relative_to(ROOT)}")

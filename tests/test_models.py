@@ -1,0 +1,187 @@
+"""Models load as promised: GPT-2, Llama and Qwen3, both heads, adapters on all linear layers, no dropout, FSDP2."""
+
+import json
+import shutil
+
+import common
+import pytest
+from conftest import ids_of, save_model
+
+import torch
+from torch.distributed.fsdp import FSDPModule
+
+CPU = torch.device("cpu")
+FOLDERS = ("tiny_model", "gpt2_model", "qwen_model")
+
+
+@pytest.fixture(params=FOLDERS)
+def folder(request) -> str:
+    return request.getfixturevalue(request.param)
+
+
+def make_batch(pad_id: int = 0) -> dict:
+    """Four rows whose prompts and completions have unequal lengths."""
+    prompts = [[3, 4, 5], [6, 7, 8, 9, 10], [4], [9, 9]]
+    completions = [[5, 6, 7, 2], [8], [9, 10, 11], [4, 3]]
+    return common.make_batch(prompts, completions, pad_id, CPU)
+
+
+def logprobs(model, batch) -> torch.Tensor:
+    """[N], of the completion tokens."""
+    hidden = common.completion_hidden(model, batch)[batch["mask"]]
+    return common.token_logprobs(hidden, common.head_weight(model), batch["completion_ids"][batch["mask"]])[0]
+
+
+def changed(folder: str, path, **values) -> str:
+    """A copy of a model folder with other values in its config.json."""
+    shutil.copytree(folder, path)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | values))
+    return str(path)
+
+
+def test_lm_head(folder):
+    """Logits are hidden @ W.T, all weights are fp32 and train, and the same folder gives the same model."""
+    model = common.load_model(folder, device=CPU)
+    ids = torch.arange(3, 11)[None]
+    with torch.no_grad():
+        hidden = model.final_hidden(ids, torch.ones_like(ids), torch.arange(8)[None])
+        torch.testing.assert_close(hidden @ common.head_weight(model).T, model(ids).logits)
+    assert all(p.dtype == torch.float32 and p.requires_grad for p in model.parameters())
+    again = common.load_model(folder, device=CPU, trainable=False)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
+    assert not common.trainable_parameters(again)
+
+
+def test_scalar_head_starts_at_zero(folder):
+    """The same body, with a linear head to one number that is 0 everywhere at first, and learns."""
+    model = common.load_model(folder, head="scalar", device=CPU)
+    values = common.completion_scalars(model, make_batch())
+    assert values.shape == (4, 4) and values.dtype == torch.float32 and not values.any()
+    head = common.scalar_head(model)
+    assert head.weight.shape[0] == 1 and not head.weight.any()
+    values.sum().backward()
+    assert head.weight.grad.abs().sum() > 0
+    body = common.load_model(folder, device=CPU).base_model.state_dict()
+    assert all(torch.equal(body[k], v) for k, v in model.base_model.state_dict().items())
+
+
+@pytest.mark.parametrize("head", ["lm", "scalar"])
+def test_lora(folder, head):
+    """Adapters on every linear layer of the body, none on the LM head; they change nothing at first."""
+    model = common.load_model(folder, head=head, device=CPU, lora_rank=4)
+    adapted = {n.removesuffix(".lora_A") for n, _ in model.named_modules() if n.endswith(".lora_A")}
+    linear = {
+        n.removesuffix(".base_layer")
+        for n, m in model.base_model.named_modules(prefix=model.base_model_prefix)
+        if type(m).__name__ in ("Linear", "Conv1D") and ".lora_" not in n
+    }
+    assert adapted == linear and len(adapted) >= 8
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    heads = {n for n in trained if "lora_" not in n}
+    assert len(trained - heads) == 2 * len(adapted)
+    assert all(n.startswith(("score.", "classifier.")) for n in heads) and bool(heads) == (head == "scalar")
+    if head == "lm":
+        with torch.no_grad():
+            plain = logprobs(common.load_model(folder, device=CPU), make_batch())
+            torch.testing.assert_close(logprobs(model, make_batch()), plain)
+            with common.adapters_off(model):
+                torch.testing.assert_close(logprobs(model, make_batch()), plain)
+
+
+def test_new_weights_depend_on_the_seed_alone(tiny_model):
+    def adapters(seed):
+        model = common.load_model(tiny_model, device=CPU, lora_rank=4, seed=seed)
+        return torch.cat([p.detach().flatten() for p in common.trainable_parameters(model)])
+
+    torch.manual_seed(123)
+    assert torch.equal(adapters(0), adapters(0)) and not torch.equal(adapters(0), adapters(1))
+
+
+@pytest.mark.parametrize("head", ["lm", "scalar"])
+def test_dropout_is_off(head, gpt2_model, tiny_model, tmp_path):
+    """Whatever a config says, a forward in training mode is the same twice."""
+    for name in (gpt2_model, changed(tiny_model, tmp_path / "drops", attention_dropout=0.5, hidden_dropout=0.5)):
+        model = common.load_model(name, head=head, device=CPU, lora_rank=2)
+        assert model.training
+        assert common.check_dropout({"model": model})[0]
+        batch = make_batch()
+        assert torch.equal(common.completion_hidden(model, batch), common.completion_hidden(model, batch))
+
+
+def test_padding_and_batch_size_change_nothing(folder):
+    """Rotary or absolute positions: log-probabilities of a row do not depend on its neighbours or its padding."""
+    model = common.load_model(folder, device=CPU)
+
+    @torch.no_grad()
+    def per_token(batch):
+        mask = batch["mask"]
+        return torch.zeros(mask.shape).masked_scatter(mask, logprobs(model, batch))
+
+    ok, detail = common.check_padding(per_token, make_batch(), 1e-5)
+    assert ok, detail
+
+
+@pytest.mark.parametrize("key, value", [("final_logit_softcapping", 30.0), ("logit_scale", 0.0625)])
+def test_refused_logits(key, value, tiny_model, tmp_path):
+    """Logits that are not hidden @ W.T are refused by name."""
+    name = changed(tiny_model, tmp_path / "model", **{key: value})
+    with pytest.raises(common.BadInput, match=f"{key}={value} is not supported"):
+        common.load_model(name, device=CPU)
+
+
+def test_refused_head_bias(tmp_path, letter_tokenizer):
+    from transformers import PhiConfig
+
+    shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4)
+    name = save_model(tmp_path / "phi", PhiConfig(**shape, **ids_of(letter_tokenizer)), letter_tokenizer)
+    with pytest.raises(common.BadInput, match="an LM head with a bias is not supported"):
+        common.load_model(name, device=CPU)
+
+
+def test_refused_dtype(tiny_model):
+    with pytest.raises(common.BadInput, match="--dtype must be float32 or bfloat16, found float16"):
+        common.load_model(tiny_model, device=CPU, dtype="float16")
+
+
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_activation_checkpointing_gives_equal_gradients(folder, lora_rank):
+    gradients = []
+    for on in (False, True):
+        model = common.load_model(folder, device=CPU, activation_checkpointing=on, lora_rank=lora_rank)
+        assert getattr(model, "is_gradient_checkpointing", on) == on
+        logprobs(model, make_batch()).sum().backward()
+        gradients.append([p.grad for p in common.trainable_parameters(model)])
+    for plain, recomputed in zip(*gradients):
+        torch.testing.assert_close(plain, recomputed, rtol=1e-5, atol=1e-7)
+
+
+def test_bfloat16_keeps_fp32_masters(folder):
+    """FSDP2 on one process: computes in bfloat16, keeps fp32 weights and gradients, takes a step, still generates."""
+    model = common.load_model(folder, device=CPU, dtype="bfloat16")
+    assert isinstance(model, FSDPModule)
+    assert sum(isinstance(m, FSDPModule) for m in model.modules()) == 3  # two blocks and the rest
+    parameters = common.trainable_parameters(model)
+    assert all(p.dtype == torch.float32 for p in parameters)
+    batch = make_batch()
+    before = logprobs(model, batch)
+    (-before.sum()).backward()
+    assert all(p.grad.dtype == torch.float32 for p in parameters)
+    plain = common.load_model(folder, device=CPU)
+    torch.testing.assert_close(before, logprobs(plain, batch), rtol=0.05, atol=0.05)
+    optimizer = torch.optim.SGD(parameters, lr=1e-3)
+    assert torch.nn.utils.clip_grad_norm_(parameters, 1.0).full_tensor() > 0
+    optimizer.step()
+    settings = dict(max_new_tokens=4, stop_ids=[2], pad_id=0)
+    completions = common.generate(model, [[3, 4, 5], [6]], samples=2, noise=torch.rand(4, 4), **settings)
+    assert len(completions) == 4 and all(1 <= len(c) <= 4 for c in completions)
+    with torch.no_grad():
+        assert logprobs(model, batch).sum() > before.sum()
+
+
+def test_tokenizer_without_padding_token(gpt2_model):
+    """Padding gets the id of EOS, which is harmless because masks come from lengths."""
+    tokenizer = common.load_tokenizer(gpt2_model)
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id == 0
+    batch = common.make_batch([[3], [4, 5]], [[6, 0], [7, 8, 0]], tokenizer.pad_token_id, CPU)
+    assert batch["mask"].sum(1).tolist() == [2, 3] and batch["prompt_mask"].sum(1).tolist() == [1, 2]

@@ -1,0 +1,174 @@
+"""One process, two ranks and two nodes give the same numbers; one rank's failure or a signal ends all of them."""
+
+import json
+import math
+import signal
+import socket
+import sys
+import time
+
+import lco
+import ppo_baseline
+import pytest
+from conftest import (
+    ROOT,
+    TINY,
+    assert_same_metrics,
+    command,
+    finish,
+    flags,
+    read_metrics,
+    run_here,
+    run_script,
+    start,
+    wait_for,
+)
+
+SCRIPTS = {"lco": lco, "ppo_baseline": ppo_baseline}
+JOBS = {  # name: (script, what it changes)
+    "ppo": ("ppo_baseline", dict(advantage="gae", kl_coef=0.1)),
+    "kld": ("lco", dict(loss="kld", advantage="group")),
+    "mse": ("lco", dict(loss="mse", advantage="gae", beta=2.0)),
+    "lora": ("lco", dict(loss="kld", advantage="group", lora_rank=4, kl_coef=0.1)),
+}
+DRIVER = """
+import json, sys
+import common, lco, ppo_baseline
+
+def main():
+    for script, settings, stop_after in json.load(open(sys.argv[1])):
+        module = {"lco": lco, "ppo_baseline": ppo_baseline}[script]
+        module.train(module.Args(**settings), stop_after)
+
+common.launch(main, "cpu")
+"""
+
+
+@pytest.fixture(scope="module")
+def base(tiny_model, reward_file) -> dict:
+    return TINY | dict(model=tiny_model, reward_file=reward_file, lr=3e-4)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(base, tmp_path_factory):
+    """Run folders of all JOBS, of one in bfloat16 and of one that was stopped, from a single torchrun on two ranks."""
+    home = tmp_path_factory.mktemp("two_ranks")
+    jobs = [(script, base | changes | {"out": str(home / name)}, None) for name, (script, changes) in JOBS.items()]
+    jobs.append(("lco", base | {"out": str(home / "bfloat16"), "dtype": "bfloat16"}, None))
+    jobs.append(("ppo_baseline", base | {"out": str(home / "stopped"), "steps": 5}, 2))
+    (home / "driver.py").write_text(DRIVER)
+    (home / "jobs.json").write_text(json.dumps(jobs))
+    run_script(home / "driver.py", home / "jobs.json", ranks=2)
+    return home
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_two_ranks_are_one(name, base, two_ranks, out):
+    """1 process = 2 ranks, to a relative 1e-5 in every metric."""
+    script, changes = JOBS[name]
+    alone = read_metrics(run_here(SCRIPTS[script], **base | changes, out=out))
+    assert len(alone) == 4 and alone[1]["reward/spread"] > 0.5
+    assert_same_metrics(alone, read_metrics(two_ranks / name))
+
+
+def test_bfloat16_on_two_ranks(two_ranks):
+    """bfloat16 under FSDP2 runs, and every metric is finite."""
+    lines = read_metrics(two_ranks / "bfloat16")
+    assert len(lines) == 4
+    assert all(value is None or math.isfinite(value) for line in lines for value in line.values())
+
+
+def test_two_rank_checkpoint_resumes_on_one(base, two_ranks, out):
+    """A checkpoint of 2 ranks goes on on 1 rank as if it had never been 2."""
+    settings = base | {"steps": 5}
+    whole = read_metrics(run_here(ppo_baseline, **settings, out=out))
+    assert len(read_metrics(two_ranks / "stopped")) == 3
+    parts = read_metrics(run_here(ppo_baseline, **settings, out=str(two_ranks / "stopped"), resume=True))
+    assert_same_metrics(whole, parts)
+
+
+def test_two_nodes_are_one(base, two_ranks, tmp_path):
+    """Two torchrun agents that meet at an address give the metrics of one."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    node = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d"]
+    node += [f"--rdzv_endpoint=127.0.0.1:{port}", str(ROOT / "lco.py"), *flags(**base, out=tmp_path / "run")]
+    agents = [start([sys.executable, *node]) for _ in range(2)]
+    for agent in agents:
+        finish(agent)
+    assert_same_metrics(read_metrics(two_ranks / "kld"), read_metrics(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("other", ["waits in a collective", "sleeps"])
+def test_failure_of_one_rank_ends_all(other, base, tmp_path):
+    """A rank that raises ends the job in seconds, with its own message on the screen."""
+    path = tmp_path / "fails.py"
+    path.write_text(f"""
+import os, pathlib, time
+calls = 0
+def reward(prompts, completions, rows):
+    global calls
+    calls += 1
+    if calls == 2 and os.environ["RANK"] == "1":
+        pathlib.Path({str(tmp_path / "when")!r}).write_text(str(time.time()))
+        raise ValueError("the grader broke down")
+    if calls == 2 and {other == "sleeps"}:
+        time.sleep(120)
+    return [float(len(c)) for c in completions]
+""")
+    settings = base | {"reward_file": path, "out": tmp_path / "run"}
+    done = run_script("lco.py", *flags(**settings), ranks=2, expect=None, timeout=90)
+    assert time.time() - float((tmp_path / "when").read_text()) < 20
+    assert "rank 1 failed" in done.stderr and "ValueError: the grader broke down" in done.stderr
+
+
+def test_bad_input_of_all_ranks_is_one_sentence(base, out):
+    """What does not divide among the ranks is named, and the job ends with an error."""
+    done = run_script("lco.py", *flags(**base | {"prompts_per_step": 3}, out=out), ranks=2, expect=None)
+    assert "lco.py: error: --prompts_per_step 3 does not divide among 2 ranks" in done.stderr
+
+
+def test_normal_end_is_not_flaky(tmp_path):
+    """Twenty times, two ranks do one collective and leave: every process ends with code 0."""
+    path = tmp_path / "ends.py"
+    path.write_text("""
+import os, sys
+import common
+import torch, transformers
+
+def main():
+    sums = common.all_sum({"one": 1.0}, torch.device("cpu"))
+    assert sums == {"one": 2.0}
+
+codes = []
+for port in map(int, sys.argv[1:]):  # forked, because Python needs seconds to import torch
+    if (child := os.fork()) == 0:
+        os.environ |= {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "False"}
+        common.launch(main, "cpu")
+        sys.exit()  # the whole way out of the interpreter
+    codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+assert codes == [0] * 20, codes
+""")
+    sockets = [socket.socket() for _ in range(20)]
+    for s in sockets:
+        s.bind(("127.0.0.1", 0))
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    run_script(path, *ports, ranks=2)
+
+
+def test_sigterm_saves_on_all_ranks(base, tmp_path):
+    """SIGTERM to torchrun: all ranks finish the step, save, and leave a checkpoint that resumes."""
+    settings = base | {"steps": 200, "eval_every": 1000, "out": str(tmp_path / "run")}
+    process = start(command("lco.py", *flags(**settings), ranks=2))
+    wait_for(process, "step 2/200")
+    process.send_signal(signal.SIGTERM)
+    finish(process, expect=None, timeout=40)
+    (checkpoint,) = (tmp_path / "run" / "checkpoint").iterdir()
+    saved = int(checkpoint.name.removeprefix("step-"))
+    assert 2 <= saved < 200 and read_metrics(tmp_path / "run")[-1]["step"] == saved
+    assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+    run_here(lco, saved + 1, **settings, resume=True)
+    assert [m["step"] for m in read_metrics(tmp_path / "run")] == list(range(saved + 2))
