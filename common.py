@@ -100,9 +100,9 @@ def launch(main, device: str = "auto") -> None:
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     _store = dist.distributed_c10d._get_default_store()
-    import transformers
+    from transformers.utils import logging
 
-    transformers.utils.logging.disable_progress_bar()
+    logging.disable_progress_bar()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _on_signal)
 
@@ -343,15 +343,20 @@ def _convert_gguf(file: Path) -> Path:
     return target
 
 
+def _from_pretrained(cls, what: str, name: str, **options):
+    try:
+        return cls.from_pretrained(model_path(name), **options)
+    except (OSError, ValueError) as error:
+        if isinstance(error, BadInput):
+            raise
+        raise BadInput(f"--model {name}: no {what} could be loaded ({str(error).splitlines()[0]})") from error
+
+
 def load_tokenizer(name: str, trust_remote_code: bool = False):
     """The tokenizer of a model, with a padding token (whose identity never matters: masks come from lengths)."""
     from transformers import AutoTokenizer
 
-    path = model_path(name)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise BadInput(f"--model {name}: no tokenizer could be loaded ({str(error).splitlines()[0]})") from error
+    tokenizer = _from_pretrained(AutoTokenizer, "tokenizer", name, trust_remote_code=trust_remote_code)
     require(tokenizer.eos_token_id is not None, f"--model {name}: its tokenizer has no end-of-sequence token")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -362,7 +367,7 @@ def fits_context(name: str, tokens: int, trust_remote_code: bool = False) -> Non
     """Raise when the model has fewer positions than `tokens`, those of the longest prompt and completion."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(model_path(name), trust_remote_code=trust_remote_code)
+    config = _from_pretrained(AutoConfig, "configuration", name, trust_remote_code=trust_remote_code)
     limit = getattr(config.get_text_config(), "max_position_embeddings", None) or tokens
     require(tokens <= limit, f"--max_prompt + --max_new_tokens is {tokens}: {name} has {limit} positions")
 
@@ -398,11 +403,7 @@ def load_model(
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification
 
-    path = model_path(name)
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise BadInput(f"--model {name}: no model could be loaded ({str(error).splitlines()[0]})") from error
+    config = _from_pretrained(AutoConfig, "configuration", name, trust_remote_code=trust_remote_code)
     for key, value in vars(config).items():
         if isinstance(value, float) and ("dropout" in key or "pdrop" in key):
             setattr(config, key, 0.0)
@@ -413,17 +414,17 @@ def load_model(
         )
 
     torch.manual_seed(seed)  # new weights (adapters, heads) are the same on every rank
-    options = {"dtype": torch.float32, "trust_remote_code": trust_remote_code}
+    options = dict(config=config, dtype=torch.float32, trust_remote_code=trust_remote_code, use_safetensors=True)
     if head == "scalar":
         config.num_labels, config.classifier_dropout = 1, 0.0
         with quiet_transformers():  # it would warn that the head is new, which is what we want
-            model = AutoModelForTokenClassification.from_pretrained(path, config=config, **options)
+            model = _from_pretrained(AutoModelForTokenClassification, "model", name, **options)
         scalar = scalar_head(model)
         torch.nn.init.zeros_(scalar.weight)
         if scalar.bias is not None:
             torch.nn.init.zeros_(scalar.bias)
     else:
-        model = AutoModelForCausalLM.from_pretrained(path, config=config, **options)
+        model = _from_pretrained(AutoModelForCausalLM, "model", name, **options)
         has_bias = getattr(model.get_output_embeddings(), "bias", None) is not None
         require(not has_bias, f"--model {name}: an LM head with a bias is not supported (logits here are hidden @ W.T)")
     for module in model.modules():
@@ -434,10 +435,8 @@ def load_model(
     if trainable and lora_rank:
         from peft import LoraConfig
 
-        # The scalar head has its own name in this list of exceptions: peft only knows about LM heads.
-        targets = [
-            n for n, m in model.base_model.named_modules(prefix=model.base_model_prefix) if _is_linear(m)
-        ]
+        body = model.base_model.named_modules(prefix=model.base_model_prefix)  # without the LM head or scalar head
+        targets = [name for name, module in body if _is_linear(module)]
         model.add_adapter(LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, lora_dropout=0.0, target_modules=targets))
         if head == "scalar":
             scalar_head(model).requires_grad_(True)
@@ -607,11 +606,11 @@ def completion_hidden(model, batch: dict) -> torch.Tensor:
     return model.final_hidden(**_inputs(batch))[:, P - 1 : -1]
 
 
-def completion_scalars(model, batch: dict, after: bool = False) -> torch.Tensor:
-    """[B, T], fp32: the scalar head before completion token t was read (a state), or after it (a state and token)."""
+def completion_scalars(model, batch: dict) -> torch.Tensor:
+    """[B, T], fp32: the scalar head at the state before completion token t."""
     P = batch["prompt_ids"].shape[1]
     scalars = model(**_inputs(batch), use_cache=False).logits[..., 0].float()
-    return scalars[:, P:] if after else scalars[:, P - 1 : -1]
+    return scalars[:, P - 1 : -1]
 
 
 # ======================================================================================================================
@@ -1095,7 +1094,10 @@ def latest_checkpoint(folder: Path) -> tuple[int, Path] | None:
 
 
 def load_checkpoint(path: Path, model, optimizer) -> None:
-    """Model and optimizer as they were, on any number of ranks."""
+    """Model and optimizer as they were, on any number of ranks.
+
+    Tensors are read with weights_only, but torch keeps their index (.metadata) as a pickle: resume only what you trust.
+    """
     model_state, optimizer_state = get_state_dict(model, optimizer, options=_options())
     state = {"model": model_state, "optimizer": optimizer_state}
     with _quiet_dcp():

@@ -1,6 +1,6 @@
 """Runs a study: each of its settings with several seeds, through the scripts' real command lines.
 
-    python benchmarks/study.py lco                    # the table of docs/lco.md (about 40 minutes on 2 cores)
+    python benchmarks/study.py lco                    # the table of docs/lco.md (about half an hour on 2 cores)
     python benchmarks/study.py lco --only kld --seeds 2
 
 Every finished run is one JSON line in benchmarks/results/<study>.jsonl (its command, settings, seed, first and last
@@ -54,6 +54,10 @@ def run(study: str, name: str, command: str, seed: int, threads: int) -> dict:
         "seconds": round(time.time() - started, 1),
         "eval": held_out,
         "last": {k: v for k, v in (metrics or [{}])[-1].items() if not k.startswith("time/")},
+        "diagnose": {
+            key: round(statistics.mean(m[key] for m in metrics if key in m), 6)
+            for key in sorted({k for m in metrics for k in m if k.startswith("diagnose/")})
+        },
         "grad_norm_max": max((m["grad_norm"] for m in metrics if "grad_norm" in m), default=None),
     }
 
@@ -73,6 +77,18 @@ def table(rows: list[dict], settings: dict[str, str]) -> str:
             sampled = spread([r["last"]["eval/sampled"] for r in good])
             entropy = spread([r["last"]["policy/entropy"] for r in good if "policy/entropy" in r["last"]])
             lines.append(f"| {name} | {len(mine)} | {greedy} | {sampled} | {entropy} | {len(mine) - len(good)} |")
+    return "\n".join(lines) + "\n"
+
+
+def diagnose_table(rows: list[dict], settings: dict[str, str]) -> str:
+    """Markdown: what --diagnose logged, means over steps and seeds."""
+    keys = [f"diagnose/{k}" for k in ("zero_gradient", "away_from_target", "not_convex", "least_eigenvalue")]
+    lines = ["| setting | no gradient | away from the optimum | not convex | least eigenvalue |", "|---|---|---|---|---|"]
+    for name in settings:
+        mine = [r["diagnose"] for r in rows if r["setting"] == name]
+        if mine:
+            shares = " | ".join(f"{statistics.mean(m[k] for m in mine):.1%}" for k in keys[:3])
+            lines.append(f"| {name} | {shares} | {statistics.mean(m[keys[3]] for m in mine):.2g} |")
     return "\n".join(lines) + "\n"
 
 
@@ -109,6 +125,8 @@ def main() -> None:
                 flush=True,
             )
     text = table(rows, settings)
+    if args.study == "diagnose":
+        text += "\n" + diagnose_table(rows, settings)
     (RESULTS / f"{args.study}.md").write_text(text)
     print(text)
 
