@@ -68,7 +68,8 @@ def table(rows: list[dict], settings: dict[str, str]) -> str:
     def spread(values: list[float]) -> str:
         return f"{statistics.median(values):.3f} [{min(values):.3f}, {max(values):.3f}]" if values else "–"
 
-    lines = ["| setting | seeds | greedy after | sampled after | entropy at the end | failed |", "|---|" + 5 * "---|"]
+    header = ["setting", "seeds", "greedy after", "sampled after", "entropy at the end", "failed"]
+    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     for name in settings:
         mine = [r for r in rows if r["setting"] == name]
         if mine:
@@ -83,7 +84,8 @@ def table(rows: list[dict], settings: dict[str, str]) -> str:
 def diagnose_table(rows: list[dict], settings: dict[str, str]) -> str:
     """Markdown: what --diagnose logged, means over steps and seeds."""
     keys = [f"diagnose/{k}" for k in ("zero_gradient", "away_from_target", "not_convex", "least_eigenvalue")]
-    lines = ["| setting | no gradient | away from the optimum | not convex | least eigenvalue |", "|---|---|---|---|---|"]
+    header = ["setting", "no gradient", "away from the optimum", "not convex", "least eigenvalue"]
+    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     for name in settings:
         mine = [r["diagnose"] for r in rows if r["setting"] == name]
         if mine:
