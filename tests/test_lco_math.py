@@ -310,7 +310,8 @@ def test_old_topk():
     expected, exact = (lco.vocabulary_loss(z, o, advantages, Args())[0] for o in (cut, old))
     torch.testing.assert_close(losses, expected)
     assert ((losses - exact).abs() > 0.05).all()
-    torch.testing.assert_close(metrics["policy/kl_old"], kl(cut.log_softmax(-1), z.log_softmax(-1)))
+    # what is logged of the policy is exact all the same
+    torch.testing.assert_close(metrics["policy/kl_old"], kl(old.log_softmax(-1), z.log_softmax(-1)))
 
 
 def test_signed_token_mean():
