@@ -397,7 +397,8 @@ def load_model(
 ):
     """A model in fp32 master weights, dropout off, sharded with FSDP2 where that changes anything.
 
-    head: `lm` for a causal language model; `scalar` for the same body with a linear head to one number, started at 0.
+    head: `lm` for a causal language model; `scalar` for the same body with a linear head to one number, which starts
+    at 0 unless the folder has one (token classification with one label).
     dtype: of the computation (bfloat16 keeps the fp32 master weights and reduces gradients in fp32).
     lora_rank: > 0 trains low-rank adapters of that rank on all linear layers of the body (and the scalar head).
     """
@@ -416,13 +417,12 @@ def load_model(
     torch.manual_seed(seed)  # new weights (adapters, heads) are the same on every rank
     options = dict(config=config, dtype=torch.float32, trust_remote_code=trust_remote_code, use_safetensors=True)
     if head == "scalar":
+        new = not has_scalar_head(config)
         config.num_labels, config.classifier_dropout = 1, 0.0
         with quiet_transformers():  # it would warn that the head is new, which is what we want
             model = _from_pretrained(AutoModelForTokenClassification, "model", name, **options)
-        scalar = scalar_head(model)
-        torch.nn.init.zeros_(scalar.weight)
-        if scalar.bias is not None:
-            torch.nn.init.zeros_(scalar.bias)
+        for parameter in scalar_head(model).parameters() if new else ():
+            torch.nn.init.zeros_(parameter)
     else:
         model = _from_pretrained(AutoModelForCausalLM, "model", name, **options)
         has_bias = getattr(model.get_output_embeddings(), "bias", None) is not None
@@ -450,6 +450,11 @@ def _is_linear(module) -> bool:
     return isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D"  # GPT-2's name for the same
 
 
+def has_scalar_head(config) -> bool:
+    """Whether a checkpoint brings a linear head to one number (else it is a language model)."""
+    return any(name.endswith("ForTokenClassification") for name in config.architectures or [])
+
+
 def scalar_head(model) -> torch.nn.Linear:
     """The linear layer to one number of a model loaded with head='scalar'."""
     return model.score if hasattr(model, "score") else model.classifier
@@ -472,6 +477,8 @@ def _shard(model, dtype: str):
     for module in model.modules():
         if type(module).__name__ in blocks:
             fully_shard(module, mesh=mesh, mp_policy=policy)
+    if hasattr(model, "score") or hasattr(model, "classifier"):  # one number out of thousands: always fp32
+        fully_shard(scalar_head(model), mesh=mesh, mp_policy=MixedPrecisionPolicy(torch.float32, torch.float32))
     fully_shard(model, mesh=mesh, mp_policy=policy)  # embeddings, final norm and head stay together: tied weights live
     register_fsdp_forward_method(model, "final_hidden")
     return model
@@ -536,6 +543,32 @@ def encode_prompt(tokenizer, prompt: str | list[dict]) -> list[int]:
         return tokenizer("\n".join(m["content"] for m in prompt) + "\n")["input_ids"]
     ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)
     return ids["input_ids"]
+
+
+def encode_completion(tokenizer, text: str) -> list[int]:
+    """Ids of an answer as the policy would have sampled it: the text, then the end of the sequence."""
+    return tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+
+
+def encode_pairs(tokenizer, pairs: list[dict], max_prompt: int, max_new_tokens: int) -> tuple[list[dict], str]:
+    """Rows {prompt, chosen, rejected} with `prompt_ids`, `chosen_ids` and `rejected_ids` (lists of int) added.
+
+    Rows that are longer than a limit, or whose two answers are the same tokens, are left out; the note counts them.
+    """
+    rows, long, same = [], 0, 0
+    for pair in pairs:
+        ids = {"prompt_ids": encode_prompt(tokenizer, pair["prompt"])}
+        ids |= {f"{side}_ids": encode_completion(tokenizer, pair[side]) for side in ("chosen", "rejected")}
+        longest = max(len(ids["chosen_ids"]), len(ids["rejected_ids"]))
+        if len(ids["prompt_ids"]) > max_prompt or longest > max_new_tokens:
+            long += 1
+        elif ids["chosen_ids"] == ids["rejected_ids"]:
+            same += 1
+        else:
+            rows.append(pair | ids)
+    require(bool(rows), f"no pair is left: {long} of {len(pairs)} are too long, {same} have two equal answers")
+    note = f"{len(rows)} pairs" + (f"; {long} too long, left out" if long else "")
+    return rows, note + (f"; {same} with two equal answers, left out" if same else "")
 
 
 def decode(tokenizer, completion_ids: list[list[int]]) -> list[str]:
@@ -606,11 +639,11 @@ def completion_hidden(model, batch: dict) -> torch.Tensor:
     return model.final_hidden(**_inputs(batch))[:, P - 1 : -1]
 
 
-def completion_scalars(model, batch: dict) -> torch.Tensor:
-    """[B, T], fp32: the scalar head at the state before completion token t."""
+def completion_scalars(model, batch: dict, after: bool = False) -> torch.Tensor:
+    """[B, T], fp32: the scalar head at the state before completion token t; after: at the token itself."""
     P = batch["prompt_ids"].shape[1]
     scalars = model(**_inputs(batch), use_cache=False).logits[..., 0].float()
-    return scalars[:, P - 1 : -1]
+    return scalars[:, P:] if after else scalars[:, P - 1 : -1]
 
 
 # ======================================================================================================================

@@ -666,3 +666,15 @@ def pair_row(row: dict, where: str) -> dict:
             found = f"{len(prompt)} messages of prompt and then {' '.join(roles)}"
             raise BadInput(f"{where}: '{name}' has {found}; expected a prompt and one assistant message")
     return {**row, "prompt": prompt, "chosen": chosen[0]["content"], "rejected": rejected[0]["content"]}
+
+
+def split_pairs(pairs: list[dict], test_rows: int) -> tuple[list[dict], list[dict]]:
+    """(train, test): the last `test_rows` pairs are held out, and no training pair has the prompt of one of them."""
+    if test_rows >= len(pairs):
+        raise BadInput(f"--test_rows {test_rows}: there are {len(pairs)} pairs; expected some left to train on")
+    test = pairs[len(pairs) - test_rows :]
+    held_out = {json.dumps(pair["prompt"]) for pair in test}
+    train = [pair for pair in pairs[: len(pairs) - test_rows] if json.dumps(pair["prompt"]) not in held_out]
+    if not train:
+        raise BadInput("each prompt of a training pair is also that of a held-out pair; expected others")
+    return train, test
