@@ -162,6 +162,13 @@ def all_sum(values: dict, device: torch.device) -> dict[str, float]:
     return dict(zip(keys, total.tolist()))
 
 
+def gather(rows: list) -> list:
+    """The lists of all ranks as one, in the order of the ranks, on every rank."""
+    parts = [None] * world()
+    dist.all_gather_object(parts, rows)
+    return [row for part in parts for row in part]
+
+
 def all_max(value: float, device: torch.device) -> float:
     """The largest value over all ranks."""
     most = torch.tensor(float(value), dtype=torch.float64, device=device)
@@ -363,11 +370,15 @@ def load_tokenizer(name: str, trust_remote_code: bool = False):
     return tokenizer
 
 
-def fits_context(name: str, tokens: int, trust_remote_code: bool = False) -> None:
-    """Raise when the model has fewer positions than `tokens`, those of the longest prompt and completion."""
+def load_config(name: str, trust_remote_code: bool = False):
     from transformers import AutoConfig
 
-    config = _from_pretrained(AutoConfig, "configuration", name, trust_remote_code=trust_remote_code)
+    return _from_pretrained(AutoConfig, "configuration", name, trust_remote_code=trust_remote_code)
+
+
+def fits_context(name: str, tokens: int, trust_remote_code: bool = False) -> None:
+    """Raise when the model has fewer positions than `tokens`, those of the longest prompt and completion."""
+    config = load_config(name, trust_remote_code)
     limit = getattr(config.get_text_config(), "max_position_embeddings", None) or tokens
     require(tokens <= limit, f"--max_prompt + --max_new_tokens is {tokens}: {name} has {limit} positions")
 
@@ -398,13 +409,14 @@ def load_model(
     """A model in fp32 master weights, dropout off, sharded with FSDP2 where that changes anything.
 
     head: `lm` for a causal language model; `scalar` for the same body with a linear head to one number, which starts
-    at 0 unless the folder has one (token classification with one label).
+    at 0 unless the folder has one (token classification with one label); `saved`: whichever of both the folder has.
     dtype: of the computation (bfloat16 keeps the fp32 master weights and reduces gradients in fp32).
     lora_rank: > 0 trains low-rank adapters of that rank on all linear layers of the body (and the scalar head).
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification
+    from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
-    config = _from_pretrained(AutoConfig, "configuration", name, trust_remote_code=trust_remote_code)
+    config = load_config(name, trust_remote_code)
+    head = ("scalar" if has_scalar_head(config) else "lm") if head == "saved" else head
     for key, value in vars(config).items():
         if isinstance(value, float) and ("dropout" in key or "pdrop" in key):
             setattr(config, key, 0.0)
@@ -427,6 +439,7 @@ def load_model(
         model = _from_pretrained(AutoModelForCausalLM, "model", name, **options)
         has_bias = getattr(model.get_output_embeddings(), "bias", None) is not None
         require(not has_bias, f"--model {name}: an LM head with a bias is not supported (logits here are hidden @ W.T)")
+    model.config.architectures = [type(model).__name__]  # what it is now, not what its folder held
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -485,17 +498,17 @@ def _shard(model, dtype: str):
 
 
 @contextlib.contextmanager
-def gathered(model):
+def gathered(*models):
     """All parameters whole on every rank meanwhile, so that ranks may run different numbers of forwards."""
-    shards = [m for m in model.modules() if isinstance(m, FSDPModule)]
+    shards = [m for model in models for m in model.modules() if isinstance(m, FSDPModule)]
     for m in shards:
         m.set_reshard_after_forward(False, recurse=False)
         m.unshard()
     try:
-        yield model
+        yield
     finally:
         for m in shards:
-            m.set_reshard_after_forward(m is not model, recurse=False)
+            m.set_reshard_after_forward(m not in models, recurse=False)
             m.reshard()
 
 
@@ -550,19 +563,24 @@ def encode_completion(tokenizer, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
 
 
-def encode_pairs(tokenizer, pairs: list[dict], max_prompt: int, max_new_tokens: int) -> tuple[list[dict], str]:
+def encode_pairs(
+    tokenizer, pairs: list[dict], max_prompt: int, max_new_tokens: int, sides=("chosen", "rejected")
+) -> tuple[list[dict], str]:
     """Rows {prompt, chosen, rejected} with `prompt_ids`, `chosen_ids` and `rejected_ids` (lists of int) added.
+
+    sides: the columns that hold answers.
 
     Rows that are longer than a limit, or whose two answers are the same tokens, are left out; the note counts them.
     """
     rows, long, same = [], 0, 0
     for pair in pairs:
         ids = {"prompt_ids": encode_prompt(tokenizer, pair["prompt"])}
-        ids |= {f"{side}_ids": encode_completion(tokenizer, pair[side]) for side in ("chosen", "rejected")}
-        longest = max(len(ids["chosen_ids"]), len(ids["rejected_ids"]))
+        answers = [encode_completion(tokenizer, pair[side]) for side in sides]
+        ids |= {f"{side}_ids": answer for side, answer in zip(sides, answers)}
+        longest = max(map(len, answers))
         if len(ids["prompt_ids"]) > max_prompt or longest > max_new_tokens:
             long += 1
-        elif ids["chosen_ids"] == ids["rejected_ids"]:
+        elif answers[1:] == answers[:1]:
             same += 1
         else:
             rows.append(pair | ids)
@@ -986,6 +1004,55 @@ class RunFolder:
             _report(self.path, metrics, samples)
 
 
+def token_page(path: Path, title: str, answers: list[dict], note: str = "") -> None:
+    """One self-contained page of answers whose tokens are coloured by numbers, one colouring under the other.
+
+    answers: rows {prompt, kind, tokens: [str], scores: {name: [float]}}. Each colouring is standardised over the page:
+    blue is above its mean, red below, white at it. The number itself shows on hovering.
+    """
+    from html import escape
+
+    names = list(dict.fromkeys(name for answer in answers for name in answer["scores"]))
+    scale = {}
+    for name in names:
+        values = np.array([x for answer in answers for x in answer["scores"].get(name, [])])
+        scale[name] = values.mean(), values.std() + 1e-8
+
+    def span(token: str, value: float, name: str) -> str:
+        z = max(-2.0, min(2.0, (value - scale[name][0]) / scale[name][1])) / 2
+        colour = (255 - 150 * z, 255 - 75 * z, 255) if z > 0 else (255, 255 + 135 * z, 255 + 150 * z)
+        red, green, blue = map(round, colour)
+        text = escape(token).replace("\n", "↵\n")
+        return f'<span style="background:rgb({red},{green},{blue})" title="{name}: {value:.3f}">{text}</span>'
+
+    blocks = []
+    for answer in answers:
+        prompt = answer["prompt"]
+        prompt = prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
+        lines = "".join(
+            f"<tr><th>{escape(name)}</th><td>"
+            + "".join(span(t, x, name) for t, x in zip(answer["tokens"], answer["scores"][name]))
+            + "</td></tr>"
+            for name in names
+            if name in answer["scores"]
+        )
+        kind = escape(answer["kind"])
+        blocks.append(f'<h3 class="{kind}">{escape(prompt)} <small>{kind}</small></h3><table>{lines}</table>')
+    write_whole(
+        path,
+        f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title><style>
+body {{ font: 15px/1.45 system-ui, sans-serif; max-width: 1000px; margin: 2em auto; padding: 0 1em; color: #222 }}
+h3 {{ font: 600 15px monospace; margin: 1.4em 0 .2em; white-space: pre-wrap }} small {{ color: #888 }}
+table {{ border-collapse: collapse }} th {{ font-weight: 400; text-align: right; color: #666; font-size: 13px;
+padding: .1em .8em .1em 0; vertical-align: top; white-space: nowrap }}
+td {{ font: 16px/1.5 monospace; white-space: pre-wrap }} td span {{ padding: .12em .08em; border: 1px solid #eee }}
+</style><h1>{escape(title)}</h1><p>Each line is the same answer, its tokens coloured by one kind of score:
+<span style="background:rgb(105,180,255)">above</span> or <span style="background:rgb(255,120,105)">below</span> the
+mean of that line over this page. Hover for the number. {escape(note)}</p>
+{"".join(blocks)}</html>""",
+    )
+
+
 class Clock:
     """Seconds of the parts of a step: clock.lap("rollout") ends a part; `laps` has time/rollout ... and time/step."""
 
@@ -1056,8 +1123,8 @@ def _report(folder: Path, metrics: list[dict], samples: list[dict]) -> None:
 
     about = json.loads((folder / "args.json").read_text())
     image = base64.b64encode((folder / "plot.png").read_bytes()).decode()
-    first = next((m for m in metrics if "eval/pass@1" in m or "eval/reward" in m), {})
-    last = next((m for m in reversed(metrics) if "eval/pass@1" in m or "eval/reward" in m), {})
+    evaluated = [m for m in metrics if any(k.startswith("eval/") for k in m)] or [{}]
+    first, last = evaluated[0], evaluated[-1]
     evals = [[k, f"{first[k]:.4f}", f"{last.get(k, float('nan')):.4f}"] for k in first if k.startswith("eval/")]
     steps = sorted({s["step"] for s in samples})
     chosen = [s for s in samples if s["step"] in (steps[0], steps[len(steps) // 2], steps[-1])] if steps else []

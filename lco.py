@@ -17,7 +17,8 @@ TPO (2604.06159, which fits a target over sampled completions; LCO fits one over
 What differs from the paper (its abstract and introduction; formulas have tags of our own), each for a reason
     1. Old logits are exact: rebuilt from the rollout's hidden states and a copy of the LM head, never a top-k.
     2. --target linear and --negative_beta_scale: one sampled advantage a state biases exp(A / beta); docs/lco.md.
-    3. The departures of the authors' released code are switches (--moving_target, --old_topk, --token_mean), all off.
+    3. The departures of the authors' released code are switches: --moving_target, --old_topk and --token_mean are off,
+       --negative_beta_scale is on for real models, where it did best.
 
 Run
     python lco.py                                                                        # this laptop, offline
@@ -58,12 +59,14 @@ class Args:
     temperature: float = arg(1.0, "of sampling, and of every log-probability that is taken")
     missing_eos_penalty: float = arg(0.0, "subtracted from the reward of a completion that was cut")
     # method
-    loss: str = arg("kld", "kld (LCO-3), mse (LCO-4) or lch (LCO-5)")
-    advantage: str = arg("group", "gae, reward, group, or dpo: log pi_dpo - log pi_ref over the whole vocabulary")
+    loss: str = arg("kld", "kld (LCO-3), mse (LCO-4) or lch (LCO-5); which one, and for which model: docs/lco.md")
+    advantage: str = arg("group", "gae, reward, group; dpo: log pi_dpo - log pi_ref; qrm: Z of a Q-RM, standardised; "
+                         "dpo and qrm with an LM head are known for the whole vocabulary")  # fmt: skip
     dpo_model: str = arg("", "pi_dpo of --advantage dpo")
     dpo_ref: str = arg("", "pi_ref of --advantage dpo: the model that pi_dpo was aligned from")
+    qrm_model: str = arg("", "of --advantage qrm: a model that qrm.py --stage reward made")
     beta: float = arg(1.0, "size of the step: pi* = pi_old exp(A / beta); tune it by lco/target_kl")
-    negative_beta_scale: float = arg(1.0, "beta is multiplied by this where A < 0 (authors' code: 100)")
+    negative_beta_scale: float = arg(100.0, "of beta where a sampled A < 0 (authors' code: 100; LCO-1: 1)")
     target: str = arg("exp", "exp (LCO-1) or linear: pi_old (1 + (A - E[A]) / beta), clipped to the simplex")
     fill: str = arg("zero", "the advantage of unsampled tokens: zero, or balanced: the value that makes E[A] = 0")
     moving_target: bool = arg(False, "authors' code: the target starts from the current logits, not the rollout's")
@@ -104,7 +107,7 @@ class Args:
 # What the bare command changes: a small model takes large steps.
 BUILTIN = dict(
     steps=40, prompts_per_step=32, max_prompt=24, max_new_tokens=24, micro_batch=64, eval_every=10,
-    lr=2e-4, critic_lr=1e-3, warmup_steps=4,
+    lr=2e-4, critic_lr=1e-3, warmup_steps=4, loss="lch", negative_beta_scale=1.0,
 )  # fmt: skip
 PANELS = {
     "held-out accuracy": ["eval/pass@1", "eval/sampled", "eval/reward", "eval/reward_sampled"],
@@ -197,7 +200,7 @@ def sampled_loss(logit, old_logit, advantages, args):
     }
 
 
-# same in: ppo_baseline.py lco.py
+# same in: ppo_baseline.py lco.py qrm.py
 def value_loss(values, old_values, returns, value_clip: float):
     """PPO-3: half the squared error of the critic, the larger of clipped and unclipped. All [N]. Returns sums."""
     error = (values - returns).square()
@@ -207,7 +210,7 @@ def value_loss(values, old_values, returns, value_clip: float):
     return 0.5 * error.sum(), {"loss/value": 0.5 * error.detach().sum()}
 
 
-# same in: ppo_baseline.py lco.py
+# same in: ppo_baseline.py lco.py qrm.py
 def gae(rewards, values, mask, gamma: float, lam: float):
     """PPO-2: generalised advantage estimation on tokens (Schulman et al. 2016). All [B, T]; advantages and returns.
 
@@ -235,7 +238,7 @@ def kl_estimate(logprobs, ref_logprobs, estimator: str):
     return (-log_ratio).exp() - 1 + log_ratio
 
 
-# same in: ppo_baseline.py lco.py
+# same in: ppo_baseline.py lco.py qrm.py
 def whiten(x, mask):
     """Mean 0 and variance 1 over the unmasked tokens of the global batch. [B, T]."""
     count, total, square = mask.sum(), (x * mask).double().sum(), (x * mask).double().square().sum()
@@ -243,6 +246,13 @@ def whiten(x, mask):
     mean = sums["x"] / sums["n"]
     variance = max(sums["xx"] / sums["n"] - mean**2, 0.0)
     return (x - mean) / (variance + 1e-8) ** 0.5 * mask
+
+
+def score_scale(scores, mask):
+    """1 / standard deviation of the scores over the tokens of the global batch: what `whiten` multiplied by."""
+    count, total, square = mask.sum(), (scores * mask).double().sum(), (scores * mask).double().square().sum()
+    sums = common.all_sum({"n": count, "x": total, "xx": square}, scores.device)
+    return (max(sums["xx"] / sums["n"] - (sums["x"] / sums["n"]) ** 2, 0.0) + 1e-8) ** -0.5
 
 
 def estimate_advantages(batch, args) -> None:
@@ -255,6 +265,9 @@ def estimate_advantages(batch, args) -> None:
         batch["advantages"] = whiten(rewards.sum(1, keepdim=True) * mask, mask)
     elif args.advantage == "dpo":  # dense, and so rebuilt inside the loss
         batch["advantages"] = torch.zeros_like(rewards)
+    elif args.advantage == "qrm":
+        batch["advantages"] = whiten(batch["scores"], mask)
+        batch["score_scale"] = score_scale(batch["scores"], mask) * mask
     else:  # group: the leave-none-out mean, not divided by the standard deviation (which would favour lucky prompts)
         groups = rewards.sum(1).view(-1, args.samples_per_prompt)
         batch["advantages"] = (groups - groups.mean(1, keepdim=True)).view(-1, 1) * mask
@@ -269,7 +282,7 @@ def estimate_advantages(batch, args) -> None:
 # ---- models and batches to losses ------------------------------------------------------------------------------------
 
 
-# same in: ppo_baseline.py lco.py
+# same in: ppo_baseline.py lco.py qrm.py
 def policy_logprobs(policy, batch, args):
     """log-probabilities of the completion tokens, and entropies: [B, T], 0 where masked. Alike for pi, pi_old, ref."""
     mask = batch["mask"]
@@ -292,10 +305,15 @@ def score(models, batch, args) -> dict[str, torch.Tensor]:
         out = {"old_hidden": common.completion_hidden(models["policy"], micro)}
         if "old" not in heads:
             heads["old"] = common.head_weight(models["policy"]).clone()
-        for name in [n for n in ("dpo", "dpo_ref") if n in models]:
+        for name in [n for n in ("dpo", "dpo_ref", "qrm") if n in models]:
+            if common.has_scalar_head(models[name].config):
+                out["scores"] = common.completion_scalars(models[name], micro, after=True) * micro["mask"]
+                continue
             out[f"{name}_hidden"] = common.completion_hidden(models[name], micro)
             if name not in heads:
                 heads[name] = common.head_weight(models[name]).clone()
+            if name == "qrm":
+                out["scores"] = policy_logprobs(models[name], micro, replace(args, temperature=1.0))[0]
         if args.kl_coef:
             out["old_logprobs"] = policy_logprobs(models["policy"], micro, args)[0]
         if "ref" in models:
@@ -321,20 +339,25 @@ def objective(models, heads, micro, args, train_policy: bool = True):
     mask = micro["mask"]
     hidden, weight = common.completion_hidden(models["policy"], micro)[mask], common.head_weight(models["policy"])
     ids, advantages, token_weight = (micro[k][mask] for k in ("completion_ids", "advantages", "token_weight"))
-    if args.loss == "kld" or args.advantage == "dpo":
+    if args.loss == "kld" or len(heads) > 1:
+        # An advantage that is known for the whole vocabulary is not one noisy sample: its signs count alike.
+        settings = replace(args, negative_beta_scale=1.0) if len(heads) > 1 else args
 
         def losses(logits, old_logits, *rest):
-            *dpo, ids, advantages, token_weight = rest
-            if dpo:
-                dense = dpo[0].log_softmax(-1) - dpo[1].log_softmax(-1)
+            *dense_from, ids, advantages, token_weight, scale = rest
+            if len(dense_from) == 2:  # dpo
+                dense = dense_from[0].log_softmax(-1) - dense_from[1].log_softmax(-1)
+            elif dense_from:  # qrm: the other tokens, on the scale on which the sampled one was standardised
+                z = (args.temperature * dense_from[0]).log_softmax(-1)
+                dense = advantages[:, None] + scale[:, None] * (z - z.gather(-1, ids[:, None]))
             else:
                 dense = fill_advantages(advantages, ids, old_logits, args.fill)
-            per_token, metrics = vocabulary_loss(logits, old_logits, dense, args)
+            per_token, metrics = vocabulary_loss(logits, old_logits, dense, settings)
             loss = (per_token * token_weight).sum()
             return loss, {k: v.sum() for k, v in metrics.items()} | {"loss/policy": loss.detach()}
 
         pairs = [(hidden, weight)] + [(micro[f"{name}_hidden"][mask], head) for name, head in heads.items()]
-        columns = [ids, advantages, token_weight]
+        columns = [ids, advantages, token_weight, micro.get("score_scale", micro["token_weight"])[mask]]
         loss, metrics = common.over_vocabulary(losses, pairs, columns, args.temperature)
     else:
         logit = chosen_logits(hidden, weight, ids, args)
@@ -397,7 +420,7 @@ def validate(args) -> None:
     """One clear sentence for each wrong value, before anything is loaded."""
     common.one_of(
         loss=(args.loss, ("kld", "mse", "lch")),
-        advantage=(args.advantage, ("gae", "reward", "group", "dpo")),
+        advantage=(args.advantage, ("gae", "reward", "group", "dpo", "qrm")),
         target=(args.target, ("exp", "linear")),
         fill=(args.fill, ("zero", "balanced")),
         token_mean=(args.token_mean, ("global", "signed")),
@@ -412,16 +435,19 @@ def validate(args) -> None:
     common.at_least(1e-6, temperature=args.temperature, max_grad_norm=args.max_grad_norm)
     common.at_least(1e-6, beta=args.beta, negative_beta_scale=args.negative_beta_scale)
     common.at_least(0, old_topk=args.old_topk)
-    sampled = args.advantage != "dpo"
+    sampled = args.advantage not in ("dpo", "qrm")
     for name, given in (("target linear", args.target == "linear"), ("old_topk", args.old_topk > 0)):
         require(not given or args.loss == "kld", f"--{name} describes a target distribution: it needs --loss kld")
     fills = args.fill == "zero" or (sampled and args.loss == "kld")
-    require(fills, "--fill balanced needs --loss kld and one advantage a token (not --advantage dpo)")
+    require(fills, "--fill balanced needs --loss kld and one advantage a token (not --advantage dpo or qrm)")
     lopsided = args.fill == "balanced" and args.negative_beta_scale != 1
     require(not lopsided, "--fill balanced and --negative_beta_scale exclude each other: a balanced A has both signs")
     signed = args.token_mean == "signed"
-    require(sampled or not signed, "--token_mean signed needs one advantage a token (not --advantage dpo)")
-    require(sampled or (args.dpo_model and args.dpo_ref), "--advantage dpo needs --dpo_model and --dpo_ref")
+    require(sampled or not signed, "--token_mean signed needs one advantage a token (not --advantage dpo or qrm)")
+    require(sampled or not args.diagnose, f"--diagnose needs one advantage a token (not --advantage {args.advantage})")
+    given = args.dpo_model and args.dpo_ref
+    require(args.advantage != "dpo" or given, "--advantage dpo needs --dpo_model and --dpo_ref")
+    require(args.advantage != "qrm" or args.qrm_model, "--advantage qrm needs --qrm_model")
     common.at_least(1, steps=args.steps, epochs=args.epochs, max_prompt=args.max_prompt, eval_every=args.eval_every)
     common.at_least(1, max_new_tokens=args.max_new_tokens, save_every=args.save_every, test_rows=args.test_rows)
     common.at_least(1, rollout_rows=args.rollout_rows)
@@ -443,10 +469,12 @@ def build(args, device):
     if args.advantage == "dpo":
         models["dpo"] = common.load_model(args.dpo_model, trainable=False, **shared)
         models["dpo_ref"] = common.load_model(args.dpo_ref, trainable=False, **shared)
+    if args.advantage == "qrm":
+        models["qrm"] = common.load_model(args.qrm_model, head="saved", trainable=False, **shared)
     return models, torch.optim.Adam(groups, lr=args.lr, eps=1e-5)
 
 
-# same in: ppo_baseline.py lco.py
+# same in: ppo_baseline.py lco.py qrm.py
 def token_rewards(scores, batch, finished, args):
     """[B, T]: the task's reward on the last token (or its own reward for each token), less the KL penalty per token."""
     mask = batch["mask"]
@@ -473,7 +501,8 @@ def prepare(args):
     task = tasks.load_task(args.task, args.dataset, args.reward_file, args.seed, args.test_rows, args.test_dataset)
     tokenizer = common.load_tokenizer(args.model, args.trust_remote_code)
     common.fits_context(args.model, args.max_prompt + args.max_new_tokens, args.trust_remote_code)
-    for name in (args.dpo_model, args.dpo_ref) if args.advantage == "dpo" else ():
+    others = {"dpo": (args.dpo_model, args.dpo_ref), "qrm": (args.qrm_model,)}
+    for name in others.get(args.advantage, ()):
         common.same_tokenizer(args.model, tokenizer, name, common.load_tokenizer(name, args.trust_remote_code))
     length = lambda prompt: len(common.encode_prompt(tokenizer, prompt))  # noqa: E731
     task = tasks.fit_prompts(task, length, args.max_prompt, args.long_prompts)
@@ -561,7 +590,7 @@ def train(args, stop_after: int | None = None) -> None:
     common.export_model(run.path / "model", policy, tokenizer)
 
 
-# same in: ppo_baseline.py lco.py
+# same in: ppo_baseline.py lco.py qrm.py
 def rollout_metrics(batch, scores, finished, args) -> dict[str, float]:
     """Global means over completions, prompts and tokens of a rollout."""
     mask = batch["mask"]
@@ -577,7 +606,7 @@ def rollout_metrics(batch, scores, finished, args) -> dict[str, float]:
     }
     if args.kl_coef:
         sums["kl/ref"] = (kl_estimate(batch["old_logprobs"], batch["ref_logprobs"], args.kl_estimator) * mask).sum()
-    if args.advantage == "gae":
+    if "values" in batch:
         returns, error = batch["returns"][mask].double(), (batch["returns"] - batch["values"])[mask].double()
         sums |= {"r": returns.sum(), "rr": returns.square().sum(), "e": error.sum(), "ee": error.square().sum()}
     sums = common.all_sum(sums, mask.device)
@@ -585,7 +614,7 @@ def rollout_metrics(batch, scores, finished, args) -> dict[str, float]:
     metrics = {k: v / rows for k, v in sums.items() if k.split("/")[0] in ("reward", "length")}
     if args.kl_coef:
         metrics["kl/ref"] = sums["kl/ref"] / tokens
-    if args.advantage == "gae":
+    if "values" in batch:
         variance, unexplained = (sums[k + k] / tokens - (sums[k] / tokens) ** 2 for k in "re")
         metrics["critic/explained_variance"] = 1 - unexplained / variance if variance > 1e-12 else None
     return metrics

@@ -122,7 +122,7 @@ def policy_loss(logprobs, old_logprobs, advantages, loss: str, clip: float):
     }
 
 
-# same in: ppo_baseline.py lco.py
+# same in: ppo_baseline.py lco.py qrm.py
 def value_loss(values, old_values, returns, value_clip: float):
     """PPO-3: half the squared error of the critic, the larger of clipped and unclipped. All [N]. Returns sums."""
     error = (values - returns).square()
@@ -132,7 +132,7 @@ def value_loss(values, old_values, returns, value_clip: float):
     return 0.5 * error.sum(), {"loss/value": 0.5 * error.detach().sum()}
 
 
-# same in: ppo_baseline.py lco.py
+# same in: ppo_baseline.py lco.py qrm.py
 def gae(rewards, values, mask, gamma: float, lam: float):
     """PPO-2: generalised advantage estimation on tokens (Schulman et al. 2016). All [B, T]; advantages and returns.
 
@@ -160,7 +160,7 @@ def kl_estimate(logprobs, ref_logprobs, estimator: str):
     return (-log_ratio).exp() - 1 + log_ratio
 
 
-# same in: ppo_baseline.py lco.py
+# same in: ppo_baseline.py lco.py qrm.py
 def whiten(x, mask):
     """Mean 0 and variance 1 over the unmasked tokens of the global batch. [B, T]."""
     count, total, square = mask.sum(), (x * mask).double().sum(), (x * mask).double().square().sum()
@@ -186,7 +186,7 @@ def estimate_advantages(batch, args) -> None:
 # ---- models and batches to losses ------------------------------------------------------------------------------------
 
 
-# same in: ppo_baseline.py lco.py
+# same in: ppo_baseline.py lco.py qrm.py
 def policy_logprobs(policy, batch, args):
     """log-probabilities of the completion tokens, and entropies: [B, T], 0 where masked. Alike for pi, pi_old, ref."""
     mask = batch["mask"]
@@ -305,7 +305,7 @@ def build(args, device):
     return models, torch.optim.Adam(groups, lr=args.lr, eps=1e-5)
 
 
-# same in: ppo_baseline.py lco.py
+# same in: ppo_baseline.py lco.py qrm.py
 def token_rewards(scores, batch, finished, args):
     """[B, T]: the task's reward on the last token (or its own reward for each token), less the KL penalty per token."""
     mask = batch["mask"]
@@ -417,7 +417,7 @@ def train(args, stop_after: int | None = None) -> None:
     common.export_model(run.path / "model", policy, tokenizer)
 
 
-# same in: ppo_baseline.py lco.py
+# same in: ppo_baseline.py lco.py qrm.py
 def rollout_metrics(batch, scores, finished, args) -> dict[str, float]:
     """Global means over completions, prompts and tokens of a rollout."""
     mask = batch["mask"]
@@ -433,7 +433,7 @@ def rollout_metrics(batch, scores, finished, args) -> dict[str, float]:
     }
     if args.kl_coef:
         sums["kl/ref"] = (kl_estimate(batch["old_logprobs"], batch["ref_logprobs"], args.kl_estimator) * mask).sum()
-    if args.advantage == "gae":
+    if "values" in batch:
         returns, error = batch["returns"][mask].double(), (batch["returns"] - batch["values"])[mask].double()
         sums |= {"r": returns.sum(), "rr": returns.square().sum(), "e": error.sum(), "ee": error.square().sum()}
     sums = common.all_sum(sums, mask.device)
@@ -441,7 +441,7 @@ def rollout_metrics(batch, scores, finished, args) -> dict[str, float]:
     metrics = {k: v / rows for k, v in sums.items() if k.split("/")[0] in ("reward", "length")}
     if args.kl_coef:
         metrics["kl/ref"] = sums["kl/ref"] / tokens
-    if args.advantage == "gae":
+    if "values" in batch:
         variance, unexplained = (sums[k + k] / tokens - (sums[k] / tokens) ** 2 for k in "re")
         metrics["critic/explained_variance"] = 1 - unexplained / variance if variance > 1e-12 else None
     return metrics

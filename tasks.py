@@ -50,9 +50,10 @@ class Task:
     name: str
     rows: Callable  # rows(seed, step, n) -> the n training rows of one step, a function of its arguments alone
     test: list[dict]  # held-out rows, none of whose prompts is ever in `rows`
-    reward: Callable  # reward(prompts, completions, rows) -> a float for each completion, or a list of one a token
+    reward: Callable | None  # reward(prompts, completions, rows) -> a float for each completion, or a list, one a token
     correct: Callable | None = None  # correct(completions, rows) -> list[bool]
     answered: Callable | None = None  # answered(completions) -> list[bool]
+    steps: Callable | None = None  # steps(row, completion) -> a bool for each step of it: right so far?
     train: list[dict] = field(default_factory=list)  # what `rows` walks through; empty when it makes new rows
     note: str = ""  # one line for the log: how many rows, how many were left out and why
 
@@ -147,6 +148,26 @@ def chain_answered(completions: list[str]) -> list[bool]:
     return [len(chain_terms(text.rpartition("=")[2]) or []) == 1 for text in completions]
 
 
+def chain_step_labels(row: dict, completion: str) -> list[bool]:
+    """For each step: is the derivation exact up to its end? The last one must also be the answer."""
+    so_far = list(itertools.accumulate(chain_steps(row["prompt"], completion), lambda a, b: a and b))
+    return [*so_far[:-1], completion == chain_solution(row["prompt"])]
+
+
+def chain_credit(prompt, tokens: list[str]) -> list[float] | None:
+    """1 for each token of an answer up to which the derivation is exact, then 0; the last token ends the answer.
+
+    None when the prompt is not a chain.
+    """
+    if not (isinstance(prompt, str) and prompt.endswith("=") and len(chain_terms(prompt[:-1]) or []) > 1):
+        return None
+    exact, text, right = chain_solution(prompt), "", []
+    for token in tokens[:-1]:
+        text += token
+        right.append(float(exact.startswith(text)))
+    return [*right, float(text == exact)]
+
+
 def chain_row(rng: np.random.Generator, held_out: bool = False) -> dict:
     prompt = chain_prompt(rng, held_out)
     return {"prompt": prompt, "answer": str(sum(chain_terms(prompt[:-1])))}
@@ -203,6 +224,13 @@ def preference_pairs(n: int, seed: int, slip: float = 0.6, held_out: bool = Fals
             chosen, rejected = chain_solution(prompt), write_chain(prompt, slipping_add(rng, slip))
         rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
     return rows
+
+
+def chain_pairs(n: int, seed: int, held_out: bool = False) -> list[dict]:
+    """`preference_pairs` with the labels of their steps."""
+    pairs = preference_pairs(n, seed, held_out=held_out)
+    sides = ("chosen", "rejected")
+    return [p | {f"{side}_labels": chain_step_labels(p, p[side]) for side in sides} for p in pairs]
 
 
 def unannotated(n: int, seed: int) -> list[dict]:
@@ -528,11 +556,13 @@ def load_task(
     test_rows: int = 256,
     test_dataset: str = "",
     split: str = "train",
+    graded: bool = True,
 ) -> Task:
     """The task that the arguments of the same names describe; BadInput when they do not describe one.
 
     Held out are the rows of `test_dataset`, else the Hub's test split, else the last `test_rows` rows of the
-    dataset; at most `test_rows` of them are used, and no training row has the prompt of any of them.
+    dataset; at most `test_rows` of them are used, and no training row has the prompt of any of them. `graded` False
+    allows prompts that nobody can grade; then Task.reward is None.
     """
     if task not in TASKS:
         raise BadInput(f"--task {task}: unknown; expected one of {', '.join(TASKS)}")
@@ -546,25 +576,30 @@ def load_task(
         raise BadInput(f"--dataset {dataset or test_dataset}: --task {task} makes its own rows; expected one of both")
 
     if task == "chains":
-        made = Task(task, chain_rows, chain_test_rows(test_rows), None, chain_correct, chain_answered)
+        test = chain_test_rows(test_rows)
+        made = Task(task, chain_rows, test, None, chain_correct, chain_answered, chain_step_labels)
     elif task == "words":
         train, test = word_rows()
-        made = Task(task, walk(train), test[:test_rows], None, word_correct, word_answered, train)
+        made = Task(task, walk(train), test[:test_rows], None, word_correct, word_answered, train=train)
     else:
-        made = task_from_data(task, dataset, reward_file, test_rows, test_dataset, split)
-    made.reward = reward or (lambda prompts, completions, rows: [float(ok) for ok in made.correct(completions, rows)])
+        made = task_from_data(task, dataset, bool(reward_file) or not graded, test_rows, test_dataset, split)
+    if made.correct:
+        reward = reward or (lambda prompts, completions, rows: [float(ok) for ok in made.correct(completions, rows)])
+    made.reward = reward
     made.note = made.note or f"{task}: {len(made.train) or 'endless'} training rows, {len(made.test)} held-out rows"
     return made
 
 
-def task_from_data(task: str, dataset: str, reward_file: str, test_rows: int, test_dataset: str, split: str) -> Task:
+def task_from_data(
+    task: str, dataset: str, may_lack_grader: bool, test_rows: int, test_dataset: str, split: str
+) -> Task:
     """A Task without its reward, from a file or the Hub."""
     dataset = "openai/gsm8k" if task == "gsm8k" and not dataset else dataset
     if not dataset:
         raise BadInput(f"--dataset is empty; expected a Hub name or a file ({', '.join(EXTENSIONS)}) for --task {task}")
     raw = read_rows(dataset, split)
     task = task_of_columns(dataset, raw[0], task)
-    if task == "prompts" and not reward_file:
+    if task == "prompts" and not may_lack_grader:
         raise BadInput(f"--reward_file is empty; expected one, because {dataset} has prompts and nothing to grade by")
     make_row, correct, answered = {
         "gsm8k": (gsm8k_row, gsm8k_correct, gsm8k_answered),
@@ -591,7 +626,7 @@ def task_from_data(task: str, dataset: str, reward_file: str, test_rows: int, te
     note = f"{task}: {len(train)} training rows, {min(test_rows, len(test))} held-out rows"
     if len(train) < len(rows):
         note += f"; {len(rows) - len(train)} training rows left out, as their prompts are held out"
-    return Task(task, walk(train), test[:test_rows], None, correct, answered, train, note)
+    return Task(task, walk(train), test[:test_rows], None, correct, answered, train=train, note=note)
 
 
 def walk(rows: list[dict]) -> Callable:
@@ -668,10 +703,38 @@ def pair_row(row: dict, where: str) -> dict:
     return {**row, "prompt": prompt, "chosen": chosen[0]["content"], "rejected": rejected[0]["content"]}
 
 
+def load_answers(dataset: str, separator: str) -> tuple[list[dict], list[str]]:
+    """Rows for a reward model, and which of their columns are answers.
+
+    Pairs (`load_pairs`), whose rows may have `chosen_labels` and `rejected_labels`, one a step; or, one answer a row,
+    {prompt, steps: [text], labels: [bool]}, which becomes {prompt, answer, answer_labels}: steps joined by `separator`.
+    """
+    raw = read_rows(dataset)
+    if not {"prompt", "steps", "labels"} <= set(raw[0]):
+        pairs, sides = load_pairs(dataset), ["chosen", "rejected"]
+        labels = [f"{side}_labels" for side in sides]
+        for i, pair in enumerate(pairs if any(name in pairs[0] for name in labels) else [], 1):
+            for name in labels:
+                if not isinstance(pair.get(name), list):
+                    raise BadInput(f"{dataset}: row {i}: '{name}' is no list; expected one label a step, as in row 1")
+        return pairs, sides
+    rows = []
+    for i, row in enumerate(raw, 1):
+        where = f"{dataset}: row {i}"
+        steps, labels = row.get("steps"), row.get("labels")
+        if not isinstance(steps, list) or not isinstance(labels, list) or len(steps) != len(labels) or not steps:
+            raise BadInput(f"{where}: expected 'steps' and 'labels' as lists of the same length, one or more")
+        if not all(isinstance(step, str) for step in steps):
+            raise BadInput(f"{where}: 'steps' has something else than text; expected a list of texts")
+        prompt = column(row, "prompt", where, (str, list))
+        rows.append({"prompt": prompt, "answer": separator.join(steps), "answer_labels": [bool(x) for x in labels]})
+    return rows, ["answer"]
+
+
 def split_pairs(pairs: list[dict], test_rows: int) -> tuple[list[dict], list[dict]]:
     """(train, test): the last `test_rows` pairs are held out, and no training pair has the prompt of one of them."""
     if test_rows >= len(pairs):
-        raise BadInput(f"--test_rows {test_rows}: there are {len(pairs)} pairs; expected some left to train on")
+        raise BadInput(f"--test_pairs {test_rows}: there are {len(pairs)} pairs; expected some left to train on")
     test = pairs[len(pairs) - test_rows :]
     held_out = {json.dumps(pair["prompt"]) for pair in test}
     train = [pair for pair in pairs[: len(pairs) - test_rows] if json.dumps(pair["prompt"]) not in held_out]

@@ -19,6 +19,16 @@ def rows_of(study: str) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
+# settings of the study `lco`, at its learning rate, that belong into the figure of the study `stability`
+AT_2E4 = {
+    "PPO": "PPO, clip 0.2",
+    "REINFORCE": "REINFORCE",
+    "LCO-KLD, negatives x100": "KLD, beta 1, negatives x100",
+    "LCO-MSE": "MSE, beta 1",
+    "LCO-LCH": "LCH, beta 1",
+}
+
+
 def clean(axis) -> None:
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
@@ -47,21 +57,20 @@ def builtin() -> None:
 def stability() -> None:
     """Accuracy at the end against the learning rate, for each loss: median and range over seeds."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
-    rows = [r for r in rows_of("stability") if r["ok"]]
-    names = list(dict.fromkeys(r["setting"].split(", lr ")[0] for r in rows))
+    rows = [(*r["setting"].split(", lr "), r["last"]) for r in rows_of("stability") if r["ok"]]
+    rows += [(n, "2e-4", r["last"]) for n, s in AT_2E4.items() for r in rows_of("lco") if r["ok"] and r["setting"] == s]
+    rates = sorted({float(lr) for _, lr, _ in rows})
     for axis, key, title in zip(axes, ("eval/pass@1", "eval/sampled"), ("greedy decoding", "sampled at temperature 1")):
-        for i, name in enumerate(names):
-            points = {}
-            for r in rows:
-                loss, lr = r["setting"].split(", lr ")
-                if loss == name:
-                    points.setdefault(float(lr) * (1 + 0.04 * (i - len(names) / 2)), []).append(r["last"][key])
-            lrs = sorted(points)
-            middle = [statistics.median(points[x]) for x in lrs]
-            low = [m - min(points[x]) for m, x in zip(middle, lrs)]
-            high = [max(points[x]) - m for m, x in zip(middle, lrs)]
-            axis.errorbar(lrs, middle, yerr=[low, high], marker="o", capsize=3, label=name, linewidth=1.8)
+        for i, (name, color) in enumerate(zip(AT_2E4, ("#d1603d", "#7a7a7a", "#7fb2dd", "#2a9d6f", "#1f6fb4"))):
+            points = {x: [last[key] for n, lr, last in rows if n == name and float(lr) == x] for x in rates}
+            middle = [statistics.median(v) for v in points.values()]
+            low = [m - min(v) for m, v in zip(middle, points.values())]
+            high = [max(v) - m for m, v in zip(middle, points.values())]
+            apart = [lr * (1 + 0.035 * (i - 2)) for lr in points]
+            axis.errorbar(apart, middle, [low, high], marker="o", capsize=2, label=name, linewidth=1.8, color=color)
         axis.set_xscale("log")
+        axis.set_xticks([1e-4, 2e-4, 4e-4, 8e-4], ["1e-4", "2e-4", "4e-4", "8e-4"])
+        axis.minorticks_off()
         axis.set_xlabel("learning rate")
         axis.set_title(f"held-out accuracy after 40 steps, {title}", fontsize=9.5, loc="left")
         clean(axis)

@@ -3,15 +3,18 @@
     python benchmarks/study.py lco                    # the table of docs/lco.md (about half an hour on 2 cores)
     python benchmarks/study.py lco --only kld --seeds 2
 
-Every finished run is one JSON line in benchmarks/results/<study>.jsonl (its command, settings, seed, first and last
-held-out accuracy); a run that is already there is not run again, so an interrupted study goes on where it was. At the
-end the table is printed and written to benchmarks/results/<study>.md: median over seeds, with the lowest and highest.
+A study may have runs to `prepare`, once for each seed, whose folders are kept in runs/study; the commands of its
+settings name them in braces, as in --reward_model {qrm}/model. Every finished run is one JSON line in
+benchmarks/results/<study>.jsonl (its command, settings, seed, held-out accuracy); a run that is already there is not
+run again, so an interrupted study goes on where it was. At the end the table is printed and written to
+benchmarks/results/<study>.md: median over seeds, with the lowest and highest.
 """
 
 import argparse
 import json
 import os
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -23,15 +26,28 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
-# study -> (common arguments, {setting: command})
+# study -> common arguments, settings {name: command}, and perhaps runs to prepare {name: command}
 STUDIES = json.loads((ROOT / "benchmarks" / "studies.json").read_text())
 
 
+def kept(study: str, name: str, seed: int) -> Path:
+    return ROOT / "runs" / "study" / f"{study}-{seed}" / name
+
+
+def full_command(study: str, name: str, command: str) -> str:
+    """As it is recorded: without seed and folders."""
+    prepared = name in STUDIES[study].get("prepare", {})
+    return f"python {command} {'' if prepared else STUDIES[study]['arguments']}".strip()
+
+
 def run(study: str, name: str, command: str, seed: int, threads: int) -> dict:
-    """One run in a folder of its own that is thrown away; what it logged is kept."""
+    """One run in a folder of its own, thrown away unless others build on it; what it logged is kept."""
+    prepare = STUDIES[study].get("prepare", {})
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "run"
-        line = f"{command} {STUDIES[study]['arguments']} --seed {seed} --out {out}"
+        out = kept(study, name, seed) if name in prepare else Path(folder) / "run"
+        shutil.rmtree(out, ignore_errors=True)
+        line = full_command(study, name, command).removeprefix("python ")
+        line = line.format(**{other: kept(study, other, seed) for other in prepare}) + f" --seed {seed} --out {out}"
         started = time.time()
         done = subprocess.run(
             [sys.executable, *shlex.split(line)],
@@ -42,13 +58,13 @@ def run(study: str, name: str, command: str, seed: int, threads: int) -> dict:
         )
         lines = out / "metrics.jsonl"
         metrics = [json.loads(text) for text in lines.read_text().splitlines()] if lines.exists() else []
-    evaluated = [m for m in metrics if "eval/sampled" in m]
+    evaluated = [m for m in metrics if any(k.startswith("eval/") for k in m)]
     held_out = [{k: v for k, v in m.items() if k == "step" or k.startswith("eval/")} for m in evaluated]
     return {
         "study": study,
         "setting": name,
         "seed": seed,
-        "command": f"python {command} {STUDIES[study]['arguments']}",
+        "command": full_command(study, name, command),
         "ok": done.returncode == 0,
         "error": "" if done.returncode == 0 else done.stderr.strip().splitlines()[-1],
         "seconds": round(time.time() - started, 1),
@@ -81,6 +97,38 @@ def table(rows: list[dict], settings: dict[str, str]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def pairs_table(rows: list[dict], names: dict[str, str]) -> str:
+    """Markdown: held-out pair accuracy of the reward models that a study prepared."""
+    lines = ["| reward model | seeds | held-out pair accuracy |", "|---|---|---|"]
+    for name in names:
+        values = [r["last"]["eval/pair_accuracy"] for r in rows if r["setting"] == name and r["ok"]
+                  and "eval/pair_accuracy" in r["last"]]  # fmt: skip
+        if values:
+            spread = f"{statistics.median(values):.3f} [{min(values):.3f}, {max(values):.3f}]"
+            lines.append(f"| {name} | {len(values)} | {spread} |")
+    return "\n".join(lines) + "\n"
+
+
+def steps_table(rows: list[dict], settings: dict[str, str], goal: float) -> str:
+    """Markdown: the first evaluated step at which greedy held-out accuracy is `goal` or more."""
+    header = ["setting", "seeds", f"reached {goal:.0%}", "steps to it", "greedy at the end", "sampled at the end"]
+    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+    for name in settings:
+        mine = [r for r in rows if r["setting"] == name and r["ok"]]
+        if not mine:
+            continue
+        first = [next((e["step"] for e in r["eval"] if e["eval/pass@1"] >= goal), float("inf")) for r in mine]
+        words = [
+            f"{x:.0f}" if x < float("inf") else "never" for x in (statistics.median(first), min(first), max(first))
+        ]
+        ends = [[r["last"][k] for r in mine] for k in ("eval/pass@1", "eval/sampled")]
+        spreads = [f"{statistics.median(v):.3f} [{min(v):.3f}, {max(v):.3f}]" for v in ends]
+        reached = f"{sum(x < float('inf') for x in first)} of {len(mine)}"
+        cells = [name, len(mine), reached, f"{words[0]} [{words[1]}, {words[2]}]", *spreads]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines) + "\n"
+
+
 def diagnose_table(rows: list[dict], settings: dict[str, str]) -> str:
     """Markdown: what --diagnose logged, means over steps and seeds."""
     keys = [f"diagnose/{k}" for k in ("zero_gradient", "away_from_target", "not_convex", "least_eigenvalue")]
@@ -102,33 +150,39 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs at the same time, one thread each")
     args = parser.parse_args()
 
-    settings = STUDIES[args.study]["settings"]
+    study = STUDIES[args.study]
     RESULTS.mkdir(exist_ok=True)
     file = RESULTS / f"{args.study}.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     there = {(r["setting"], r["seed"], r["command"]) for r in rows}
+    prepare, settings = study.get("prepare", {}), study["settings"]
+    waves = [{name: command} for name, command in prepare.items()]  # one may build on those before it
+    waves.append({name: command for name, command in settings.items() if args.only in name})
     todo = [
-        (name, command, seed)
-        for seed in range(args.seeds)
-        for name, command in settings.items()
-        if args.only in name and (name, seed, f"python {command} {STUDIES[args.study]['arguments']}") not in there
+        [
+            (name, command, seed)
+            for seed in range(args.seeds)
+            for name, command in wave.items()
+            if (name, seed, full_command(args.study, name, command)) not in there
+            or (name in prepare and not kept(args.study, name, seed).exists())
+        ]
+        for wave in waves
     ]
+    done, total = 0, sum(map(len, todo))
     with ThreadPoolExecutor(args.jobs) as pool:
-        futures = [pool.submit(run, args.study, name, command, seed, 1) for name, command, seed in todo]
-        for i, future in enumerate(futures, 1):
-            row = future.result()
-            rows.append(row)
-            with file.open("a") as out:
-                out.write(json.dumps(row) + "\n")
-            last = row["last"]
-            print(
-                f"{i}/{len(todo)}  {row['setting']}  seed {row['seed']}  {row['seconds']} s  "
-                f"{last.get('eval/pass@1')} {last.get('eval/sampled')} {row['error']}",
-                flush=True,
-            )
+        for wave in todo:
+            for future in [pool.submit(run, args.study, name, command, seed, 1) for name, command, seed in wave]:
+                row, done = future.result(), done + 1
+                rows = [r for r in rows if (r["setting"], r["seed"]) != (row["setting"], row["seed"])] + [row]
+                file.write_text("".join(json.dumps(r) + "\n" for r in rows))
+                last = {k: round(v, 4) for k, v in row["last"].items() if k.startswith("eval/")}
+                screen = f"{done}/{total}  {row['setting']}  seed {row['seed']}  {row['seconds']} s  {last}"
+                print(screen, row["error"], flush=True)
     text = table(rows, settings)
     if args.study == "diagnose":
         text += "\n" + diagnose_table(rows, settings)
+    if "goal" in study:
+        text = pairs_table(rows, prepare) + "\n" + steps_table(rows, settings, study["goal"])
     (RESULTS / f"{args.study}.md").write_text(text)
     print(text)
 

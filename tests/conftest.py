@@ -139,9 +139,7 @@ def assert_same_metrics(a: list[dict], b: list[dict], relative: float = 1e-5, fl
     assert [list(x) for x in a] == [list(x) for x in b]
     for x, y in zip(a, b):
         wrong = {
-            k: (x[k], y[k])
-            for k in x
-            if x[k] != y[k] and not math.isclose(x[k], y[k], rel_tol=relative, abs_tol=floor)
+            k: (x[k], y[k]) for k in x if x[k] != y[k] and not math.isclose(x[k], y[k], rel_tol=relative, abs_tol=floor)
         }
         assert not wrong, f"step {x['step']}: {wrong}"
 
@@ -238,4 +236,3 @@ def qwen_model(tmp_path_factory, letter_tokenizer) -> str:
     return save_model(
         tmp_path_factory.mktemp("models") / "qwen", Qwen3Config(**shape, **ids_of(letter_tokenizer)), letter_tokenizer
     )
-

@@ -1,6 +1,6 @@
 """The house is clean: rooms do not know each other, copies are equal, the family diffs and help sentences are current.
 
-    python tests/test_house.py --write        regenerate docs/diffs
+python tests/test_house.py --write        regenerate docs/diffs
 """
 
 import ast
@@ -28,7 +28,7 @@ PAPER_WORDS = re.compile(
     "(advantage|beta|clip|teacher|student|reviser|critic|ppo|lco|dpo|qrm|dckd|adpa|seft|reinforce|grpo|gae|surrogate"
     "|distil|distill|distillation)s?"
 )
-METHOD_ARGUMENTS = {"loss", "advantage"}  # the same name, with other choices in each script
+METHOD_ARGUMENTS = {"loss", "advantage", "beta", "kl_estimator"}  # the same name, with a meaning of the script
 
 
 def make_diff(a: Path, b: Path) -> str:

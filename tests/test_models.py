@@ -1,6 +1,7 @@
 """Models load as promised: GPT-2, Llama and Qwen3, both heads, adapters on all linear layers, no dropout, FSDP2."""
 
 import json
+import re
 import shutil
 
 import common
@@ -185,3 +186,104 @@ def test_tokenizer_without_padding_token(gpt2_model):
     assert tokenizer.pad_token_id == tokenizer.eos_token_id == 0
     batch = common.make_batch([[3], [4, 5]], [[6, 0], [7, 8, 0]], tokenizer.pad_token_id, CPU)
     assert batch["mask"].sum(1).tolist() == [2, 3] and batch["prompt_mask"].sum(1).tolist() == [1, 2]
+
+
+# ---- a head that a checkpoint brings ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def judge(folder, tmp_path):
+    """The folder of a model with a scalar head that is not 0."""
+    model = common.load_model(folder, head="scalar", device=CPU)
+    torch.manual_seed(0)
+    torch.nn.init.normal_(common.scalar_head(model).weight)
+    common.export_model(tmp_path / "judge", model, common.load_tokenizer(folder))
+    return str(tmp_path / "judge"), model
+
+
+def test_saved_head(folder, judge):
+    """head="saved" and head="scalar" keep the head of a token classifier; a language model has none to keep."""
+    name, model = judge
+    assert common.has_scalar_head(common.load_config(name)) and not common.has_scalar_head(common.load_config(folder))
+    with torch.no_grad():
+        expected = common.completion_scalars(model, make_batch())
+        for head in ("saved", "scalar"):
+            found = common.load_model(name, head=head, device=CPU)
+            torch.testing.assert_close(common.completion_scalars(found, make_batch()), expected, atol=1e-6, rtol=1e-5)
+            assert common.has_scalar_head(found.config) and found.config.num_labels == 1
+        language = common.load_model(folder, head="saved", device=CPU)
+        assert not common.has_scalar_head(language.config)
+        plain = logprobs(common.load_model(folder, device=CPU), make_batch())
+        assert torch.equal(logprobs(language, make_batch()), plain)
+
+
+def test_scalars_at_the_token_and_before_it(folder, judge):
+    """after=True is the score that has seen token t; without it, the one that has not."""
+    batch = make_batch()
+    with torch.no_grad():
+        before, after = (common.completion_scalars(judge[1], batch, after=x) for x in (False, True))
+        other = batch | {"completion_ids": batch["completion_ids"].index_fill(1, torch.tensor([2]), 12)}
+        moved = [common.completion_scalars(judge[1], other, after=x)[0] for x in (False, True)]
+    torch.testing.assert_close(after[:, :-1][batch["mask"][:, 1:]], before[:, 1:][batch["mask"][:, 1:]])
+    changed = [((x - y[0]).abs() > 1e-6).tolist() for x, y in zip(moved, (before, after))]
+    assert changed == [[False, False, False, True], [False, False, True, True]]
+
+
+# ---- answers as tokens -----------------------------------------------------------------------------------------------
+
+
+def test_answers_end_with_one_eos(folder):
+    """No BOS before an answer, and the end of the sequence behind it."""
+    tokenizer = common.load_tokenizer(folder)
+    prompt, answer = common.encode_prompt(tokenizer, "7+15="), common.encode_completion(tokenizer, "22")
+    assert answer == [*tokenizer("7+15=22")["input_ids"][len(prompt) :], tokenizer.eos_token_id] and len(answer) == 3
+    assert common.encode_completion(tokenizer, "") == [tokenizer.eos_token_id]
+
+
+def test_pairs_as_tokens(folder):
+    """Ids are added, columns stay; what is too long or says nothing is left out and counted."""
+    tokenizer = common.load_tokenizer(folder)
+    start = len(common.encode_prompt(tokenizer, ""))
+    good = {"prompt": "1+1=", "chosen": "2", "rejected": "33", "id": 7}
+    same, long_answer = good | {"chosen": "33"}, good | {"rejected": "333"}
+    long_prompt = good | {"prompt": "1+1+1="}
+    rows, note = common.encode_pairs(tokenizer, [good, same, long_answer, long_prompt], start + 4, 3)
+    assert note == "1 pairs; 2 too long, left out; 1 with two equal answers, left out"
+    ids = {
+        "chosen_ids": common.encode_completion(tokenizer, "2"),
+        "rejected_ids": common.encode_completion(tokenizer, "33"),
+    }
+    assert rows == [good | ids | {"prompt_ids": common.encode_prompt(tokenizer, "1+1=")}]
+    with pytest.raises(common.BadInput, match="no pair is left: 1 of 1 are too long, 0 have two equal answers"):
+        common.encode_pairs(tokenizer, [long_answer], 9, 3)
+    single = {"prompt": "1+1=", "answer": "2"}
+    rows, note = common.encode_pairs(tokenizer, [single, single], 9, 9, sides=["answer"])
+    assert note == "2 pairs" and rows[0]["answer_ids"] == ids["chosen_ids"]
+
+
+def test_token_page(tmp_path):
+    """One span a token of each colouring: blue above the mean of that colouring, red below it; all text is escaped."""
+    answers = [
+        {
+            "prompt": "a<b",
+            "kind": "chosen",
+            "tokens": ["<s>", "&", "\n"],
+            "scores": {"z": [1.0, 2.0, 3.0], "y": [5.0] * 3},
+        },
+        {"prompt": [{"role": "user", "content": "<i>"}], "kind": "rejected", "tokens": ["x"], "scores": {"z": [2.0]}},
+    ]
+    common.token_page(tmp_path / "page.html", "A & B", answers, note="<note>")
+    page = (tmp_path / "page.html").read_text()
+    assert (
+        "<title>A &amp; B</title>" in page and "a&lt;b" in page and "user: &lt;i&gt;" in page and "&lt;note&gt;" in page
+    )
+    spans = re.findall(r'<span style="background:rgb\((\d+),(\d+),(\d+)\)" title="(\w): ([\d.]+)">([^<]*)</span>', page)
+    assert [span[3:] for span in spans] == [
+        *(("z", x, t) for x, t in (("1.000", "&lt;s&gt;"), ("2.000", "&amp;"), ("3.000", "↵\n"))),
+        *(("y", "5.000", t) for t in ("&lt;s&gt;", "&amp;", "↵\n")),
+        ("z", "2.000", "x"),
+    ]
+    colours = [tuple(map(int, span[:3])) for span in spans]
+    assert colours[0][0] == 255 > colours[0][2] and colours[2][2] == 255 > colours[2][0]
+    assert all(colour == (255, 255, 255) for colour in (colours[1], *colours[3:]))
+    assert page.count('class="chosen"') == page.count('class="rejected"') == 1

@@ -165,6 +165,49 @@ def test_lco(loss, advantage, base, out, tiny_model, other_model):
     assert not dense or lines[1]["lco/target_kl"] > 0
 
 
+@pytest.mark.parametrize("head", ["lm", "scalar"])
+@pytest.mark.parametrize("loss", ["kld", "mse", "lch"])
+def test_lco_with_token_scores(loss, head, base, out, other_model, scalar_model):
+    """--advantage qrm: dense where the scores come from an LM head, one a token where they come from a scalar head."""
+    lines = trained(
+        lco, base, out, loss=loss, advantage="qrm", qrm_model={"lm": other_model, "scalar": scalar_model}[head]
+    )
+    assert "loss/value" not in lines[1] and ("lco/target_kl" in lines[1]) == (loss == "kld" or head == "lm")
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_dense_scores_in_closed_form(temperature, base, out, other_model):
+    """A(s,a) = (log phi(a|s) - mean) / deviation, both over the sampled tokens; the loss against whole logits."""
+    names = dict(loss="kld", advantage="qrm", qrm_model=other_model, beta=2.0, temperature=temperature)
+    args = lco.Args(**base | names, out=out)
+    models, _ = lco.build(args, torch.device("cpu"))
+    rows = [[3, 4, 5], [6, 7, 8, 9, 1], [5]]
+    batch = common.make_batch([[2, 3], [4], [5, 6, 7]], rows, 0, torch.device("cpu"))
+    batch["rewards"] = torch.zeros(batch["mask"].shape)
+    heads = lco.score(models, batch, args)
+    lco.estimate_advantages(batch, args)
+    with torch.no_grad():
+        loss, _ = lco.objective(models, heads, batch, args)
+        mask, ids = batch["mask"], batch["completion_ids"][batch["mask"]]
+        z, q = (common.completion_hidden(m, batch)[mask] @ common.head_weight(m).T for m in models.values())
+    scores = q.log_softmax(-1)
+    sampled = scores.gather(-1, ids[:, None])
+    dense = (scores - sampled.mean()) / sampled.std(correction=0)
+    exact = dataclasses.replace(args, negative_beta_scale=1.0)
+    expected, _ = lco.vocabulary_loss(z / temperature, z / temperature, dense, exact)
+    torch.testing.assert_close(loss, expected.sum(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def scalar_model(tiny_model, tmp_path_factory):
+    """The body of the tiny model with a random head to one number."""
+    folder = tmp_path_factory.mktemp("scalar") / "model"
+    model = common.load_model(tiny_model, head="scalar", device=torch.device("cpu"))
+    torch.nn.init.normal_(common.scalar_head(model).weight)
+    common.export_model(folder, model, common.load_tokenizer(tiny_model))
+    return str(folder)
+
+
 @pytest.fixture(scope="module")
 def other_model(tiny_model, tmp_path_factory):
     """Another model of the same tokenizer."""
@@ -176,15 +219,15 @@ def other_model(tiny_model, tmp_path_factory):
 
 
 LCO_SWITCHES = [
-    dict(moving_target=True),
+    dict(loss="kld", moving_target=True),
     dict(moving_target=True, loss="mse"),
-    dict(negative_beta_scale=100.0),
-    dict(token_mean="signed"),
+    dict(loss="kld", negative_beta_scale=100.0),
+    dict(loss="kld", token_mean="signed"),
     dict(token_mean="signed", loss="lch"),
-    dict(fill="balanced"),
-    dict(target="linear"),
-    dict(target="linear", fill="balanced", beta=0.5),
-    dict(kl_coef=0.1, lora_rank=4, diagnose=True),
+    dict(loss="kld", fill="balanced", negative_beta_scale=1.0),
+    dict(loss="kld", target="linear"),
+    dict(loss="kld", target="linear", fill="balanced", beta=0.5, negative_beta_scale=1.0),
+    dict(loss="kld", kl_coef=0.1, lora_rank=4, diagnose=True),
     dict(diagnose=True, loss="mse"),
 ]
 COMMON_SWITCHES = [
@@ -217,11 +260,11 @@ def test_switches(script, switches, base, out):
 
 def test_old_topk(base, out):
     """With as many kept logits as there are symbols, only the rounding to fp16 is left of the authors' top-k."""
-    trained(lco, base, out, old_topk=16)
+    trained(lco, base, out, loss="kld", old_topk=16)
 
 
 def test_old_topk_of_the_authors(base, out):
-    trained(lco, base, out, old_topk=5)
+    trained(lco, base, out, loss="kld", old_topk=5)
 
 
 def test_critic_warmup_leaves_the_policy_alone(base, tmp_path):

@@ -439,6 +439,93 @@ def test_pairs_of_all_forms(tmp_path):
             {"chosen": long + good, "rejected": user + good + good})  # fmt: skip
 
 
+# steps, credit and what a reward model learns from
+
+
+@pytest.mark.parametrize(
+    "completion, labels, credit",
+    [
+        ("22+8=30", [True, True], [1] * 8),
+        ("12+8=20", [False, False], [0] * 8),  # the second step is right from a wrong line: never right again
+        ("22+8=31", [True, False], [1] * 6 + [0, 0]),
+        ("22+8", [False], [1, 1, 1, 1, 0]),  # a right beginning that stops too early: its end is wrong
+        ("22+8=30=30", [True, True, False], [1] * 7 + [0] * 4),
+        ("2+28=30", [False, False], [1] + [0] * 7),
+        ("", [False], [0]),
+    ],
+)
+def test_labels_of_steps_and_credit_of_tokens(completion, labels, credit):
+    """A step is right while the derivation is exact; the last one must be the answer, and so must the last token."""
+    task = tasks.load_task(test_rows=1)
+    row = {"prompt": "7+15+8="}
+    assert tasks.chain_step_labels(row, completion) == labels == task.steps(row, completion)
+    assert tasks.chain_credit(row["prompt"], [*completion, "<eos>"]) == credit
+
+
+def test_credit_of_longer_tokens_and_other_prompts():
+    """Tokens of several characters are exact as a whole or not; what is no chain has no truth."""
+    assert tasks.chain_credit("7+15+8=", ["22+", "8=", "30", ""]) == [1, 1, 1, 1]
+    assert tasks.chain_credit("7+15+8=", ["22+", "8=3", "1", ""]) == [1, 1, 0, 0]
+    for prompt in ("7=", "7+15", "What is 7+5?", [{"role": "user", "content": "7+15="}]):
+        assert tasks.chain_credit(prompt, ["2", "2", ""]) is None
+    assert tasks.load_task("words", test_rows=1).steps is None
+
+
+def test_pairs_with_labels():
+    pairs = tasks.chain_pairs(50, 3)
+    without = [{k: pair[k] for k in ("prompt", "chosen", "rejected")} for pair in pairs]
+    assert without == tasks.preference_pairs(50, 3)
+    for pair in pairs:
+        assert all(pair["chosen_labels"]) and not pair["rejected_labels"][-1]
+        for side in ("chosen", "rejected"):
+            assert len(pair[f"{side}_labels"]) == len(pair[side].split("="))
+        wrong = tasks.first_wrong(pair["prompt"], pair["rejected"])
+        assert pair["rejected_labels"].index(False) == pair["rejected"][:wrong].count("=")
+    assert all(tasks.chain_is_held_out(pair["prompt"]) for pair in tasks.chain_pairs(5, 3, held_out=True))
+
+
+def test_answers_with_steps(tmp_path):
+    def load(rows, separator="\n"):
+        return tasks.load_answers(write(tmp_path / "x.jsonl", rows), separator)
+
+    good = {"prompt": "7+15+8=", "steps": ["22+8", "30"], "labels": [True, 0]}
+    made = {"prompt": "7+15+8=", "answer": "22+8=30", "answer_labels": [True, False]}
+    assert load([good], "=") == ([made], ["answer"])
+    assert load([good])[0][0]["answer"] == "22+8\n30"
+    pairs = tasks.chain_pairs(4, 0)
+    assert load(pairs) == (pairs, ["chosen", "rejected"])
+    for bad in ({"labels": [True]}, {"steps": []}, {"steps": "22+8"}, {"labels": None}):
+        refused("row 2: expected 'steps' and 'labels' as lists of the same length", load, [good, good | bad])
+    refused("row 1: 'prompt' is missing or empty", load, [good | {"prompt": ""}])
+    refused("expected chosen+rejected", load, [{"prompt": "p", "steps": ["1"]}])
+
+
+def test_held_out_pairs_share_no_prompt_with_the_others():
+    def pair(prompt, n):
+        return {"prompt": prompt, "chosen": str(n), "rejected": "x"}
+
+    chat = [{"role": "user", "content": "p"}]
+    pairs = [pair(p, n) for n, p in enumerate(["a", "b", "a", chat, "c", "b", chat])]
+    train, test = tasks.split_pairs(pairs, 2)
+    assert test == pairs[-2:] and train == [pairs[i] for i in (0, 2, 4)]
+    refused("there are 7 pairs", tasks.split_pairs, pairs, 7)
+    refused("each prompt of a training pair", tasks.split_pairs, [pair("a", 0), pair("a", 1)], 1)
+
+
+def test_prompts_that_need_no_grader(tmp_path):
+    """graded=False allows prompts alone, and takes nothing from a task that has a grader."""
+    path = write(tmp_path / "x.jsonl", [{"prompt": f"{i}="} for i in range(9)])
+    refused("--reward_file is empty", tasks.load_task, dataset=path, test_rows=2)
+    task = tasks.load_task(dataset=path, test_rows=2, graded=False)
+    assert task.reward is None and task.correct is None and len(task.train) == 7
+    assert tasks.load_task(test_rows=2, graded=False).reward([""], ["30"], [{"answer": "30"}]) == [1.0]
+    mine = tmp_path / "mine.py"
+    mine.write_text("def reward(prompts, completions, rows): return [2.0 for _ in rows]\n")
+    assert tasks.load_task(dataset=path, reward_file=str(mine), test_rows=2, graded=False).reward([""], [""], [{}]) == [
+        2.0
+    ]
+
+
 # the checkpoint and real data
 
 

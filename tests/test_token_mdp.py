@@ -4,13 +4,15 @@ The problem is max E[sum r] - tau KL(pi || pi_ref). Its solution comes from the 
 it by its own losses, in steps of max E_pi[A_k] - beta KL(pi || pi_k), A_k the regularised advantages of pi_k.
 """
 
+import functools
 import itertools
 
 import pytest
 import torch
 
 import lco
-from lco import Args
+
+Args = functools.partial(lco.Args, loss="kld", negative_beta_scale=1.0)  # the equations
 
 V, HORIZON, TAU = 4, 3, 0.5
 PREFIXES = [p for length in range(HORIZON) for p in itertools.product(range(V), repeat=length)]
