@@ -1371,9 +1371,12 @@ def estimate_memory(
 
 @torch.no_grad()
 def probe_logits(policy, micro: dict, temperature: float, most: int = 256) -> torch.Tensor:
-    """fp32 logits [N, V] of the first completion tokens of a micro-batch; `most` bounds N."""
+    """fp64 logits [N, V] of the first completion tokens of a micro-batch; `most` bounds N.
+
+    Where a token is all but certain, the slope of a loss in fp32 is rounding noise and points anywhere.
+    """
     hidden = completion_hidden(policy, micro)[micro["mask"]][:most]
-    return F.linear(hidden, head_weight(policy)).float() / temperature
+    return F.linear(hidden, head_weight(policy)).double() / temperature
 
 
 def diagnose(loss_of, logits, target_logits, states: int = 16, entries: int = 32) -> dict[str, float]:

@@ -132,7 +132,8 @@ def fill_advantages(advantages, ids, old_logits, fill: str):
     if fill == "balanced":
         p = old_logits.log_softmax(-1).gather(-1, ids[:, None])[:, 0].exp()
         rest = torch.where(1 - p > 1e-6, -advantages * p / (1 - p), 0.0)  # at p = 1 there are no others to carry it
-    return rest[:, None].repeat(1, old_logits.shape[1]).scatter(-1, ids[:, None], advantages[:, None])
+    rest = rest[:, None].repeat(1, old_logits.shape[1])
+    return rest.scatter(-1, ids[:, None], advantages[:, None].to(rest.dtype))
 
 
 def target_logprobs(old_logits, advantages, beta, target: str):
@@ -410,7 +411,8 @@ def diagnose_update(policy, micro, old_logits, args) -> dict[str, float]:
         z, old = (x.gather(-1, chosen[i])[:, 0] for x in (z, old_logits[i]))
         return sampled_loss(z, old, advantages[i], args)[0].sum()
 
-    return common.diagnose(loss_of, logits, old_logits.scatter_add(-1, chosen, (advantages / beta)[:, None]))
+    target = old_logits.scatter_add(-1, chosen, (advantages / beta)[:, None].to(old_logits.dtype))
+    return common.diagnose(loss_of, logits, target)
 
 
 # ---- the run ---------------------------------------------------------------------------------------------------------
