@@ -187,13 +187,20 @@ def chain_test_rows(n: int) -> list[dict]:
     return list(rows.values())
 
 
-def slipping_add(rng: np.random.Generator, slip: float, noise: float = 0.0) -> Callable[[int, int], int]:
-    """Addition that forgets a carry with probability `slip`, and gets any one digit wrong with `noise`."""
+def slipping_add(
+    rng: np.random.Generator, slip: float, noise: float = 0.0, needless: float = 0.0
+) -> Callable[[int, int], int]:
+    """Addition that forgets a carry with probability `slip`, and gets any one digit wrong with `noise`.
+
+    needless: the probability of a carry where there is none.
+    """
 
     def add(a: int, b: int) -> int:
         total = a + b
         if has_carry(a, b) and rng.random() < slip:
             total -= 10
+        elif needless and not has_carry(a, b) and rng.random() < needless:
+            total += 10
         if rng.random() < noise:
             digits = list(str(total))
             digits[rng.integers(len(digits))] = str(rng.integers(10))
@@ -213,15 +220,30 @@ def demonstrations(n: int, seed: int, slip: float, noise: float = 0.0, held_out:
     return rows
 
 
-def preference_pairs(n: int, seed: int, slip: float = 0.6, held_out: bool = False) -> list[dict]:
-    """n rows {prompt, chosen, rejected}: the exact completion, and one with at least one forgotten carry."""
+def preference_pairs(
+    n: int, seed: int, slip: float = 0.6, held_out: bool = False, needless: float = 0.0, exact: bool = True
+) -> list[dict]:
+    """n rows {prompt, chosen, rejected}: the exact completion, and one with at least one mistake in its carries.
+
+    With needless = 0 it is always a forgotten one, from which a model may learn to carry wherever it can.
+    exact = False: both are by the same writer, and the one with fewer wrong steps is chosen, as annotators have it.
+    """
+
+    def wrong(prompt: str, completion: str) -> int:
+        return chain_steps(prompt, completion).count(False)
+
     rows = []
     for i in range(n):
         rng = generator(seed, "preference pairs", i)
         rejected = chosen = prompt = ""
-        while rejected == chosen:  # also draws a new prompt, for one without carries has no slip to show
+        while wrong(prompt, rejected) == wrong(prompt, chosen):  # a prompt without carries has no slip to show
             prompt = chain_prompt(rng, held_out)
-            chosen, rejected = chain_solution(prompt), write_chain(prompt, slipping_add(rng, slip))
+            chosen = chain_solution(prompt)
+            rejected = write_chain(prompt, slipping_add(rng, slip, needless=needless))
+            if not exact:
+                chosen = write_chain(prompt, slipping_add(rng, slip, needless=needless))
+        if wrong(prompt, rejected) < wrong(prompt, chosen):
+            chosen, rejected = rejected, chosen
         rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
     return rows
 

@@ -16,6 +16,15 @@ a token, is the least it can be. On 1,000 held-out prompts it printed:
     probability of the right first sum where it carries: mean 0.410, sd 0.042, range 0.203 to 0.579
 
 "forgets every carry" counts completions that are, in full, what a writer who never carries would write.
+
+builtin/small, the student of the distillation scripts, is made in the same way in 127 s on one core:
+
+    python benchmarks/make_builtin.py --layers 2 --width 64 --lr 4e-3 --out builtin/small
+
+    84,288 parameters
+    greedy   right 0.152   right without carries 1.000   forgets every carry 0.978   finished 1.000
+    sampled  right 0.431   right without carries 1.000   forgets every carry 0.566   finished 1.000
+    probability of the right first sum where it carries: mean 0.402, sd 0.052, range 0.101 to 0.635
 """
 
 import argparse
@@ -57,14 +66,14 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def make_model() -> LlamaForCausalLM:
+def make_model(layers: int, width: int) -> LlamaForCausalLM:
     ids = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
     config = LlamaConfig(
         vocab_size=len(SYMBOLS),
-        hidden_size=128,
-        num_hidden_layers=4,
+        hidden_size=width,
+        num_hidden_layers=layers,
         num_attention_heads=4,
-        intermediate_size=256,
+        intermediate_size=2 * width,
         max_position_embeddings=128,
         **ids,
     )
@@ -138,13 +147,15 @@ def evaluate(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, n: int
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="builtin/policy", help="folder for the model and tokenizer")
+    parser.add_argument("--layers", type=int, default=4, help="number of layers")
+    parser.add_argument("--width", type=int, default=128, help="hidden width")
     parser.add_argument("--steps", type=int, default=2000, help="optimizer steps")
     parser.add_argument("--batch", type=int, default=128, help="demonstrations a step")
     parser.add_argument("--lr", type=float, default=2e-3, help="highest learning rate")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and of the demonstrations")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
-    tokenizer, model = make_tokenizer(), make_model()
+    tokenizer, model = make_tokenizer(), make_model(args.layers, args.width)
     print(f"{model.num_parameters():,} parameters")
     train(model, args.steps, args.batch, args.lr, args.seed)
     model.eval()

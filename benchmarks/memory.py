@@ -3,7 +3,8 @@
     python benchmarks/memory.py [--json memory.json]        # a few minutes, 10 GiB of memory
 
 Each case is a process of its own: forward and backward, once, in fp32. `lco-kld` is lco.objective() itself on a policy
-whose final hidden states and LM head [V, H] are its parameters; `logprobs` is common.token_logprobs(). The peak is the
+whose final hidden states and LM head [V, H] are its parameters; `dckd` and `adpa` are the objectives of these scripts,
+with teachers of width 1024, half of the tokens on each side; `logprobs` is common.token_logprobs(). The peak is the
 highest resident memory less that before the call, so it includes the gradients; s are CPU seconds, which other work on
 the machine still stretches. "once" is the same code with one chunk.
 Leaves with 1 when a chunked peak is more than a quarter of the dense one or a gradient differs by more than 1e-5.
@@ -16,11 +17,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-LOSSES, CHUNKS = ("lco-kld", "logprobs"), {"chunks": None, "once": 2**20}  # None: the scripts' own chunk size; in MiB
+LOSSES = ("lco-kld", "logprobs", "dckd", "adpa")
+CHUNKS = {"chunks": None, "once": 2**20}  # None: the scripts' own chunk size; in MiB
+TEACHER_WIDTH = 1024
 
 
 def resident(field: str) -> int:
@@ -33,6 +35,8 @@ def measure(loss: str, chunk_mib: int | None, tokens: int, vocabulary: int, widt
     """One case in this process; peak, seconds, value and gradients go to `out`."""
     sys.path.insert(0, str(ROOT))
     import common  # before torch: it sets how OpenMP threads wait
+    import adpa
+    import dckd
     import lco
 
     import torch
@@ -56,13 +60,28 @@ def measure(loss: str, chunk_mib: int | None, tokens: int, vocabulary: int, widt
     policy = FixedStates(hidden, weight + 0.01 * torch.randn(vocabulary, width))
     micro = common.make_batch([[0]] * B, torch.randint(vocabulary, (B, T)).tolist(), 0, "cpu")
     micro |= {"old_hidden": old_hidden, "advantages": torch.randn(B, T), "token_weight": torch.ones(B, T)}
+    models, heads, script = (
+        torch.nn.ModuleDict({"policy": policy}),
+        {"old": weight},
+        {"dckd": dckd, "adpa": adpa}.get(loss),
+    )
+    if script:
+        heads = {"start": weight} if loss == "adpa" else {}
+        micro |= {"side": torch.arange(B) % 2, "start_hidden": micro["old_hidden"]}
+        for name in script.teachers(script.Args(teacher="given")):
+            heads[name] = torch.randn(vocabulary, TEACHER_WIDTH) * 2 / TEACHER_WIDTH**0.5
+            micro[f"{name}_hidden"] = torch.randn(B, T, TEACHER_WIDTH)
     if chunk_mib:
-        name = "over_vocabulary" if loss == "lco-kld" else "token_logprobs"
-        setattr(common, name, partial(getattr(common, name), chunk_mib=chunk_mib))
+        whole = common.over_vocabulary
+        common.over_vocabulary = lambda *given: whole(*given[:4], chunk_mib=chunk_mib)
 
     before, start = resident("VmRSS"), time.process_time()
     if loss == "lco-kld":
-        value, _ = lco.objective({"policy": policy}, {"old": weight}, micro, lco.Args())
+        value, _ = lco.objective(models, heads, micro, lco.Args())
+    elif script:
+        args = script.Args()
+        sums = {k: x for each in script.objective(models, heads, micro, args).values() for k, x in each.items()}
+        value = sum(factor * sums[name] for name, factor in script.weights(args).items())
     else:
         chosen = common.completion_hidden(policy, micro)[micro["mask"]]
         logprobs, _ = common.token_logprobs(chosen, policy.weight, micro["completion_ids"][micro["mask"]])
@@ -73,12 +92,12 @@ def measure(loss: str, chunk_mib: int | None, tokens: int, vocabulary: int, widt
     torch.save({"peak": peak, "seconds": seconds, "loss": value.item() / tokens, "gradients": gradients}, out)
 
 
-def compare(tokens: int, vocabulary: int, width: int) -> list[dict]:
+def compare(tokens: int, vocabulary: int, width: int, only: str = "") -> list[dict]:
     """One row a loss, each measured with and without chunks."""
     import torch
 
     rows = []
-    for loss in LOSSES:
+    for loss in (x for x in LOSSES if only in x):
         with tempfile.TemporaryDirectory() as folder:
             cases = {}
             for name in CHUNKS:
@@ -104,6 +123,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096, help="N, a multiple of 8")
     parser.add_argument("--vocabulary", type=int, default=49152, help="V")
     parser.add_argument("--width", type=int, default=576, help="H")
+    parser.add_argument("--only", default="", help="only losses whose name contains this")
     parser.add_argument("--json", help="also write the rows to this file")
     parser.add_argument("--case", nargs=3, metavar=("LOSS", "CHUNKS", "OUT"), help="measure one case in this process")
     args = parser.parse_args()
@@ -111,7 +131,7 @@ def main() -> None:
         loss, chunks, out = args.case
         measure(loss, CHUNKS[chunks], args.tokens, args.vocabulary, args.width, Path(out))
         return
-    rows = compare(args.tokens, args.vocabulary, args.width)
+    rows = compare(args.tokens, args.vocabulary, args.width, args.only)
     print(f"N={args.tokens} V={args.vocabulary} H={args.width} fp32; peak above the inputs, gradients included; CPU s")
     print("| loss | chunks: MiB / s | once: MiB / s | ratio | gradient error in hidden, W | in the loss |")
     print("|---|---|---|---|---|---|")

@@ -236,3 +236,24 @@ def qwen_model(tmp_path_factory, letter_tokenizer) -> str:
     return save_model(
         tmp_path_factory.mktemp("models") / "qwen", Qwen3Config(**shape, **ids_of(letter_tokenizer)), letter_tokenizer
     )
+
+
+# ---- losses without a model ------------------------------------------------------------------------------------------
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+class FixedStates(torch.nn.Module):
+    """A policy whose final hidden states and LM head are its parameters: what objective() asks of a model, no more."""
+
+    def __init__(self, hidden, weight):
+        super().__init__()
+        self.hidden, self.weight = torch.nn.Parameter(hidden), torch.nn.Parameter(weight)
+
+    def final_hidden(self, input_ids, attention_mask, position_ids):
+        return self.hidden
+
+    def get_output_embeddings(self):
+        return self

@@ -28,7 +28,7 @@ PAPER_WORDS = re.compile(
     "(advantage|beta|clip|teacher|student|reviser|critic|ppo|lco|dpo|qrm|dckd|adpa|seft|reinforce|grpo|gae|surrogate"
     "|distil|distill|distillation)s?"
 )
-METHOD_ARGUMENTS = {"loss", "advantage", "beta", "kl_estimator"}  # the same name, with a meaning of the script
+METHOD_ARGUMENTS = {"stage", "loss", "advantage", "beta", "gamma", "steps", "kl_estimator"}  # of each method its own
 
 
 def make_diff(a: Path, b: Path) -> str:

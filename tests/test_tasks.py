@@ -567,3 +567,14 @@ def test_real_gsm8k():
     assert all(task.correct(solutions, task.test))
     assert not any(task.correct([row["answer"] + "0" for row in task.test if row["answer"] != "0"],
                                 [row for row in task.test if row["answer"] != "0"]))  # fmt: skip
+
+
+def test_pairs_of_two_slipping_answers():
+    """exact=False: the chosen answer has fewer wrong steps, but often some; needless carries are among the mistakes."""
+    rows = tasks.preference_pairs(200, 0, needless=0.3, exact=False)
+    assert rows == tasks.preference_pairs(200, 0, needless=0.3, exact=False)
+    wrong = [[tasks.chain_steps(r["prompt"], r[side]).count(False) for side in ("chosen", "rejected")] for r in rows]
+    assert all(a < b for a, b in wrong) and any(a > 0 for a, _ in wrong)
+    over = [int(tasks.chain_solution(r["prompt"]).split("+")[0].split("=")[0]) for r in rows]
+    first = [int(r["rejected"].split("+")[0].split("=")[0]) for r in rows]
+    assert any(f == o + 10 for f, o in zip(first, over)) and any(f == o - 10 for f, o in zip(first, over))

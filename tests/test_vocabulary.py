@@ -10,27 +10,10 @@ from torch.utils._pytree import tree_leaves
 
 import common
 import lco
+from conftest import FixedStates, random
 
 MIB = 2**20
 N, H, V = 11, 6, 2**16  # 1 MiB holds the logits of 4 tokens: pieces of 4, 4 and 3
-
-
-def random(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-class FixedStates(torch.nn.Module):
-    """A policy whose final hidden states and LM head are its parameters: what objective() asks of a model, no more."""
-
-    def __init__(self, hidden, weight):
-        super().__init__()
-        self.hidden, self.weight = torch.nn.Parameter(hidden), torch.nn.Parameter(weight)
-
-    def final_hidden(self, input_ids, attention_mask, position_ids):
-        return self.hidden
-
-    def get_output_embeddings(self):
-        return self
 
 
 def lco_case(lengths, hidden_width, vocabulary, advantage="group"):
