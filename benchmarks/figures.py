@@ -79,7 +79,31 @@ def stability() -> None:
     figure.savefig(IMAGES / "stability.png", dpi=140)
 
 
+def convergence() -> None:
+    """Greedy held-out accuracy over the steps for each reward model: median and range over seeds."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
+    rows = [r for r in rows_of("qrm") if r["ok"] and " + " in r["setting"]]
+    colors = ("#1f6fb4", "#7fb2dd", "#d1603d", "#2a9d6f", "#7a7a7a", "#222222")
+    for axis, method in zip(axes, ("PPO", "REINFORCE")):
+        names = list(dict.fromkeys(r["setting"] for r in rows if r["setting"].startswith(f"{method} + ")))
+        for name, color in zip(names, colors):
+            curves = [[e["eval/pass@1"] for e in r["eval"]] for r in rows if r["setting"] == name]
+            steps = next([e["step"] for e in r["eval"]] for r in rows if r["setting"] == name)
+            values = list(zip(*curves))
+            label = name.removeprefix(f"{method} + ")
+            axis.plot(steps, [statistics.median(v) for v in values], color=color, label=label, linewidth=1.8)
+            axis.fill_between(steps, [min(v) for v in values], [max(v) for v in values], color=color, alpha=0.1)
+        axis.axhline(0.8, color="#999", linewidth=0.8, linestyle=":")
+        axis.set_title(f"{method}: held-out accuracy, greedy", fontsize=10, loc="left")
+        axis.set_xlabel("step (128 samples each)")
+        clean(axis)
+    axes[0].legend(frameon=False, fontsize=8, loc="lower right")
+    figure.tight_layout()
+    figure.savefig(IMAGES / "convergence.png", dpi=140)
+
+
 if __name__ == "__main__":
     IMAGES.mkdir(exist_ok=True)
-    builtin()
-    stability()
+    for draw, study in ((builtin, "bare"), (stability, "stability"), (convergence, "qrm")):
+        if (ROOT / "benchmarks" / "results" / f"{study}.jsonl").exists():
+            draw()
