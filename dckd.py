@@ -66,7 +66,7 @@ class Args:
     sft_lr: float = arg(1e-5, "learning rate of the teacher's SFT")
     dpo_steps: int = arg(200, "steps of the teacher's DPO")
     dpo_lr: float = arg(5e-7, "learning rate of the teacher's DPO")
-    dpo_beta: float = arg(0.1, "beta of DPO-1 (authors' recipe: 0.01)")
+    dpo_beta: float = arg(0.1, "beta of DPO (recipe of DCKD's authors: 0.01)")
     dpo_nll: float = arg(0.0, "weight of NLL(y_w) beside DPO-1: keeps the better answers likely; 0: plain DPO")
     # teacher scores
     cache: str = arg("none", "none: on the fly; hidden: final hidden states on disk, exact; topk: the likeliest tokens")

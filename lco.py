@@ -120,7 +120,16 @@ PANELS = {
     "critic": ["critic/explained_variance"],
     "KL to the start": ["kl/ref"],
 }
-SHOW = ["reward/mean", "loss/policy", "policy/kl_old", "length/mean", "eval/pass@1", "eval/sampled", "eval/reward"]
+SHOW = [
+    "reward/mean",
+    "loss/policy",
+    "policy/kl_old",
+    "policy/logit_gap",
+    "length/mean",
+    "eval/pass@1",
+    "eval/sampled",
+    "eval/reward",
+]
 
 
 # ---- the method --------------------------------------------------------------------------------------------------

@@ -79,7 +79,7 @@ class Args:
     head: str = arg("scalar", "Z is a scalar head at the token, or lm: the log-probability of the token (qrm, dpo)")
     beta: float = arg(0.2, "of QRM-1 (paper: 0.2)")
     margin: float = arg(2.0, "of QRM-1 (gamma in the paper: 2)")
-    dpo_beta: float = arg(0.1, "beta of QRM-5")
+    dpo_beta: float = arg(0.1, "beta of DPO (recipe of DCKD's authors: 0.01)")
     ce_weight: float = arg(1.0, "weight of the cross-entropy on the chosen answer beside QRM-1 with --head lm")
     reward_epochs: int = arg(1, "passes over the pairs")
     pairs_per_step: int = arg(64, "pairs in an optimizer step, over all ranks")

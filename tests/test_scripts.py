@@ -56,7 +56,8 @@ def test_one_line_a_step(bare):
     script, folder, screen = bare
     lines = [line for line in screen.splitlines() if line.startswith("step ")]
     assert [line.split()[1] for line in lines] == ["0/3", "1/3", "2/3", "3/3"]
-    for word in ("reward", "loss/policy", "policy/kl_old", "length", "s/step", "left"):
+    step = "policy/logit_gap" if script is lco else "policy/kl_old"
+    for word in ("reward", "loss/policy", step, "length", "s/step", "left"):
         assert all(word in line for line in lines[1:]), word
     assert "8 prompts x 4 samples = 32 rows a step on 1 rank(s)" in screen and f"run folder: {folder}" in screen
 
@@ -84,10 +85,12 @@ def test_metrics(bare):
     assert all("/" in k for line in lines for k in line if k not in ("step", "lr", "grad_norm"))
     for line in (lines[0], lines[-1]):
         assert 0 <= line["eval/pass@1"] <= 1 and 0 < line["eval/sampled"] <= 1
-    assert lines[1].keys() >= ROLLOUT | {"time/step", "policy/kl_old", "policy/entropy"}
-    assert lines[1]["policy/ratio_gap"] < 0.1 and lines[1]["policy/kl_old"] < 0.01
+    own = {"policy/logit_gap", "lco/gap"} if script is lco else {"policy/kl_old", "policy/ratio_gap", "policy/entropy"}
+    assert lines[1].keys() >= ROLLOUT | own | {"time/step"}
+    step = "policy/logit_gap" if script is lco else "policy/kl_old"
+    assert lines[1][step] < 0.1
     shown = {key for keys in script.PANELS.values() for key in keys}
-    assert {"reward/mean", "loss/policy", "policy/kl_old", "grad_norm"} <= shown & lines[1].keys()
+    assert {"reward/mean", "loss/policy", step, "grad_norm"} <= shown & lines[1].keys()
 
 
 def test_plot_and_report(bare):

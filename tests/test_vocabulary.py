@@ -124,7 +124,7 @@ def test_no_grad_keeps_nothing():
 )
 def test_lco_objective_in_chunks(monkeypatch, settings):
     """objective() gives the same loss, metrics and gradients (hidden states and W) in pieces of 4 tokens as at once."""
-    args, results = lco.Args(**settings), []
+    args, results = lco.Args(**dict(negative_beta_scale=1.0) | settings), []
     for mib in (1, 64):
         with monkeypatch.context() as patch:
             chunked(patch, mib)
@@ -140,7 +140,7 @@ def test_lco_objective_in_chunks(monkeypatch, settings):
 @pytest.mark.parametrize("settings", [dict(), dict(loss="mse"), dict(loss="lch"), dict(advantage="dpo")], ids=str)
 def test_lco_objective_from_the_equations(settings):
     """objective() is the weighted sum of LCO-3, -4, -5 over the unmasked tokens, at the sampling temperature."""
-    args = lco.Args(**settings, beta=0.5, temperature=0.7)
+    args = lco.Args(**settings, negative_beta_scale=1.0, beta=0.5, temperature=0.7)
     models, heads, micro = lco_case([5, 2, 4], H, 50, args.advantage)
     policy, mask = models["policy"], micro["mask"]
     expected = 0.0
