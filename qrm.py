@@ -131,7 +131,7 @@ class Args:
 BUILTIN = dict(
     steps=40, prompts_per_step=32, max_prompt=24, max_new_tokens=24, micro_batch=64, eval_every=10,
     lr=2e-4, critic_lr=1e-3, warmup_steps=4, kl_coef=0.1, pair_prompts=2048, pairs_per_step=32, reward_lr=5e-4,
-    reward_epochs=4, step_separator="=",
+    reward_epochs=4, head="lm", step_separator="=",
 )  # fmt: skip
 PANELS = {
     "held-out pairs": ["eval/pair_accuracy", "eval/step_accuracy"],

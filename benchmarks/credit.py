@@ -109,7 +109,7 @@ def measure(models, objective: str, answers, states, tokenizer):
 
 
 def page(answers, colourings, path) -> None:
-    """Four colourings of the same answers: half of them right, half wrong."""
+    """Five colourings of the same answers, wrong ones and right ones."""
     picked = [i for i, a in enumerate(answers) if not a["right"][-1]][:8] + [
         i for i, a in enumerate(answers) if a["right"][-1]
     ][:4]
@@ -145,10 +145,10 @@ def main() -> None:
             numbers, curve, scores = measure(models, objective, answers, states, tokenizer)
             results[name].append(numbers)
             curves[name].append(curve)
-            if name in ("qrm_scalar", "dpo"):
+            if name in ("qrm_scalar", "qrm_lm", "dpo"):
                 colourings[title] = scores
         if seed == seeds[0]:
-            shown = {k: colourings[k] for k in ("DPO log-ratio", "Q-RM, scalar head")}
+            shown = {k: colourings[k] for k in ("DPO log-ratio", "Q-RM, scalar head", "Q-RM, LM head")}
             page(answers, shown, ROOT / "docs" / "credit.html")
     lines = ["| reward model | seeds | rank | in answer | in state |", "|---|---|---|---|---|"]
     for name, (title, _) in MODELS.items():

@@ -81,7 +81,7 @@ def stability() -> None:
 
 def convergence() -> None:
     """Greedy held-out accuracy over the steps for each reward model: median and range over seeds."""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(10.5, 3.6), sharey=True)
     rows = [r for r in rows_of("qrm") if r["ok"] and " + " in r["setting"]]
     colors = ("#1f6fb4", "#7fb2dd", "#d1603d", "#2a9d6f", "#7a7a7a", "#222222")
     for axis, method in zip(axes, ("PPO", "REINFORCE")):
@@ -97,7 +97,7 @@ def convergence() -> None:
         axis.set_title(f"{method}: held-out accuracy, greedy", fontsize=10, loc="left")
         axis.set_xlabel("step (128 samples each)")
         clean(axis)
-    axes[0].legend(frameon=False, fontsize=8, loc="lower right")
+    axes[1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.tight_layout()
     figure.savefig(IMAGES / "convergence.png", dpi=140)
 

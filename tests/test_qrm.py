@@ -25,7 +25,16 @@ KINDS = {  # name: what --stage reward changes
     "dpo": dict(objective="dpo", head="lm", dpo_beta=1.0),
 }
 FILES = ["args.json", "checkpoint", "metrics.jsonl", "model", "plot.png", "report.html", "samples.jsonl", "source.py"]
-LESS = dict(pair_prompts=64, pair_samples=4, test_pairs=6, pairs_per_step=4, reward_epochs=1, steps=2, eval_every=5)
+LESS = dict(
+    head="scalar",
+    pair_prompts=64,
+    pair_samples=4,
+    test_pairs=6,
+    pairs_per_step=4,
+    reward_epochs=1,
+    steps=2,
+    eval_every=5,
+)
 LESS |= dict(prompts_per_step=16, samples_per_prompt=4, test_rows=16)
 
 
