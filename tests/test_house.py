@@ -28,7 +28,8 @@ PAPER_WORDS = re.compile(
     "(advantage|beta|clip|teacher|student|reviser|critic|ppo|lco|dpo|qrm|dckd|adpa|seft|reinforce|grpo|gae|surrogate"
     "|distil|distill|distillation)s?"
 )
-METHOD_ARGUMENTS = {"stage", "loss", "advantage", "beta", "gamma", "steps", "kl_estimator"}  # of each method its own
+# The same name, with the meaning or the choices of each method.
+METHOD_ARGUMENTS = {"stage", "objective", "loss", "advantage", "beta", "gamma", "steps", "kl_estimator"}
 
 
 def make_diff(a: Path, b: Path) -> str:
