@@ -802,6 +802,8 @@ def check(args) -> None:
     """--check: is this script right with these models and these data? Ten seconds with the built-in models."""
     device = common.local_device(args.device)
     small = replace(args, stage="student", prompts_per_step=4 * common.world(), steps=2, micro_batch=8, test_rows=4)
+    if args.stage != "student":  # the reference teacher is not there yet: --teacher is what it will start from
+        small = replace(small, ref_teacher=args.teacher)
     small = replace(small, builtin_pairs=64, cache="none", wandb=False, lr_warmup=0)
     pairs, _, _, tokenizer = prepare(small)
     models, _ = build(small, device)
