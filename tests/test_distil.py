@@ -1,6 +1,5 @@
 """DCKD and ADPA end to end: command lines, stages, every loss and switch, ranks, resume, --check, bad input."""
 
-import dataclasses
 import json
 import math
 import re
