@@ -101,7 +101,9 @@ class Args:
     prompts_per_step: int = arg(64, "prompts in a step, over all ranks")
     micro_batch: int = arg(8, "sequences in one forward and backward of a rank; changes memory, never the result")
     lr: float = arg(1e-5, "learning rate of the policy; falls linearly to 0")
-    lr_warmup: int = arg(0, "first steps in which the learning rate rises linearly")
+    warmup_steps: int = arg(
+        0, "first steps in which learning rates rise linearly: Adam's very first updates are the largest"
+    )
     max_grad_norm: float = arg(1.0, "gradients are clipped to this norm")
     lora_rank: int = arg(0, "train adapters of this rank instead of all weights; 0: all weights")
     # run
@@ -121,7 +123,7 @@ class Args:
 # What the bare command changes: a small model takes large steps, and it is aligned and distilled in one go.
 BUILTIN = dict(
     model="builtin-small", teacher="builtin", stage="all", dpo_steps=100, dpo_lr=2e-4, dpo_beta=0.3, dpo_nll=2.0,
-    steps=80, lr=5e-4, lr_warmup=4, prompts_per_step=32, max_prompt=24, max_new_tokens=24, micro_batch=64,
+    steps=80, lr=5e-4, warmup_steps=4, prompts_per_step=32, max_prompt=24, max_new_tokens=24, micro_batch=64,
     cache_topk=8, gamma=0.5,
 )  # fmt: skip
 PANELS = {
@@ -424,7 +426,7 @@ def answer_states(sampling, pairs, step: int, args, folder: Path) -> None:
             noise = common.uniforms(args.seed, common.TRAIN, first, mine, args.max_new_tokens)
         prompts = [pairs[i]["prompt_ids"] for i in mine]
         answers = replace(sampling, temperature=args.state_temperature or 1.0).complete(prompts, 1, noise)
-        lines = [json.dumps(line) + "\n" for part in common.from_all_ranks(list(zip(mine, answers))) for line in part]
+        lines = [json.dumps(line) + "\n" for line in common.gather(list(zip(mine, answers)))]
         if common.rank() == 0:
             file.parent.mkdir(exist_ok=True)
             common.write_whole(file, "".join(lines))
@@ -564,7 +566,7 @@ def validate(args) -> None:
     require(
         known, f"--cache topk knows {args.cache_topk} tokens of pi_dpo: --adv_topk must be at most that, --ref_topk 0"
     )
-    common.at_least(0, lr=args.lr, lr_warmup=args.lr_warmup, lora_rank=args.lora_rank)
+    common.at_least(0, lr=args.lr, warmup_steps=args.warmup_steps, lora_rank=args.lora_rank)
     common.at_least(0, sft_steps=args.sft_steps, sft_lr=args.sft_lr, dpo_lr=args.dpo_lr, dpo_nll=args.dpo_nll)
     common.at_least(1e-6, temperature=args.temperature, max_grad_norm=args.max_grad_norm, dpo_beta=args.dpo_beta)
     common.at_least(1, steps=args.steps, dpo_steps=args.dpo_steps, cache_topk=args.cache_topk)
@@ -607,7 +609,7 @@ def load_data(args, tokenizer):
         train = tasks.preference_pairs(args.builtin_pairs, args.seed, **made)
         test = tasks.preference_pairs(args.test_rows, 0, held_out=True, **made)
     else:
-        train, test = tasks.split_pairs(tasks.load_pairs(args.dataset), args.test_rows)
+        train, test = tasks.split_pairs(tasks.load_pairs(args.dataset), args.test_rows, "test_rows")
         if args.task != "auto":
             task = tasks.load_task(args.task, args.test_dataset, args.reward_file, args.seed, args.test_rows)
         elif args.reward_file:
@@ -764,7 +766,7 @@ def train(args, stop_after: int | None = None) -> None:
 
         # ---- 3. one optimizer step
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * min(1, (step + 1) / (args.lr_warmup + 1)) * (1 - step / args.steps)
+            group["lr"] = args.lr * min(1, (step + 1) / (args.warmup_steps + 1)) * (1 - step / args.steps)
         metrics = update(models, heads, optimizer, batch, args)
         clock.lap("update")
 
@@ -804,7 +806,7 @@ def check(args) -> None:
     small = replace(args, stage="student", prompts_per_step=4 * common.world(), steps=2, micro_batch=8, test_rows=4)
     if args.stage != "student":  # the reference teacher is not there yet: --teacher is what it will start from
         small = replace(small, ref_teacher=args.teacher)
-    small = replace(small, builtin_pairs=64, cache="none", wandb=False, lr_warmup=0)
+    small = replace(small, builtin_pairs=64, cache="none", wandb=False, warmup_steps=0)
     pairs, _, _, tokenizer = prepare(small)
     models, _ = build(small, device)
     policy, heads = models["policy"], {}

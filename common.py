@@ -589,9 +589,8 @@ def encode_pairs(
 ) -> tuple[list[dict], str]:
     """Rows {prompt, chosen, rejected} with `prompt_ids`, `chosen_ids` and `rejected_ids` (lists of int) added.
 
-    sides: the columns that hold answers.
-
-    Rows that are longer than a limit, or whose two answers are the same tokens, are left out; the note counts them.
+    sides: the columns that hold answers. Rows that are longer than a limit, or whose two answers are the same tokens,
+    are left out; the note counts them.
     """
     rows, long, same = [], 0, 0
     for pair in pairs:
@@ -936,13 +935,6 @@ def from_rank_0(value):
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
-
-
-def from_all_ranks(value) -> list:
-    """The value of each rank, in their order, on every rank."""
-    boxes = [None] * world()
-    dist.all_gather_object(boxes, value)
-    return boxes
 
 
 class RunFolder:

@@ -66,7 +66,7 @@ class Args:
     dpo_ref: str = arg("", "pi_ref of --advantage dpo: the model that pi_dpo was aligned from")
     qrm_model: str = arg("", "of --advantage qrm: a model that qrm.py --stage reward made")
     beta: float = arg(1.0, "size of the step: pi* = pi_old exp(A / beta); tune it by lco/target_kl")
-    negative_beta_scale: float = arg(100.0, "of beta where a sampled A < 0 (authors' code: 100; LCO-1: 1)")
+    negative_beta_scale: float = arg(100.0, "factor on beta where a sampled A < 0 (authors' code: 100; LCO-1: 1)")
     target: str = arg("exp", "exp (LCO-1) or linear: pi_old (1 + (A - E[A]) / beta), clipped to the simplex")
     fill: str = arg("zero", "the advantage of unsampled tokens: zero, or balanced: the value that makes E[A] = 0")
     moving_target: bool = arg(False, "authors' code: the target starts from the current logits, not the rollout's")
@@ -86,7 +86,9 @@ class Args:
     micro_batch: int = arg(8, "sequences in one forward and backward of a rank; changes memory, never the result")
     lr: float = arg(1e-6, "learning rate of the policy; falls linearly to 0")
     critic_lr: float = arg(1e-5, "learning rate of the critic; falls likewise")
-    warmup_steps: int = arg(0, "first steps in which both rise linearly: Adam's very first updates are the largest")
+    warmup_steps: int = arg(
+        0, "first steps in which learning rates rise linearly: Adam's very first updates are the largest"
+    )
     max_grad_norm: float = arg(1.0, "gradients are clipped to this norm")
     lora_rank: int = arg(0, "train adapters of this rank instead of all weights; 0: all weights")
     # run
@@ -120,16 +122,8 @@ PANELS = {
     "critic": ["critic/explained_variance"],
     "KL to the start": ["kl/ref"],
 }
-SHOW = [
-    "reward/mean",
-    "loss/policy",
-    "policy/kl_old",
-    "policy/logit_gap",
-    "length/mean",
-    "eval/pass@1",
-    "eval/sampled",
-    "eval/reward",
-]
+SHOW = ["reward/mean", "loss/policy", "policy/kl_old", "length/mean", "eval/pass@1", "eval/sampled", "eval/reward"]
+SHOW += ["policy/logit_gap"]
 
 
 # ---- the method --------------------------------------------------------------------------------------------------

@@ -65,7 +65,9 @@ class Args:
     micro_batch: int = arg(8, "sequences in one forward and backward of a rank; changes memory, never the result")
     lr: float = arg(1e-6, "learning rate of the policy; falls linearly to 0")
     critic_lr: float = arg(1e-5, "learning rate of the critic; falls likewise")
-    warmup_steps: int = arg(0, "first steps in which both rise linearly: Adam's very first updates are the largest")
+    warmup_steps: int = arg(
+        0, "first steps in which learning rates rise linearly: Adam's very first updates are the largest"
+    )
     max_grad_norm: float = arg(1.0, "gradients are clipped to this norm")
     lora_rank: int = arg(0, "train adapters of this rank instead of all weights; 0: all weights")
     # run

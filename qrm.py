@@ -110,7 +110,9 @@ class Args:
     micro_batch: int = arg(8, "sequences in one forward and backward of a rank; changes memory, never the result")
     lr: float = arg(1e-6, "learning rate of the policy; falls linearly to 0")
     critic_lr: float = arg(1e-5, "learning rate of the critic; falls likewise")
-    warmup_steps: int = arg(0, "first steps in which both rise linearly: Adam's very first updates are the largest")
+    warmup_steps: int = arg(
+        0, "first steps in which learning rates rise linearly: Adam's very first updates are the largest"
+    )
     max_grad_norm: float = arg(1.0, "gradients are clipped to this norm")
     lora_rank: int = arg(0, "train adapters of this rank instead of all weights; 0: all weights")
     # run
@@ -1011,6 +1013,8 @@ def run_stages(args) -> None:
     """--stage all: pairs, reward and policy, each in its own folder of --out; --resume skips what is whole."""
     validate(args)
     require(not args.resume or args.out, "--resume needs --out, the folder of the run to go on with")
+    own = not args.pairs and not args.reward_model
+    require(own, "--stage all makes its own: --pairs goes with --stage reward, --reward_model with --stage policy")
     home = Path(common.from_rank_0(args.out or f"runs/qrm-{time.strftime('%Y%m%d-%H%M%S')}"))
     pairs, model = home / "pairs" / "pairs.jsonl", home / "reward" / "model"
     stages = [

@@ -753,10 +753,10 @@ def load_answers(dataset: str, separator: str) -> tuple[list[dict], list[str]]:
     return rows, ["answer"]
 
 
-def split_pairs(pairs: list[dict], test_rows: int) -> tuple[list[dict], list[dict]]:
+def split_pairs(pairs: list[dict], test_rows: int, argument: str = "test_pairs") -> tuple[list[dict], list[dict]]:
     """(train, test): the last `test_rows` pairs are held out, and no training pair has the prompt of one of them."""
     if test_rows >= len(pairs):
-        raise BadInput(f"--test_pairs {test_rows}: there are {len(pairs)} pairs; expected some left to train on")
+        raise BadInput(f"--{argument} {test_rows}: there are {len(pairs)} pairs; expected some left to train on")
     test = pairs[len(pairs) - test_rows :]
     held_out = {json.dumps(pair["prompt"]) for pair in test}
     train = [pair for pair in pairs[: len(pairs) - test_rows] if json.dumps(pair["prompt"]) not in held_out]

@@ -116,7 +116,7 @@ SWITCHES = [
     ("dckd", dict(lora_rank=4)),
     ("dckd", dict(loss="dpo", lora_rank=4)),
     ("dckd", dict(dtype="bfloat16", activation_checkpointing=True)),
-    ("dckd", dict(a_w=0.0, a_l=0.0, lr_warmup=2)),
+    ("dckd", dict(a_w=0.0, a_l=0.0, warmup_steps=2)),
     ("adpa", dict(loss="dpo")),
     ("adpa", dict(lora_rank=4)),
     ("adpa", dict(objective="kl", beta=0.5, lora_rank=4)),
