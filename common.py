@@ -946,14 +946,15 @@ class RunFolder:
     def __init__(self, args, script: str, panels: dict[str, list[str]], show: list[str]):
         name = Path(script).stem
         self.path = Path(from_rank_0(args.out or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"))
-        self.panels, self.show, self.steps = panels, show, args.steps
+        settings = asdict(args)
+        resume = settings.get("resume", False)  # a script without steps has none of these
+        self.panels, self.show, self.steps = panels, show, settings.get("steps", 0)
         self.clock, self.first = time.time(), None
         self.tracker = None
-        settings = asdict(args)
         files = [p.name for p in self.path.iterdir() if p.suffix != ".part"] if self.path.is_dir() else []
         files = from_rank_0(files)
-        require(not args.resume or args.out, "--resume needs --out, the folder of the run to go on with")
-        if args.resume and "args.json" in files:
+        require(not resume or args.out, "--resume needs --out, the folder of the run to go on with")
+        if resume and "args.json" in files:
             before = from_rank_0(json.loads((self.path / "args.json").read_text())["args"] if rank() == 0 else None)
             for key in settings.keys() - FREE_TO_CHANGE:
                 require(
@@ -962,10 +963,11 @@ class RunFolder:
                     "a resumed run keeps its settings",
                 )
         else:
-            require(not files, f"--out {self.path} exists and is not empty: choose another folder, or give --resume")
+            hint = ", or give --resume" if "resume" in settings else ""
+            require(not files, f"--out {self.path} exists and is not empty: choose another folder{hint}")
         if rank() != 0:
             return
-        if args.wandb:
+        if settings.get("wandb"):
             require(importlib.util.find_spec("wandb") is not None, "--wandb: the package wandb is not installed")
             import wandb
 

@@ -156,6 +156,7 @@ SHOW += ["loss/reward_model", "eval/pair_accuracy", "eval/step_accuracy", "pairs
 # ---- the reward model --------------------------------------------------------------------------------------------
 
 
+# same in: qrm.py evaluate.py
 def sequence_score(scores, mask, step_ends, objective: str):
     """The score of each answer [B] from those of its tokens [B, T]; step_ends and mask are bool [B, T].
 
@@ -187,6 +188,7 @@ def step_loss(scores, labels):
     return loss, {"reward_model/step_accuracy": ((scores > 0) == (labels > 0)).sum()}
 
 
+# same in: qrm.py evaluate.py
 def token_scores(models, micro, objective: str):
     """Z(s_t, a_t) of each completion token, [B, T], fp32; 0 where masked.
 
@@ -205,6 +207,7 @@ def token_scores(models, micro, objective: str):
     return scores
 
 
+# same in: qrm.py evaluate.py
 def answer_logprobs(model, micro):
     """log-probabilities of the completion tokens at temperature 1, [B, T]; 0 where masked."""
     mask = micro["mask"]
@@ -649,12 +652,14 @@ def answer_batch(rows, sides, tokenizer, args, device) -> dict:
     return batch
 
 
+# same in: qrm.py evaluate.py
 def find_steps(completion_ids, tokenizer, separator: str) -> list[list[int]]:
     """Where the steps of each completion end: at tokens that contain the separator, and at the last token."""
     contain = {i for i in {i for ids in completion_ids for i in ids} if separator in tokenizer.decode([i])}
     return [[t for t, i in enumerate(ids) if i in contain or t + 1 == len(ids)] for ids in completion_ids]
 
 
+# same in: qrm.py evaluate.py
 def step_mask(completion_ids, tokenizer, separator: str, mask):
     """The same as bool [B, T]."""
     ends = torch.zeros(mask.shape, dtype=torch.bool)

@@ -579,12 +579,14 @@ def load_task(
     test_dataset: str = "",
     split: str = "train",
     graded: bool = True,
+    train: bool = True,
 ) -> Task:
     """The task that the arguments of the same names describe; BadInput when they do not describe one.
 
     Held out are the rows of `test_dataset`, else the Hub's test split, else the last `test_rows` rows of the
     dataset; at most `test_rows` of them are used, and no training row has the prompt of any of them. `graded` False
-    allows prompts that nobody can grade; then Task.reward is None.
+    allows prompts that nobody can grade; then Task.reward is None. `train` False allows a task without training rows,
+    such as a `test_dataset` alone.
     """
     if task not in TASKS:
         raise BadInput(f"--task {task}: unknown; expected one of {', '.join(TASKS)}")
@@ -592,6 +594,7 @@ def load_task(
         if value < 0:
             raise BadInput(f"--{name} {value}: expected 0 or more")
     reward = load_reward(reward_file) if reward_file else None
+    dataset = dataset or (test_dataset if not train else "")
     if task == "auto" and not dataset:
         task = "chains"
     if task in ("chains", "words") and (dataset or test_dataset):
@@ -604,7 +607,7 @@ def load_task(
         train, test = word_rows()
         made = Task(task, walk(train), test[:test_rows], None, word_correct, word_answered, train=train)
     else:
-        made = task_from_data(task, dataset, bool(reward_file) or not graded, test_rows, test_dataset, split)
+        made = task_from_data(task, dataset, bool(reward_file) or not graded, test_rows, test_dataset, split, train)
     if made.correct:
         reward = reward or (lambda prompts, completions, rows: [float(ok) for ok in made.correct(completions, rows)])
     made.reward = reward
@@ -613,7 +616,7 @@ def load_task(
 
 
 def task_from_data(
-    task: str, dataset: str, may_lack_grader: bool, test_rows: int, test_dataset: str, split: str
+    task: str, dataset: str, may_lack_grader: bool, test_rows: int, test_dataset: str, split: str, needs_train: bool
 ) -> Task:
     """A Task without its reward, from a file or the Hub."""
     dataset = "openai/gsm8k" if task == "gsm8k" and not dataset else dataset
@@ -643,7 +646,7 @@ def task_from_data(
 
     test_prompts = {json.dumps(row["prompt"]) for row in test}
     train = [row for row in rows if json.dumps(row["prompt"]) not in test_prompts]
-    if not train:
+    if needs_train and not train:
         raise BadInput(f"{dataset}: each of its training prompts is also a held-out prompt; expected others")
     note = f"{task}: {len(train)} training rows, {min(test_rows, len(test))} held-out rows"
     if len(train) < len(rows):

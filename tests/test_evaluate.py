@@ -1,0 +1,426 @@
+"""evaluate.py: Pass@k and intervals against closed forms, the numbers of the other scripts, files, ranks, bad input."""
+
+import functools
+import itertools
+import json
+import math
+from pathlib import Path
+
+import common
+import evaluate
+import lco
+import numpy as np
+import pytest
+import qrm
+import tasks
+from conftest import TINY, flags, read_metrics, run_here, run_script
+
+import torch
+
+KINDS = {  # name: what --stage reward of qrm.py changes
+    "qrm": dict(objective="qrm"),
+    "qrm-lm": dict(objective="qrm", head="lm"),
+    "orm": dict(objective="orm"),
+    "step_prm": dict(objective="step_prm"),
+    "dpo": dict(objective="dpo", head="lm"),
+}
+FILES = ["args.json", "metrics.jsonl", "result.json", "samples.jsonl", "source.py"]
+DRIVER = """
+import json, sys
+import common, evaluate
+
+def main():
+    for settings in json.load(open(sys.argv[1])):
+        evaluate.evaluate(evaluate.Args(**settings))
+
+common.launch(main, "cpu")
+"""
+QUESTIONS = [
+    {"question_id": 82, "category": "writing", "turns": ["1+2=", "3+4="]},
+    {"question_id": 81, "category": "math", "turns": ["5+6=", "7+8="]},
+    {"question_id": 83, "category": "math", "turns": ["9+9=", "1+1="]},
+]
+
+
+def write(path: Path, rows: list) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def run(out, **settings) -> dict:
+    """An evaluation in this process; returns its result.json."""
+    evaluate.evaluate(evaluate.Args(**settings, out=str(out)))
+    return json.loads((Path(out) / "result.json").read_text())
+
+
+def values(result: dict) -> dict[str, float]:
+    return {name: metric["value"] for name, metric in result["metrics"].items()}
+
+
+@pytest.fixture(scope="module")
+def base(tiny_model) -> dict:
+    return dict(model=tiny_model, max_prompt=24, max_new_tokens=12, test_rows=5, samples_per_prompt=4, rollout_rows=8)
+
+
+# ---- numbers ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", range(1, 7))
+def test_pass_at_k_by_enumeration(n):
+    """The share of all choices of k samples that contain a right one."""
+    for c, k in itertools.product(range(n + 1), range(1, n + 1)):
+        choices = list(itertools.combinations([i < c for i in range(n)], k))
+        assert evaluate.pass_at_k(n, c, k) == pytest.approx(sum(map(any, choices)) / len(choices))
+
+
+def test_pass_at_k_of_many_samples():
+    """No overflow, nothing lost by cancellation: one right sample among many is found with chance k / n."""
+    assert evaluate.pass_at_k(20_000, 1, 10_000) == 0.5
+    assert evaluate.pass_at_k(10**9, 1, 1) == 1e-9
+    assert evaluate.pass_at_k(5000, 4999, 2) == 1.0
+
+
+@pytest.mark.parametrize(
+    "c, n, low, high",
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_wilson(c, n, low, high):
+    """The table of Newcombe 1998 (Statistics in Medicine 17, method 3), and the mirror image."""
+    assert evaluate.wilson(c / n, n) == pytest.approx((low, high), abs=5e-5)
+    assert evaluate.wilson(1 - c / n, n) == pytest.approx((1 - high, 1 - low), abs=5e-5)
+
+
+def test_wilson_solves_its_equation():
+    """Its limits are the shares from which p is 1.96 standard errors away."""
+    for p, n in ((0.3, 40), (0.01, 7), (0.9, 1319)):
+        for limit in evaluate.wilson(p, n):
+            assert abs(p - limit) == pytest.approx(1.959964 * math.sqrt(limit * (1 - limit) / n))
+
+
+def test_independent_observations():
+    """One value a group: their number. Copies in a group count once. Differing values of a group count for more."""
+    values = [1.0, 0.0, 0.0, 1.0, 1.0, 0.0, 1.0]
+    assert evaluate.independent(values, range(7), 7) == pytest.approx(7)
+    copies = [x for x in values for _ in range(5)]
+    assert evaluate.independent(copies, [i // 5 for i in range(35)], 35) == pytest.approx(7)
+    means = [0.4, 0.6, 0.5, 0.5, 0.4, 0.6, 0.5]
+    assert evaluate.independent(means, range(7), 70) == 70
+    assert evaluate.independent([1.0] * 9, [0, 0, 0, 1, 1, 1, 2, 2, 2], 9) == 3
+    assert evaluate.independent([1.0, 0.0, 1.0], [0, 0, 0], 3) == 1
+
+
+def test_interval_covers():
+    """95 % of intervals contain the truth when samples of a prompt are alike, where counting each sample does not."""
+    rng, held, naive = np.random.default_rng(0), 0, 0
+    for _ in range(400):
+        skill = rng.beta(0.5, 0.8, size=60)
+        means = (rng.binomial(8, skill) / 8).tolist()
+        one, truth = evaluate.share(means, most=480), 0.5 / 1.3
+        held += one["low"] <= truth <= one["high"]
+        low, high = evaluate.wilson(sum(means) / 60, 480)
+        naive += low <= truth <= high
+    assert 0.925 < held / 400 < 0.975 and naive / 400 < 0.8
+
+
+# ---- accuracy --------------------------------------------------------------------------------------------------------
+
+
+def test_command_line(tmp_path):
+    """The bare command with less to do: a run folder, a row of results, and no second run into the same folder."""
+    less = flags(test_rows=12, samples_per_prompt=4, out=tmp_path / "run")
+    screen = run_script("evaluate.py", *less, "--k", "1", "2", "4").stdout
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == FILES
+    row = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert row["model"] == "builtin" and row["task"] == "chains" and row["prompts"] == 12 and row["seed"] == 0
+    assert {"git", "command", "versions", "seconds", "confidence"} <= row.keys()
+    names = ["eval/pass@1", "eval/sampled", "eval/sampled_pass@2", "eval/sampled_pass@4", "eval/answered"]
+    assert list(row["metrics"]) == [*names, "length/finished"]
+    for name, metric in row["metrics"].items():
+        assert 0 <= metric["low"] <= metric["value"] <= metric["high"] <= 1 and metric["low"] < metric["high"]
+        assert name in screen
+    assert row["metrics"]["eval/sampled"]["value"] < row["metrics"]["eval/sampled_pass@4"]["value"]
+    assert len(read(tmp_path / "run" / "samples.jsonl")) == 12 * 5
+    assert read_metrics(tmp_path / "run") == [{"step": 0, **values(row)}]
+    again = run_script("evaluate.py", *less, expect=2).stderr
+    assert "exists and is not empty" in again and "resume" not in again
+
+
+def test_same_numbers_as_training(tiny_model, reward_file, tmp_path):
+    """What a training script logs after its last step, evaluate.py finds in its model."""
+    settings = TINY | dict(model=tiny_model, steps=2, save_every=5)
+    for name, more in (("task", {}), ("reward", {"reward_file": reward_file, "dataset": prompts_file(tmp_path)})):
+        trained = run_here(lco, **settings | more, out=str(tmp_path / name))
+        last = {k: v for k, v in read_metrics(trained)[-1].items() if k.startswith("eval/")}
+        same = {k: settings[k] for k in ("max_prompt", "max_new_tokens", "test_rows")}
+        found = run(tmp_path / f"{name}-found", model=str(trained / "model"), samples_per_prompt=1, **same | more)
+        assert last and last.items() <= {k: pytest.approx(v) for k, v in values(found).items()}.items()
+
+
+def prompts_file(folder: Path) -> str:
+    return write(folder / "prompts.jsonl", [{"prompt": f"{i}+{i + 1}="} for i in range(20)])
+
+
+def test_more_samples_keep_the_first(base, tmp_path):
+    """Draw s of a prompt is the same for any number of samples and any batch size."""
+    few, many = tmp_path / "few", tmp_path / "many"
+    run(few, **base | dict(samples_per_prompt=2, rollout_rows=64))
+    run(many, **base)
+    kept = {}
+    for folder in (few, many):
+        rows = [row for row in read(folder / "samples.jsonl") if row["kind"] == "eval/sampled"]
+        kept[folder] = {key: [r["completion"] for r in g] for key, g in itertools.groupby(rows, lambda r: r["prompt"])}
+    assert len(kept[few]) == 5
+    assert all(kept[few][prompt] == kept[many][prompt][:2] for prompt in kept[few])
+
+
+def told(monkeypatch, tokenizer, greedy: list[str], sampled: list[list[str]]) -> None:
+    """A policy that answers as told, prompt by prompt."""
+
+    def complete(sampling, prompt_ids, samples, noise):
+        by_prompt = [[text] for text in greedy] if noise is None else sampled
+        return [common.encode_completion(tokenizer, text) for texts in by_prompt for text in texts]
+
+    monkeypatch.setattr(common.Sampling, "complete", complete)
+
+
+def test_metrics_by_hand(gpt2_model, letter_tokenizer, monkeypatch, tmp_path):
+    """GSM8K columns, answers that are told: 2 of 4 greedy; 0, 1, 2 and 4 of 4 samples right."""
+    rows = [{"question": f"{i}+1?", "answer": f"so\n#### {i + 1}"} for i in range(4)]
+    data = write(tmp_path / "test.jsonl", rows)
+    right = [[str(i + 1) if s < c else "0" for s in range(4)] for i, c in enumerate((0, 1, 2, 4))]
+    told(monkeypatch, letter_tokenizer, ["1", "no idea", "7", "4"], right)
+    settings = dict(model=gpt2_model, test_dataset=data, max_prompt=40, max_new_tokens=8, long_prompts="truncate")
+    found = values(run(tmp_path / "run", **settings, samples_per_prompt=4, k=[1, 2, 4]))
+    assert found["eval/pass@1"] == 0.5 and found["eval/answered"] == 0.75 and found["eval/sampled"] == 7 / 16
+    assert found["eval/sampled_pass@2"] == pytest.approx((0 + 1 / 2 + 5 / 6 + 1) / 4)
+    assert found["eval/sampled_pass@4"] == 0.75 and found["length/finished"] == 1
+
+
+def test_math_answers(gpt2_model, letter_tokenizer, monkeypatch, tmp_path):
+    """MATH columns are graded by meaning."""
+    rows = [{"problem": "half?", "solution": "\\boxed{\\frac{1}{2}}"}, {"problem": "one?", "solution": "\\boxed{1}"}]
+    told(monkeypatch, letter_tokenizer, ["", ""], [[""], [""]])
+    monkeypatch.setattr(common, "decode", lambda tokenizer, ids: ["so \\boxed{0.5}", "\\boxed{11}"])
+    settings = dict(model=gpt2_model, test_dataset=write(tmp_path / "m.jsonl", rows), max_prompt=40, max_new_tokens=8)
+    found = values(run(tmp_path / "run", **settings, samples_per_prompt=1, long_prompts="truncate"))
+    assert found["eval/pass@1"] == 0.5 and found["eval/answered"] == 1
+
+
+def test_right_from_a_reward(base, reward_file, tmp_path):
+    """Where only a reward file grades, Pass@k counts rewards from --right_from on; its mean is reported too."""
+    settings = base | dict(dataset=prompts_file(tmp_path), reward_file=reward_file)
+    found = values(run(tmp_path / "run", **settings, right_from=3.6))
+    rows = [r for r in read(tmp_path / "run" / "samples.jsonl") if r["kind"] == "eval/sampled"]
+    assert found["eval/sampled"] == pytest.approx(sum(r["reward"] >= 3.6 for r in rows) / 20)
+    assert 0 < found["eval/sampled"] < 1
+    assert found["eval/reward_sampled"] == pytest.approx(sum(r["reward"] for r in rows) / 20)
+
+
+def test_stop(base, tmp_path):
+    """A signal ends an evaluation between two pieces, and nothing that looks like a result is left."""
+    common._stop.set()
+    try:
+        with pytest.raises(SystemExit):
+            run(tmp_path / "run", **base)
+    finally:
+        common._stop.clear()
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
+# ---- reward models ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def reward_run(tiny_model, tmp_path_factory):
+    """reward_run(kind): arguments that rate a reward model of qrm.py, and the last line of what it logged."""
+    home = tmp_path_factory.mktemp("rewards")
+    pairs = write(home / "pairs.jsonl", tasks.chain_pairs(21, 0))
+    small = dict(model=tiny_model, pairs=pairs, step_separator="=", micro_batch=4, test_pairs=5)
+
+    @functools.cache
+    def of(kind: str):
+        more = dict(max_prompt=24, max_new_tokens=24, pairs_per_step=4, reward_lr=3e-3, eval_every=2, stage="reward")
+        settings = small | more | KINDS[kind] | {"out": str(home / kind)}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(common.RunFolder, "report", lambda self: None)
+            qrm.train_reward(qrm.Args(**settings))
+        return small | {"reward_model": str(home / kind / "model")}, read_metrics(home / kind)[-1]
+
+    return of
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pair_accuracy_is_what_was_logged(kind, reward_run, tmp_path):
+    """Held-out pairs: the same accuracy and margin as qrm.py's last evaluation."""
+    settings, last = reward_run(kind)
+    found = values(run(tmp_path / "run", **settings))
+    assert found["eval/pair_accuracy"] == last["eval/pair_accuracy"]
+    assert found["eval/margin"] == pytest.approx(last["eval/margin"], rel=1e-4, abs=1e-6)
+    whole = run(tmp_path / "all", **settings | {"test_pairs": 0})
+    assert whole["prompts"] == 21 and len(read(tmp_path / "all" / "samples.jsonl")) == 21
+
+
+def test_other_classifier(tiny_model, reward_run, tmp_path):
+    """A folder that does not say what it was trained on needs a name, and is rated as told."""
+    settings, _ = reward_run("orm")
+    settings = settings | {"reward_model": tiny_model}
+    with pytest.raises(common.BadInput, match="does not say what it was trained on"):
+        run(tmp_path / "saved", **settings)
+    with pytest.raises(common.BadInput, match="language model"):
+        run(tmp_path / "orm", **settings, objective="orm")
+    assert 0 <= values(run(tmp_path / "qrm", **settings, objective="qrm"))["eval/pair_accuracy"] <= 1
+
+
+# ---- answer files ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def judged(gpt2_model) -> dict:
+    return dict(model=gpt2_model, max_prompt=48, max_new_tokens=8, generator="mine")
+
+
+def test_alpaca_eval(judged, tmp_path):
+    """A JSON list of instruction, output, generator (and dataset, where it is known), in the order of the file."""
+    asked = [{"instruction": "say 1", "dataset": "a", "output": "no"}, {"instruction": "say 2"}]
+    data = tmp_path / "asked.json"
+    data.write_text(json.dumps(asked))
+    run(tmp_path / "run", **judged, format="alpaca_eval", dataset=str(data), temperature=0)
+    rows = json.loads((tmp_path / "run" / "alpaca_eval.json").read_text())
+    assert [list(row) for row in rows] == [
+        ["dataset", "instruction", "output", "generator"],
+        ["instruction", "output", "generator"],
+    ]
+    assert [row["instruction"] for row in rows] == ["say 1", "say 2"] and {r["generator"] for r in rows} == {"mine"}
+    assert all(isinstance(row["output"], str) and row["output"] != "no" for row in rows)
+
+
+def test_mt_bench(judged, tmp_path):
+    """FastChat's lines, sorted; math is greedy; the second answer is that to both questions and the first answer."""
+    data = write(tmp_path / "question.jsonl", QUESTIONS)
+    run(tmp_path / "run", **judged, format="mt_bench", dataset=data)
+    rows = read(tmp_path / "run" / "mine.jsonl")
+    assert [row["question_id"] for row in rows] == [81, 82, 83]
+    for row in rows:
+        assert list(row) == ["question_id", "answer_id", "model_id", "choices", "tstamp"] and row["model_id"] == "mine"
+        assert [choice["index"] for choice in row["choices"]] == [0] and len(row["choices"][0]["turns"]) == 2
+    assert len({row["answer_id"] for row in rows}) == 3
+    tokenizer = common.load_tokenizer(judged["model"])
+    model = common.load_model(judged["model"], trainable=False, device=torch.device("cpu"))
+    limits = judged["max_prompt"], judged["max_new_tokens"]
+    first, second = rows[0]["choices"][0]["turns"]
+    chat = [{"role": "user", "content": "5+6="}]
+    for answer in (first, second):
+        prompt = common.encode_prompt(tokenizer, chat)[-limits[0] :]
+        sampling = common.Sampling(model, tokenizer, *limits, 1.0, 8)
+        (ids,) = sampling.complete([prompt], 1, None)
+        assert common.decode(tokenizer, [ids])[0].strip() == answer
+        chat += [{"role": "assistant", "content": answer}, {"role": "user", "content": "7+8="}]
+
+
+def test_model_names_in_files(judged, tmp_path):
+    """Without --generator the name comes from --model, and is one that a file may have."""
+    data = write(tmp_path / "question.jsonl", QUESTIONS)
+    run(tmp_path / "run", **judged | {"generator": ""}, format="mt_bench", dataset=data)
+    (file,) = set((tmp_path / "run").glob("*.jsonl")) - {
+        tmp_path / "run" / n for n in ("metrics.jsonl", "samples.jsonl")
+    }
+    assert {row["model_id"] for row in read(file)} == {file.stem} and file.stem.endswith("-gpt2")
+
+
+# ---- ranks -----------------------------------------------------------------------------------------------------------
+
+
+def test_two_ranks_are_one(base, reward_run, judged, tmp_path):
+    """Accuracy of 5 prompts, 5 pairs with each of two reward models, and 3 questions: 1 process = 2 ranks."""
+    questions = write(tmp_path / "question.jsonl", QUESTIONS)
+    jobs = {
+        "accuracy": base,
+        "orm": reward_run("orm")[0],
+        "dpo": reward_run("dpo")[0],
+        "mt_bench": judged | dict(format="mt_bench", dataset=questions),
+    }
+    (tmp_path / "driver.py").write_text(DRIVER)
+    (tmp_path / "jobs.json").write_text(
+        json.dumps([settings | {"out": str(tmp_path / f"{name}-2")} for name, settings in jobs.items()])
+    )
+    run_script(tmp_path / "driver.py", tmp_path / "jobs.json", ranks=2)
+    for name, settings in jobs.items():
+        alone = run(tmp_path / name, **settings)["metrics"]
+        both = json.loads((tmp_path / f"{name}-2" / "result.json").read_text())["metrics"]
+        assert alone.keys() == both.keys()
+        assert all(alone[k] == pytest.approx(both[k], rel=1e-4, abs=1e-6) for k in alone)
+        rows = [[{k: v for k, v in row.items() if k != "margin"} for row in read(tmp_path / n / "samples.jsonl")]
+                for n in (name, f"{name}-2")]  # fmt: skip
+        assert rows[0] == rows[1] and len(rows[0]) >= 3
+
+
+# ---- bad input -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(k=[1, 8]), "--k 8: expected a number from 1 to --samples_per_prompt 4"),
+        (dict(samples_per_prompt=0), "--samples_per_prompt must be at least 1"),
+        (dict(temperature=0.0), "--temperature must be at least"),
+        (dict(format="jsonl"), "--format must be one of"),
+        (dict(pairs="p.jsonl"), "--pairs and --reward_model go together"),
+        (dict(reward_model="x"), "--pairs and --reward_model go together"),
+        (dict(pairs="p.jsonl", reward_model="x", format="mt_bench"), "two evaluations"),
+        (dict(format="mt_bench"), "--dataset is empty"),
+        (dict(format="mt_bench", dataset="q.jsonl", k=[1]), "--k has no meaning with --format mt_bench"),
+        (dict(format="mt_bench", dataset="q.jsonl", long_prompts="drop"), "--long_prompts drop"),
+        (dict(generator="me"), "--generator names the model in an answer file"),
+        (dict(right_from=math.nan), "--right_from must be a finite number"),
+        (dict(test_dataset="none.jsonl"), "there is no such file"),
+        (dict(max_prompt=60), "--max_prompt + --max_new_tokens is 72"),
+    ],
+)
+def test_wrong_values(changes, words, base, tmp_path, monkeypatch):
+    """One sentence that names the argument, before any model is loaded and any folder is made."""
+    monkeypatch.setattr(common, "load_model", None)
+    with pytest.raises(common.BadInput) as error:
+        run(tmp_path / "run", **base | changes)
+    assert words in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "kind, row, words",
+    [
+        ("alpaca_eval", {"prompt": "x"}, "row 2: 'instruction' is missing"),
+        ("mt_bench", {"turns": ["a", "b"]}, "row 2: 'question_id' is missing"),
+        ("mt_bench", {"question_id": 1, "turns": "a"}, "row 2: 'turns' is 'a'"),
+        ("mt_bench", {"question_id": 1, "turns": ["a" * 20, "b" * 20]}, "row 2: its last prompt may have"),
+    ],
+)
+def test_wrong_questions(kind, row, words, judged, tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "load_model", None)
+    good = {"instruction": "1+1=", "question_id": 0, "turns": ["1", "2"]}
+    data = write(tmp_path / "q.jsonl", [good, row])
+    with pytest.raises(common.BadInput) as error:
+        run(tmp_path / "run", **judged, format=kind, dataset=data)
+    assert words in str(error.value) and "q.jsonl" in str(error.value)
+
+
+def test_wrong_separator(reward_run, tmp_path):
+    """A separator that no answer has would read every step PRM at the last token alone."""
+    settings, _ = reward_run("step_prm")
+    with pytest.raises(common.BadInput, match="--step_separator"):
+        run(tmp_path / "run", **settings | {"step_separator": ";"})
+
+
+def test_long_prompts_are_refused(base, tmp_path):
+    """By default no held-out row is left out in silence."""
+    with pytest.raises(common.BadInput, match="--max_prompt 5"):
+        run(tmp_path / "run", **base | {"max_prompt": 5})
+
+
+def test_check(base, reward_run, capsys):
+    evaluate.evaluate(evaluate.Args(**base, check=True))
+    evaluate.evaluate(evaluate.Args(**reward_run("orm")[0], check=True))
+    assert capsys.readouterr().out.count("all checks passed") == 2
