@@ -56,8 +56,8 @@ def run(study: str, name: str, command: str, seed: int, threads: int) -> dict:
             text=True,
             env=os.environ | {"OMP_NUM_THREADS": str(threads)},
         )
-        lines = out / "metrics.jsonl"
-        metrics = [json.loads(text) for text in lines.read_text().splitlines()] if lines.exists() else []
+        lines = sorted(out.rglob("metrics.jsonl"), key=lambda file: file.stat().st_mtime)[-1:]  # of its last stage
+        metrics = [json.loads(text) for file in lines for text in file.read_text().splitlines()]
     evaluated = [m for m in metrics if any(k.startswith("eval/") for k in m)]
     held_out = [{k: v for k, v in m.items() if k == "step" or k.startswith("eval/")} for m in evaluated]
     return {
@@ -87,7 +87,7 @@ def table(rows: list[dict], settings: dict[str, str]) -> str:
     header = ["setting", "seeds", "greedy after", "sampled after", "entropy at the end", "failed"]
     lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     for name in settings:
-        mine = [r for r in rows if r["setting"] == name]
+        mine = [r for r in rows if r["setting"] == name and ("eval/pass@1" in r["last"] or not r["ok"])]
         if mine:
             good = [r for r in mine if r["ok"]]
             greedy = spread([r["last"]["eval/pass@1"] for r in good])
@@ -178,7 +178,7 @@ def main() -> None:
                 last = {k: round(v, 4) for k, v in row["last"].items() if k.startswith("eval/")}
                 screen = f"{done}/{total}  {row['setting']}  seed {row['seed']}  {row['seconds']} s  {last}"
                 print(screen, row["error"], flush=True)
-    text = table(rows, settings)
+    text = table(rows, prepare | settings)
     if args.study == "diagnose":
         text += "\n" + diagnose_table(rows, settings)
     if "goal" in study:
