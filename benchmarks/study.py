@@ -4,15 +4,16 @@
     python benchmarks/study.py lco --only kld --seeds 2
 
 A study may have runs to `prepare`, once for each seed, whose folders are kept in runs/study; the commands of its
-settings name them in braces, as in --reward_model {qrm}/model. Every finished run is one JSON line in
-benchmarks/results/<study>.jsonl (its command, settings, seed, held-out accuracy); a run that is already there is not
-run again, so an interrupted study goes on where it was. At the end the table is printed and written to
-benchmarks/results/<study>.md: median over seeds, with the lowest and highest.
+settings name them in braces, as in --reward_model {qrm}/model (`titles`: their names in tables). Every finished run is
+one JSON line in benchmarks/results/<study>.jsonl (its command, settings, seed, held-out accuracy); a run that is
+already there is not run again, so an interrupted study goes on where it was. At the end the table is printed and
+written to benchmarks/results/<study>.md: median over seeds, with the lowest and highest.
 """
 
 import argparse
 import json
 import os
+import re
 import shlex
 import shutil
 import statistics
@@ -75,6 +76,7 @@ def run(study: str, name: str, command: str, seed: int, threads: int) -> dict:
             for key in sorted({k for m in metrics for k in m if k.startswith("diagnose/")})
         },
         "grad_norm_max": max((m["grad_norm"] for m in metrics if "grad_norm" in m), default=None),
+        "grad_norm_median": statistics.median([m["grad_norm"] for m in metrics if "grad_norm" in m] or [0]),
     }
 
 
@@ -97,7 +99,7 @@ def table(rows: list[dict], settings: dict[str, str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def pairs_table(rows: list[dict], names: dict[str, str]) -> str:
+def pairs_table(rows: list[dict], names: dict[str, str], titles: dict[str, str]) -> str:
     """Markdown: held-out pair accuracy of the reward models that a study prepared."""
     lines = ["| reward model | seeds | held-out pair accuracy |", "|---|---|---|"]
     for name in names:
@@ -105,7 +107,7 @@ def pairs_table(rows: list[dict], names: dict[str, str]) -> str:
                   and "eval/pair_accuracy" in r["last"]]  # fmt: skip
         if values:
             spread = f"{statistics.median(values):.3f} [{min(values):.3f}, {max(values):.3f}]"
-            lines.append(f"| {name} | {len(values)} | {spread} |")
+            lines.append(f"| {titles.get(name, name)} | {len(values)} | {spread} |")
     return "\n".join(lines) + "\n"
 
 
@@ -142,6 +144,65 @@ def diagnose_table(rows: list[dict], settings: dict[str, str]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def stored(name: str) -> list[dict]:
+    """The rows of a study that are there."""
+    file = RESULTS / f"{name}.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def tables(name: str) -> list[str]:
+    """The tables of a study, from its stored rows."""
+    study, rows = STUDIES[name], stored(name)
+    prepare, settings = study.get("prepare", {}), study["settings"]
+    if "goal" in study:
+        return [pairs_table(rows, prepare, study.get("titles", {})), steps_table(rows, settings, study["goal"])]
+    more = [diagnose_table(rows, settings)] if name == "diagnose" else []
+    return [table(rows, prepare | settings), *more]
+
+
+def needed(study: dict, wanted: list[str]) -> list[str]:
+    """What has to be prepared for these settings, in order: what their commands name in braces, and so on."""
+    prepare = study.get("prepare", {})
+    found, left = set(wanted) & set(prepare), [(prepare | study["settings"])[name] for name in wanted]
+    while left:
+        new = set(re.findall(r"\{(\w+)\}", left.pop())) - found
+        found |= new
+        left += [prepare[name] for name in new]
+    return [name for name in prepare if name in found]
+
+
+def measure(name: str, wanted: list[str], seeds: int, jobs: int) -> None:
+    """The runs of these settings with seeds 0 ... seeds-1 that are not stored yet; then the study's tables."""
+    study, rows = STUDIES[name], stored(name)
+    RESULTS.mkdir(exist_ok=True)
+    there = {(r["setting"], r["seed"], r["command"]) for r in rows}
+    prepare, settings = study.get("prepare", {}), study["settings"]
+    waves = [{other: prepare[other]} for other in needed(study, wanted)]  # one may build on those before it
+    waves.append({setting: settings[setting] for setting in wanted if setting in settings})
+    todo = [
+        [
+            (setting, command, seed)
+            for seed in range(seeds)
+            for setting, command in wave.items()
+            if (setting, seed, full_command(name, setting, command)) not in there
+            or (setting in prepare and not kept(name, setting, seed).exists())
+        ]
+        for wave in waves
+    ]
+    done, total = 0, sum(map(len, todo))
+    with ThreadPoolExecutor(jobs) as pool:
+        for wave in todo:
+            for future in [pool.submit(run, name, setting, command, seed, 1) for setting, command, seed in wave]:
+                row, done = future.result(), done + 1
+                rows = [r for r in rows if (r["setting"], r["seed"]) != (row["setting"], row["seed"])] + [row]
+                text = "".join(json.dumps(r) + "\n" for r in rows)
+                (RESULTS / f"{name}.jsonl").write_text(text)
+                last = {k: round(v, 4) for k, v in row["last"].items() if k.startswith("eval/")}
+                screen = f"{done}/{total}  {row['setting']}  seed {row['seed']}  {row['seconds']} s  {last}"
+                print(screen, row["error"], flush=True)
+    (RESULTS / f"{name}.md").write_text("\n".join(tables(name)))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", choices=sorted(STUDIES))
@@ -149,42 +210,9 @@ def main() -> None:
     parser.add_argument("--only", default="", help="only settings whose name contains this")
     parser.add_argument("--jobs", type=int, default=2, help="runs at the same time, one thread each")
     args = parser.parse_args()
-
-    study = STUDIES[args.study]
-    RESULTS.mkdir(exist_ok=True)
-    file = RESULTS / f"{args.study}.jsonl"
-    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    there = {(r["setting"], r["seed"], r["command"]) for r in rows}
-    prepare, settings = study.get("prepare", {}), study["settings"]
-    waves = [{name: command} for name, command in prepare.items()]  # one may build on those before it
-    waves.append({name: command for name, command in settings.items() if args.only in name})
-    todo = [
-        [
-            (name, command, seed)
-            for seed in range(args.seeds)
-            for name, command in wave.items()
-            if (name, seed, full_command(args.study, name, command)) not in there
-            or (name in prepare and not kept(args.study, name, seed).exists())
-        ]
-        for wave in waves
-    ]
-    done, total = 0, sum(map(len, todo))
-    with ThreadPoolExecutor(args.jobs) as pool:
-        for wave in todo:
-            for future in [pool.submit(run, args.study, name, command, seed, 1) for name, command, seed in wave]:
-                row, done = future.result(), done + 1
-                rows = [r for r in rows if (r["setting"], r["seed"]) != (row["setting"], row["seed"])] + [row]
-                file.write_text("".join(json.dumps(r) + "\n" for r in rows))
-                last = {k: round(v, 4) for k, v in row["last"].items() if k.startswith("eval/")}
-                screen = f"{done}/{total}  {row['setting']}  seed {row['seed']}  {row['seconds']} s  {last}"
-                print(screen, row["error"], flush=True)
-    text = table(rows, prepare | settings)
-    if args.study == "diagnose":
-        text += "\n" + diagnose_table(rows, settings)
-    if "goal" in study:
-        text = pairs_table(rows, prepare) + "\n" + steps_table(rows, settings, study["goal"])
-    (RESULTS / f"{args.study}.md").write_text(text)
-    print(text)
+    wanted = [name for name in STUDIES[args.study]["settings"] if args.only in name]
+    measure(args.study, wanted, args.seeds, args.jobs)
+    print("\n".join(tables(args.study)))
 
 
 if __name__ == "__main__":

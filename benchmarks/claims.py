@@ -1,0 +1,442 @@
+"""The ledger of claims: what papers and our own docs say, and what our stored runs say to it.
+
+    python benchmarks/claims.py                         # docs/claims.md, its figure, and every marked number and table
+    python benchmarks/claims.py --run lco-survival      # first the runs that this claim lacks (several ids, or all)
+    python benchmarks/claims.py --time                  # what all runs of all claims take
+
+benchmarks/claims.toml names for each claim a study of benchmarks/studies.json, the settings that are compared, a metric
+and a direction; the verdict is computed here from benchmarks/results. Runs that are stored are not run again, so an
+interrupted --run goes on where it was.
+
+README and docs hold results in two ways, and a test compares both with what is stored:
+    <!-- results: lco -->                   the table of a study (`diagnose 2`: its second one), up to <!-- end -->
+    .96<!-- lco; PPO, clip 0.2; eval/pass@1; median -->      a number, rounded as it is written: median, min, max, start
+"""
+
+import argparse
+import fnmatch
+import json
+import re
+import statistics
+import sys
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+
+import study  # noqa: E402
+
+ROOT = HERE.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+RESAMPLES = 4000
+VERDICTS = ("reproduced at this scale", "not", "not measured yet", "held by a test", "needs GPU", "needs a judge")
+CREDIT = ("rank", "in answer", "in state")
+
+
+@dataclass
+class Claim:
+    id: str
+    source: str  # whose claim
+    text: str
+    study: str = ""
+    ours: list[str] = field(default_factory=list)  # settings, with * as in file names
+    against: dict[str, list[str]] = field(default_factory=dict)
+    metric: str = "eval/sampled"
+    better: str = "higher"
+    statistic: str = "mean"  # over settings: mean, best (the best of them), spread (mean of their standard deviations)
+    seeds: int = 5  # fewer of any setting: not measured yet
+    verdict: str = ""  # given where nothing can be measured here, with a reason
+    reason: str = ""
+    test: str = ""  # the test that holds it
+    switch: str = ""  # the switch of an authors' release whose effect it is
+
+
+@dataclass
+class Line:
+    """A claim against one baseline."""
+
+    claim: Claim
+    name: str
+    verdict: str
+    ours: float = float("nan")
+    theirs: float = float("nan")
+    low: float = float("nan")  # interval of ours - theirs
+    high: float = float("nan")
+    note: str = ""
+    seeds: int = 0  # the least of any setting
+
+
+def load_claims() -> list[Claim]:
+    return [Claim(**entry) for entry in tomllib.loads((HERE / "claims.toml").read_text())["claim"]]
+
+
+# ---- stored runs -----------------------------------------------------------------------------------------------------
+
+
+def rows_of(name: str) -> list[dict]:
+    """Stored runs of a study; those of `credit` are one row for each reward model and seed."""
+    if name != "credit":
+        return study.stored(name)
+    file = study.RESULTS / "credit.json"
+    record = json.loads(file.read_text()) if file.exists() else {}
+    return [
+        {"setting": title, "seed": seed, "ok": True, "last": dict(zip(CREDIT, numbers))}
+        for title, each in record.items()
+        for seed, numbers in enumerate(each["seeds"])
+    ]
+
+
+def value(row: dict, metric: str) -> float | None:
+    """A metric of a run; None where it has none.
+
+    survives: 1 when sampled accuracy at the end is not below that of the start; spike: the largest gradient norm over
+    the median one; steps to 80 %: the first evaluated step with that greedy accuracy, or one evaluation after the
+    last. A run that stopped at numbers that are not finite has accuracy 0.
+    """
+    if not row["ok"]:
+        broken = "not finite" in row["error"]
+        return 0.0 if broken and (metric == "survives" or metric.startswith("eval/")) else None
+    if metric == "seconds":
+        return row["seconds"]
+    if metric == "survives":
+        return float(row["last"]["eval/sampled"] >= row["eval"][0]["eval/sampled"])
+    if metric == "spike":
+        return row["grad_norm_max"] / row["grad_norm_median"] if row.get("grad_norm_median") else None
+    if metric == "steps to 80 %":
+        steps = [e["step"] for e in row["eval"]]
+        return next((e["step"] for e in row["eval"] if e["eval/pass@1"] >= 0.8), 2 * steps[-1] - steps[-2])
+    return row["diagnose"].get(metric) if metric.startswith("diagnose/") else row["last"].get(metric)
+
+
+def settings_of(claim: Claim, patterns: list[str]) -> list[str]:
+    """The settings of the claim's study that match; a pattern without any is a mistake in claims.toml."""
+    if claim.study == "credit":
+        names = list(dict.fromkeys(row["setting"] for row in rows_of("credit")))
+    else:
+        known = study.STUDIES[claim.study]
+        names = [*known["settings"], *known.get("prepare", {})]
+    found = []
+    for pattern in patterns:
+        matching = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+        if not matching:
+            raise SystemExit(f"claims.toml: {claim.id}: {pattern!r} is no setting of the study {claim.study}")
+        found += matching
+    return found
+
+
+def samples(claim: Claim, patterns: list[str]) -> tuple[list[np.ndarray], int]:
+    """Values over seeds for each setting, and the smallest number of seeds among them."""
+    rows, groups = rows_of(claim.study), []
+    for name in settings_of(claim, patterns):
+        values = [value(row, claim.metric) for row in rows if row["setting"] == name]
+        groups.append(np.array([x for x in values if x is not None], float))
+    return groups, min(map(len, groups))
+
+
+# ---- verdicts --------------------------------------------------------------------------------------------------------
+
+
+def statistic(groups: list[np.ndarray], kind: str, better: str) -> np.ndarray:
+    """One number from settings [..., seeds] each."""
+    if kind == "spread":
+        return np.mean([g.std(-1, ddof=1) for g in groups], 0)
+    means = np.stack([g.mean(-1) for g in groups])
+    return means.mean(0) if kind == "mean" else means.max(0) if better == "higher" else means.min(0)
+
+
+def bootstrap(ours, theirs, kind: str, better: str) -> tuple[float, float]:
+    """The interval of 95 % of the difference, from seeds drawn again, each setting on its own."""
+    rng = np.random.default_rng(0)
+
+    def drawn(groups):
+        return statistic([g[rng.integers(len(g), size=(RESAMPLES, len(g)))] for g in groups], kind, better)
+
+    low, high = np.quantile(drawn(ours) - drawn(theirs), (0.025, 0.975))
+    return float(low), float(high)
+
+
+def judge(claim: Claim) -> list[Line]:
+    """One line for each baseline. The rule is on the page: the interval of the difference lies on the claimed side."""
+    if claim.verdict or claim.test:
+        return [Line(claim, "", claim.verdict or "held by a test", note=claim.reason or f"`{claim.test}`")]
+    lines = []
+    for name, patterns in claim.against.items():
+        if claim.study != "credit" and claim.study not in study.STUDIES:
+            lines.append(Line(claim, name, "not measured yet", note=f"study `{claim.study}`"))
+            continue
+        (ours, n), (theirs, m) = samples(claim, claim.ours), samples(claim, patterns)
+        if min(n, m) < claim.seeds:
+            note = f"{min(n, m)} of {claim.seeds} seeds"
+            lines.append(Line(claim, name, "not measured yet", note=note, seeds=min(n, m)))
+            continue
+        a, b = (float(statistic(g, claim.statistic, claim.better)) for g in (ours, theirs))
+        low, high = bootstrap(ours, theirs, claim.statistic, claim.better)
+        good, bad = (low > 0, high < 0) if claim.better == "higher" else (high < 0, low > 0)
+        note = "" if good else "the opposite holds" if bad else "within the seeds"
+        verdict = "reproduced at this scale" if good else "not"
+        lines.append(Line(claim, name, verdict, a, b, low, high, note, min(n, m)))
+    return lines
+
+
+# ---- page ------------------------------------------------------------------------------------------------------------
+
+
+def number(x: float) -> str:
+    return "–" if x != x else f"{x:.3f}" if abs(x) < 10 else f"{x:.1f}"
+
+
+def command(claim: Claim) -> str:
+    if claim.study == "credit":
+        return "python benchmarks/credit.py"
+    return f"python benchmarks/claims.py --run {claim.id}"
+
+
+def summary(lines: list[Line]) -> str:
+    """Markdown: how many comparisons have which verdict, by source."""
+    out = [f"| claims of | {' | '.join(VERDICTS)} |", "|---" * (len(VERDICTS) + 1) + "|"]
+    for source in dict.fromkeys(line.claim.source for line in lines):
+        mine = [line.verdict for line in lines if line.claim.source == source]
+        out.append(f"| {source} | {' | '.join(str(mine.count(v) or '–') for v in VERDICTS)} |")
+    return "\n".join(out) + "\n"
+
+
+def page(lines: list[Line]) -> str:
+    """docs/claims.md, whole."""
+    text = ["# Claims", "", PREFACE.strip(), "", "## Summary", "", summary(lines).strip(), ""]
+    text += ["One line a comparison.", "", "![differences with their intervals](images/claims.png)", ""]
+    for source in dict.fromkeys(line.claim.source for line in lines):
+        text += [f"## {source}", ""]
+        mine = [line for line in lines if line.claim.source == source]
+        measured = [line for line in mine if line.name]
+        if measured:
+            header = ["claim", "against", "metric", "ours", "theirs", "difference", "seeds", "verdict"]
+            text += [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+        for line in measured:
+            c, interval = line.claim, ""
+            if line.low == line.low:
+                interval = f"{line.ours - line.theirs:+.3f} [{line.low:+.3f}, {line.high:+.3f}]"
+            metric = f"{c.metric}{'' if c.statistic == 'mean' else ', ' + c.statistic}, {c.better} is better"
+            verdict = f"**{line.verdict}**" + (f" ({line.note})" if line.note else "")
+            cells = [
+                f"`{c.id}`",
+                line.name,
+                metric,
+                number(line.ours),
+                number(line.theirs),
+                interval,
+                line.seeds,
+                verdict,
+            ]
+            text.append(f"| {' | '.join(map(str, cells))} |")
+        text += [""] * bool(measured)
+        for claim in {line.claim.id: line.claim for line in mine}.values():
+            how = f" `{command(claim)}`" if claim.study else ""
+            given = [line for line in mine if line.claim is claim and not line.name]
+            verdict = f" **{given[0].verdict}**: {given[0].note}." if given else ""
+            settings = f" Ours: {', '.join(claim.ours)} (`{claim.study}`)." if claim.study else ""
+            switch = f" Switch: `{claim.switch}`." if claim.switch else ""
+            text.append(f"- `{claim.id}`: {claim.text}{settings}{switch}{verdict}{how}")
+        text.append("")
+    return "\n".join(text).rstrip() + "\n"
+
+
+PREFACE = """
+What the abstracts of the papers and our own docs claim, and what the stored runs of this repository say to it. This
+page, its figure and the summary in the README are written by `python benchmarks/claims.py` from `benchmarks/claims.toml` and
+`benchmarks/results/`; a test fails when they differ. Everything here is the built-in task and its 1M-parameter model: a
+verdict says nothing about another scale.
+
+**Rule.** Each setting has runs with several seeds. *Difference* is ours minus theirs, of the mean over seeds (and over
+settings, where a claim has several); *best* compares the best setting of each, *spread* the standard deviation over
+seeds. Its interval of 95 % is a bootstrap over seeds: 4000 times, seeds are drawn again with replacement, for each
+setting on its own.
+
+- **reproduced at this scale**: the whole interval lies on the claimed side of 0.
+- **not**: it does not; *the opposite holds* when all of it lies on the other side, *within the seeds* when it
+  contains 0.
+- **not measured yet**: fewer seeds are stored than the claim asks for. Its command runs what is missing, and goes on
+  where it was when it was interrupted.
+- **held by a test**: an exact statement, which a test of the suite holds.
+- **needs GPU**, **needs a judge**: cannot be measured here, with the reason.
+
+With five seeds such an interval is somewhat too narrow, with two it says little, and among many claims some are right
+or wrong by luck: about one in twenty intervals misses the truth.
+
+Metrics beside those of the scripts: *survives* is the share of runs whose sampled accuracy is not lower at the end than
+at the start; *spike* the largest gradient norm of a run over its median; *steps to 80 %* the first evaluated step with
+that greedy accuracy, or one evaluation after the last where it is never reached.
+"""
+
+
+# ---- numbers in README and docs --------------------------------------------------------------------------------------
+
+BLOCK = re.compile(r"(<!-- results: (?P<what>[^>]+?) -->\n)(?P<body>.*?)(\n<!-- end -->)", re.DOTALL)
+INLINE = re.compile(r"(?P<number>[0-9]*\.?[0-9]+)(?P<mark><!-- (?P<parts>[^;>]+(;[^;>]+){3}?) -->)")
+
+
+def before_after(name: str) -> str:
+    """Markdown: accuracy before and after, and the time, of each setting."""
+    rows = [row for row in study.stored(name) if row["ok"]]
+    seeds = len({row["seed"] for row in rows})
+    header = [f"command, {seeds} seeds", "greedy before → after", "sampled before → after", "time"]
+    out = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+
+    def short(x: float) -> str:
+        return f"{x:.3f}".removeprefix("0")
+
+    for setting in study.STUDIES[name]["settings"]:
+        mine, cells = [row for row in rows if row["setting"] == setting], [f"`{setting}`"]
+        for metric in ("eval/pass@1", "eval/sampled"):
+            start = statistics.median(row["eval"][0][metric] for row in mine)
+            after = [row["last"][metric] for row in mine]
+            spread = f"{short(statistics.median(after))} [{short(min(after))}, {short(max(after))}]"
+            cells.append(f"{short(start)} → {spread}")
+        seconds = statistics.median(row["seconds"] for row in mine)
+        out.append(f"| {' | '.join(cells)} | {seconds:.0f} s |")
+    return "\n".join(out) + "\n"
+
+
+def block(what: str) -> str:
+    """The text that belongs between markers."""
+    name, _, which = what.partition(" ")
+    if what == "claims":
+        return summary([line for claim in load_claims() for line in judge(claim)])
+    if name == "credit":
+        return (study.RESULTS / "credit.md").read_text()
+    if which == "before and after":
+        return before_after(name)
+    parts = study.tables(name)
+    return parts[int(which) - 1] if which else "\n".join(parts)
+
+
+def stored_number(parts: str) -> float:
+    """`study; setting; metric; median, min, max or start` from the stored rows."""
+    name, setting, metric, kind = (part.strip() for part in parts.split(";"))
+    rows = [row for row in rows_of(name) if row["setting"] == setting and row["ok"]]
+    if not rows:
+        raise SystemExit(f"<!-- {parts} -->: no stored run of {setting!r} in the study {name}")
+    values = [row["eval"][0][metric] if kind == "start" else value(row, metric) for row in rows]
+    return {"median": statistics.median, "start": statistics.median, "min": min, "max": max}[kind](values)
+
+
+def rounded(x: float, like: str) -> str:
+    """x with as many decimals as `like`, with a leading zero if that has one."""
+    decimals = len(like.partition(".")[2])
+    text = f"{x:.{decimals}f}"
+    return text.removeprefix("0") if like.startswith(".") else text
+
+
+def refresh(text: str) -> str:
+    """A page with every marked table and number as it is stored."""
+    text = BLOCK.sub(lambda m: m[1] + "\n" + block(m["what"]).strip() + "\n" + m[4], text)
+    return INLINE.sub(lambda m: rounded(stored_number(m["parts"]), m["number"]) + m["mark"], text)
+
+
+# ---- figure ----------------------------------------------------------------------------------------------------------
+
+
+def draw(lines: list[Line], path: Path) -> None:
+    """Each measured comparison: the difference in the claimed direction, in units of what the interval spans."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shown = [line for line in lines if line.low == line.low and line.claim.metric.startswith(("eval/", "survives"))]
+    figure, axis = plt.subplots(figsize=(9, 0.23 * len(shown) + 1))
+    for y, line in enumerate(reversed(shown)):
+        sign = 1 if line.claim.better == "higher" else -1
+        ends = sorted((sign * line.low, sign * line.high))
+        color = "#2a9d6f" if line.verdict.startswith("rep") else "#d1603d" if "opposite" in line.note else "#999999"
+        axis.plot(ends, [y, y], color=color, linewidth=2.2, solid_capstyle="butt")
+        axis.plot([sign * (line.ours - line.theirs)], [y], "o", color=color, markersize=4)
+    axis.set_yticks(range(len(shown)), [f"{x.claim.id} · {x.name}" for x in reversed(shown)], fontsize=7)
+    axis.axvline(0, color="#444", linewidth=0.8)
+    axis.set_ylim(-0.7, len(shown) - 0.3)
+    axis.set_xlabel("difference of accuracy (or of the share that survives) in the claimed direction, interval of 95 %")
+    axis.grid(axis="x", alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130, metadata={"Software": None})
+    plt.close(figure)
+
+
+# ---- commands --------------------------------------------------------------------------------------------------------
+
+
+def wanted(claims: list[Claim]) -> dict[tuple[str, str], int]:
+    """(study, setting) -> seeds, of all runs that these claims compare."""
+    runs = {}
+    for claim in claims:
+        if claim.study in study.STUDIES:
+            for name in settings_of(claim, [*claim.ours, *(p for ps in claim.against.values() for p in ps)]):
+                runs[claim.study, name] = max(claim.seeds, runs.get((claim.study, name), 0))
+    return runs
+
+
+def run(claims: list[Claim], jobs: int) -> None:
+    """What is missing, study by study."""
+    runs = wanted(claims)
+    for name, seeds in dict.fromkeys((name, seeds) for (name, _), seeds in runs.items()):
+        some = [setting for (other, setting), n in runs.items() if other == name and n == seeds]
+        print(f"---- study {name}: {len(some)} settings, {seeds} seeds", flush=True)
+        study.measure(name, some, seeds, jobs)
+
+
+def times(claims: list[Claim], jobs: int) -> str:
+    """Markdown: what all runs take, from the seconds of those that are stored; others of a study as long as these."""
+    runs, out, total = wanted(claims), ["| study | runs | stored | hours |", "|---|---|---|---|"], 0.0
+    for name in dict.fromkeys(name for name, _ in runs):
+        settings = {setting: seeds for (other, setting), seeds in runs.items() if other == name}
+        prepared = study.needed(study.STUDIES[name], list(settings))
+        settings |= {other: max(settings.values()) for other in prepared}
+        rows = [r for r in study.stored(name) if r["setting"] in settings and r["seed"] < settings[r["setting"]]]
+        count = sum(settings.values())
+        seconds = statistics.mean(r["seconds"] for r in rows) * count if rows else None
+        total += seconds or 0
+        hours = f"{seconds / 3600 / jobs:.1f}" if rows else "not known"
+        out.append(f"| {name} | {count} | {len(rows)} | {hours} |")
+    out.append(f"| all whose time is known, {jobs} at a time | | | {total / 3600 / jobs:.1f} |")
+    return "\n".join(out) + "\n"
+
+
+def write() -> list[Line]:
+    """Everything that follows from the stored runs."""
+    lines = [line for claim in load_claims() for line in judge(claim)]
+    (ROOT / "docs" / "claims.md").write_text(page(lines))
+    draw(lines, ROOT / "docs" / "images" / "claims.png")
+    for name in study.STUDIES:
+        if study.stored(name):
+            (study.RESULTS / f"{name}.md").write_text("\n".join(study.tables(name)))
+    for file in PAGES:
+        old = file.read_text()
+        new = refresh(old)
+        if new != old:
+            file.write_text(new)
+            print(f"wrote {file.relative_to(ROOT)}")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", nargs="+", default=[], help="ids of claims, or all: first run what they lack")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at the same time, one thread each")
+    parser.add_argument("--time", action="store_true", help="only print what all runs take")
+    args = parser.parse_args()
+    claims = load_claims()
+    unknown = set(args.run) - {claim.id for claim in claims} - {"all"}
+    if unknown:
+        parser.error(f"no such claim: {', '.join(sorted(unknown))}; there are {', '.join(c.id for c in claims)}")
+    if args.time:
+        print(times(claims, args.jobs))
+        return
+    run([claim for claim in claims if "all" in args.run or claim.id in args.run], args.jobs)
+    print(summary(write()))
+
+
+if __name__ == "__main__":
+    main()
