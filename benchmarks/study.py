@@ -191,15 +191,18 @@ def measure(name: str, wanted: list[str], seeds: int, jobs: int) -> None:
     ]
     done, total = 0, sum(map(len, todo))
     with ThreadPoolExecutor(jobs) as pool:
-        for wave in todo:
-            for future in [pool.submit(run, name, setting, command, seed, 1) for setting, command, seed in wave]:
-                row, done = future.result(), done + 1
-                rows = [r for r in rows if (r["setting"], r["seed"]) != (row["setting"], row["seed"])] + [row]
-                text = "".join(json.dumps(r) + "\n" for r in rows)
-                (RESULTS / f"{name}.jsonl").write_text(text)
-                last = {k: round(v, 4) for k, v in row["last"].items() if k.startswith("eval/")}
-                screen = f"{done}/{total}  {row['setting']}  seed {row['seed']}  {row['seconds']} s  {last}"
-                print(screen, row["error"], flush=True)
+        try:
+            for wave in todo:
+                for future in [pool.submit(run, name, setting, command, seed, 1) for setting, command, seed in wave]:
+                    row, done = future.result(), done + 1
+                    rows = [r for r in rows if (r["setting"], r["seed"]) != (row["setting"], row["seed"])] + [row]
+                    (RESULTS / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+                    last = {k: round(v, 4) for k, v in row["last"].items() if k.startswith("eval/")}
+                    screen = f"{done}/{total}  {row['setting']}  seed {row['seed']}  {row['seconds']} s  {last}"
+                    print(screen, row["error"], flush=True)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # else an interrupted study would first finish all of its runs
+            raise
     (RESULTS / f"{name}.md").write_text("\n".join(tables(name)))
 
 
