@@ -388,7 +388,10 @@ def run(claims: list[Claim], jobs: int) -> None:
 
 
 def times(claims: list[Claim], jobs: int) -> str:
-    """Markdown: what all runs take, from the seconds of those that are stored; others of a study as long as these."""
+    """Markdown: what all runs take, from the seconds of those that are stored (CPU seconds, where they are known).
+
+    Runs of a study that are not stored count as its mean.
+    """
     runs, out, total = wanted(claims), ["| study | runs | stored | hours |", "|---|---|---|---|"], 0.0
     for name in dict.fromkeys(name for name, _ in runs):
         settings = {setting: seeds for (other, setting), seeds in runs.items() if other == name}
@@ -396,7 +399,7 @@ def times(claims: list[Claim], jobs: int) -> str:
         settings |= {other: max(settings.values()) for other in prepared}
         rows = [r for r in study.stored(name) if r["setting"] in settings and r["seed"] < settings[r["setting"]]]
         count = sum(settings.values())
-        seconds = statistics.mean(r["seconds"] for r in rows) * count if rows else None
+        seconds = statistics.mean(r.get("cpu_seconds", r["seconds"]) for r in rows) * count if rows else None
         total += seconds or 0
         hours = f"{seconds / 3600 / jobs:.1f}" if rows else "not known"
         out.append(f"| {name} | {count} | {len(rows)} | {hours} |")

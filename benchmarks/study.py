@@ -49,14 +49,14 @@ def run(study: str, name: str, command: str, seed: int, threads: int) -> dict:
         shutil.rmtree(out, ignore_errors=True)
         line = full_command(study, name, command).removeprefix("python ")
         line = line.format(**{other: kept(study, other, seed) for other in prepare}) + f" --seed {seed} --out {out}"
-        started = time.time()
-        done = subprocess.run(
-            [sys.executable, *shlex.split(line)],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": str(threads)},
-        )
+        started, screen = time.time(), Path(folder) / "stderr"
+        with screen.open("w") as stderr:
+            env = os.environ | {"OMP_NUM_THREADS": str(threads)}
+            words = [sys.executable, *shlex.split(line)]
+            process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=stderr, env=env)
+            _, status, usage = os.wait4(process.pid, 0)  # tells CPU time: other work cannot change that
+            process.returncode = os.waitstatus_to_exitcode(status)
+        ok, errors = process.returncode == 0, screen.read_text().strip().splitlines()
         lines = sorted(out.rglob("metrics.jsonl"), key=lambda file: file.stat().st_mtime)[-1:]  # of its last stage
         metrics = [json.loads(text) for file in lines for text in file.read_text().splitlines()]
     evaluated = [m for m in metrics if any(k.startswith("eval/") for k in m)]
@@ -66,9 +66,10 @@ def run(study: str, name: str, command: str, seed: int, threads: int) -> dict:
         "setting": name,
         "seed": seed,
         "command": full_command(study, name, command),
-        "ok": done.returncode == 0,
-        "error": "" if done.returncode == 0 else done.stderr.strip().splitlines()[-1],
+        "ok": ok,
+        "error": "" if ok else (errors or ["it said nothing"])[-1],
         "seconds": round(time.time() - started, 1),
+        "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
         "eval": held_out,
         "last": {k: v for k, v in (metrics or [{}])[-1].items() if not k.startswith("time/")},
         "diagnose": {

@@ -1,4 +1,4 @@
-"""benchmarks/claims.py: verdicts on made-up runs, and the marked numbers of README and docs are those that are stored."""
+"""benchmarks/claims.py: verdicts on made-up runs; marked numbers of README and docs are those that are stored."""
 
 import importlib.util
 import re

@@ -1,0 +1,132 @@
+"""The runs and pictures of docs/reading-your-curves.md: python benchmarks/curves.py
+
+Eleven short runs of ppo_baseline.py on the built-in task, healthy ones and sick ones. What they logged is kept in
+benchmarks/results/curves.jsonl; a run that is there is not run again.
+"""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "curves.jsonl"
+IMAGES = ROOT / "docs" / "images"
+COMMON = "ppo_baseline.py --advantage group --prompts_per_step 16 --steps 24 --eval_every 4 --test_rows 64"
+RUNS = {  # name: what it changes; {constant} and {ones} are reward files
+    "healthy": "--kl_coef 1e-6 --kl_estimator k3",
+    "tiny steps, k1": "--kl_coef 1e-6 --kl_estimator k1 --lr 2e-6",
+    "tiny steps, k3": "--kl_coef 1e-6 --kl_estimator k3 --lr 2e-6",
+    "penalty 0.3": "--kl_coef 0.3 --kl_estimator k1",
+    "wrong reward": "--kl_coef 1e-6 --kl_estimator k3 --reward_file {ones}",
+    "rate x4": "--kl_coef 1e-6 --kl_estimator k3 --lr 8e-4",
+    "constant reward": "--reward_file {constant}",
+    "rate x0.001": "--lr 2e-7",
+    "one update": "--minibatches 1",
+    "four passes": "--epochs 4",
+    "temperature 0.1": "--temperature 0.1",
+}
+REWARDS = {
+    "constant": "def reward(prompts, completions, rows):\n    return [0.0 for _ in completions]\n",
+    "ones": "def reward(prompts, completions, rows):\n    return [text.count('1') for text in completions]\n",
+}
+FIGURES = {  # picture: panels (title, metric, runs)
+    "kl": [
+        ("kl/ref of one run, two estimators", "kl/ref", ["tiny steps, k1", "tiny steps, k3"]),
+        ("kl/ref", "kl/ref", ["healthy", "rate x4", "wrong reward"]),
+        ("eval/sampled", "eval/sampled", ["healthy", "rate x4", "wrong reward"]),
+    ],
+    "penalty": [
+        ("kl/ref", "kl/ref", ["healthy", "penalty 0.3"]),
+        ("reward/mean", "reward/mean", ["healthy", "penalty 0.3"]),
+        ("eval/sampled", "eval/sampled", ["healthy", "penalty 0.3"]),
+    ],
+    "flat": [
+        ("reward/mean", "reward/mean", ["healthy", "constant reward", "rate x0.001"]),
+        ("reward/spread", "reward/spread", ["healthy", "constant reward", "rate x0.001"]),
+        ("grad_norm", "grad_norm", ["healthy", "constant reward", "rate x0.001"]),
+    ],
+    "clip": [
+        ("policy/clip_fraction", "policy/clip_fraction", ["one update", "healthy", "four passes"]),
+        ("policy/ratio_gap", "policy/ratio_gap", ["one update", "healthy", "four passes"]),
+        ("eval/sampled", "eval/sampled", ["one update", "healthy", "four passes"]),
+    ],
+    "entropy": [
+        ("policy/entropy (nats)", "policy/entropy", ["healthy", "temperature 0.1", "rate x4"]),
+        ("reward/spread", "reward/spread", ["healthy", "temperature 0.1", "rate x4"]),
+        ("eval/sampled", "eval/sampled", ["healthy", "temperature 0.1", "rate x4"]),
+    ],
+}
+COLORS = {
+    "healthy": "#1f6fb4", "tiny steps, k1": "#d1603d", "tiny steps, k3": "#1f6fb4", "penalty 0.3": "#2a9d6f",
+    "wrong reward": "#d1603d", "rate x4": "#7a4fa3", "constant reward": "#7a7a7a", "rate x0.001": "#c9a227",
+    "one update": "#2a9d6f", "four passes": "#d1603d", "temperature 0.1": "#d1603d",
+}  # fmt: skip
+
+
+def stored() -> dict[str, dict]:
+    lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
+    return {row["run"]: row for row in map(json.loads, lines)}
+
+
+def run(name: str, changes: str) -> dict:
+    """One run in a folder that is thrown away; its metrics are kept."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = {key: Path(folder) / f"{key}.py" for key in REWARDS}
+        for key, text in REWARDS.items():
+            files[key].write_text(text)
+        line, started = f"{COMMON} {changes.format(**files)} --out {folder}/run", time.time()
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        subprocess.run([sys.executable, *shlex.split(line)], cwd=ROOT, env=env, check=True, stdout=subprocess.DEVNULL)
+        metrics = [json.loads(text) for text in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
+    kept = {metric for panels in FIGURES.values() for _, metric, _ in panels}
+    return {
+        "run": name,
+        "command": f"python {COMMON} {changes}",
+        "seconds": round(time.time() - started, 1),
+        "metrics": [{k: round(v, 6) for k, v in m.items() if k in kept | {"step"} and v is not None} for m in metrics],
+    }
+
+
+def draw(name: str, panels: list) -> None:
+    """One picture of panels side by side."""
+    rows = stored()
+    figure, axes = plt.subplots(1, len(panels), figsize=(3.9 * len(panels), 2.9))
+    for axis, (title, metric, runs) in zip(axes, panels):
+        for each in runs:
+            points = [(m["step"], m[metric]) for m in rows[each]["metrics"] if metric in m]
+            style = {"marker": "o", "markersize": 3} if metric.startswith("eval/") else {}
+            axis.plot(*zip(*points), label=each, color=COLORS[each], linewidth=1.7, **style)
+        axis.set_title(title, fontsize=10, loc="left")
+        axis.set_xlabel("step", fontsize=8)
+        axis.tick_params(labelsize=8)
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(fontsize=7.5, frameon=False)
+    figure.tight_layout()
+    figure.savefig(IMAGES / f"curves-{name}.png", dpi=120, metadata={"Software": None})
+    plt.close(figure)
+
+
+def main() -> None:
+    for name, changes in RUNS.items():
+        rows = stored()
+        if rows.get(name, {}).get("command") != f"python {COMMON} {changes}":
+            rows[name] = run(name, changes)
+            RESULTS.write_text("".join(json.dumps(row) + "\n" for row in rows.values()))
+            print(f"{name}: {rows[name]['seconds']} s", flush=True)
+    for name, panels in FIGURES.items():
+        draw(name, panels)
+
+
+if __name__ == "__main__":
+    main()
