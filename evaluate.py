@@ -87,6 +87,11 @@ class Args:
 # What the bare command changes: short sums.
 BUILTIN = dict(max_prompt=24, max_new_tokens=24, micro_batch=64, step_separator="=")
 
+# Arguments that only some evaluations read; given with another one they are refused.
+READ_BY = dict.fromkeys(("task", "test_dataset", "test_rows", "reward_file", "right_from"), ("accuracy",))
+READ_BY |= dict.fromkeys(("samples_per_prompt", "k"), ("accuracy",)) | {"dataset": ("accuracy", "--format")}
+READ_BY |= dict.fromkeys(("reward_ref", "objective", "test_pairs"), ("--pairs",)) | {"generator": ("--format",)}
+
 # MT-Bench decodes each category at its own temperature, and others at 0.7.
 MT_BENCH = dict(extraction=0.0, math=0.0, coding=0.0, reasoning=0.0, stem=0.1, humanities=0.1)
 
@@ -306,11 +311,12 @@ def validate(args) -> None:
     require(both, "--pairs and --reward_model go together: give both to rate a reward model, or none of them")
     one = not (args.pairs and args.format)
     require(one, f"--format {args.format} and --pairs are two evaluations; expected one of them")
-    require(args.format or not args.generator, "--generator names the model in an answer file; expected --format")
+    asked, default = "--format" if args.format else "--pairs" if args.pairs else "accuracy", Args()
+    for name, readers in READ_BY.items():
+        read = asked in readers or getattr(args, name) == getattr(default, name)
+        require(read, f"--{name} is for {' and '.join(readers)}, and this evaluation is {asked}")
     if args.format:
         require(args.dataset != "", f"--dataset is empty; expected a file of questions for --format {args.format}")
-        unused = [name for name in ("test_dataset", "reward_file", "k") if getattr(args, name)]
-        require(not unused, f"--{''.join(unused[:1])} has no meaning with --format {args.format}: a judge grades")
         whole = args.long_prompts != "drop"
         require(whole, "--long_prompts drop would leave questions unanswered; expected error or truncate")
 

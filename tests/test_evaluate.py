@@ -372,9 +372,14 @@ def test_two_ranks_are_one(base, reward_run, judged, tmp_path):
         (dict(reward_model="x"), "--pairs and --reward_model go together"),
         (dict(pairs="p.jsonl", reward_model="x", format="mt_bench"), "two evaluations"),
         (dict(format="mt_bench"), "--dataset is empty"),
-        (dict(format="mt_bench", dataset="q.jsonl", k=[1]), "--k has no meaning with --format mt_bench"),
+        (dict(format="mt_bench", dataset="q.jsonl", k=[1]), "--k is for accuracy, and this evaluation is --format"),
+        (
+            dict(pairs="p.jsonl", reward_model="x", dataset="q.jsonl"),
+            "--dataset is for accuracy and --format, and this",
+        ),
+        (dict(test_pairs=5), "--test_pairs is for --pairs, and this evaluation is accuracy"),
         (dict(format="mt_bench", dataset="q.jsonl", long_prompts="drop"), "--long_prompts drop"),
-        (dict(generator="me"), "--generator names the model in an answer file"),
+        (dict(generator="me"), "--generator is for --format, and this evaluation is accuracy"),
         (dict(right_from=math.nan), "--right_from must be a finite number"),
         (dict(test_dataset="none.jsonl"), "there is no such file"),
         (dict(max_prompt=60), "--max_prompt + --max_new_tokens is 72"),
@@ -383,6 +388,8 @@ def test_two_ranks_are_one(base, reward_run, judged, tmp_path):
 def test_wrong_values(changes, words, base, tmp_path, monkeypatch):
     """One sentence that names the argument, before any model is loaded and any folder is made."""
     monkeypatch.setattr(common, "load_model", None)
+    if {"format", "pairs"} & changes.keys():
+        base = {"model": base["model"]}
     with pytest.raises(common.BadInput) as error:
         run(tmp_path / "run", **base | changes)
     assert words in str(error.value) and "\n" not in str(error.value)
