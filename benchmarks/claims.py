@@ -1,6 +1,6 @@
 """The ledger of claims: what papers and our own docs say, and what our stored runs say to it.
 
-    python benchmarks/claims.py                         # docs/claims.md, its figure, and every marked number and table
+    python benchmarks/claims.py                         # docs/claims.md, the figures, every marked number and table
     python benchmarks/claims.py --run lco-survival      # first the runs that this claim lacks (several ids, or all)
     python benchmarks/claims.py --time                  # what all runs of all claims take
 
@@ -28,6 +28,7 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
+import figures  # noqa: E402
 import study  # noqa: E402
 
 ROOT = HERE.parent
@@ -208,6 +209,8 @@ def page(lines: list[Line]) -> str:
     """docs/claims.md, whole."""
     text = ["# Claims", "", PREFACE.strip(), "", "## Summary", "", summary(lines).strip(), ""]
     text += ["One line a comparison.", "", "![differences with their intervals](images/claims.png)", ""]
+    if study.stored("rates") and study.stored("epochs"):
+        text += ["![accuracy against learning rate and passes over a rollout](images/limits.png)", ""]
     for source in dict.fromkeys(line.claim.source for line in lines):
         text += [f"## {source}", ""]
         mine = [line for line in lines if line.claim.source == source]
@@ -268,7 +271,8 @@ or wrong by luck: about one in twenty intervals misses the truth.
 
 Metrics beside those of the scripts: *survives* is the share of runs whose sampled accuracy is not lower at the end than
 at the start; *spike* the largest gradient norm of a run over its median; *steps to 80 %* the first evaluated step with
-that greedy accuracy, or one evaluation after the last where it is never reached.
+that greedy accuracy, or one evaluation after the last where it is never reached. GRPO stands for
+`ppo_baseline.py --advantage group`: the mean of the group is subtracted, and nothing is divided by its deviation.
 """
 
 
@@ -412,6 +416,7 @@ def write() -> list[Line]:
     lines = [line for claim in load_claims() for line in judge(claim)]
     (ROOT / "docs" / "claims.md").write_text(page(lines))
     draw(lines, ROOT / "docs" / "images" / "claims.png")
+    figures.draw_all()
     for name in study.STUDIES:
         if study.stored(name):
             (study.RESULTS / f"{name}.md").write_text("\n".join(study.tables(name)))

@@ -102,8 +102,48 @@ def convergence() -> None:
     figure.savefig(IMAGES / "convergence.png", dpi=140)
 
 
-if __name__ == "__main__":
+def limits() -> None:
+    """Sampled accuracy against the learning rate and against the passes over a rollout: median and range over seeds."""
+    figure, axes = plt.subplots(1, 2, figsize=(9.6, 3.4), sharey=True)
+    colors = ("#d1603d", "#e0a080", "#7a7a7a", "#7fb2dd", "#2a9d6f", "#1f6fb4")
+    for axis, study, title in zip(axes, ("rates", "epochs"), ("learning rate / 1e-4", "passes over a rollout")):
+        rows = [(*r["setting"].split(", "), r["last"].get("eval/sampled", 0.0)) for r in rows_of(study)]
+        for i, (name, color) in enumerate(zip(dict.fromkeys(name for name, _, _ in rows), colors)):
+            points = {}
+            for n, where, value in rows:
+                if n == name:
+                    points.setdefault(int("".join(c for c in where if c.isdigit())), []).append(value)
+            values = [points[x] for x in sorted(points)]
+            middle = [statistics.median(v) for v in values]
+            low = [m - min(v) for m, v in zip(middle, values)]
+            high = [max(v) - m for m, v in zip(middle, values)]
+            apart = [x * (1 + 0.03 * (i - 2.5)) for x in sorted(points)]
+            axis.errorbar(apart, middle, [low, high], marker="o", capsize=2, label=name, linewidth=1.7, color=color)
+        axis.set_xscale("log")
+        ticks = (1, 3, 10, 30) if study == "rates" else (1, 2, 4, 8)
+        axis.set_xticks(ticks, map(str, ticks))
+        axis.minorticks_off()
+        axis.set_xlabel(title)
+        clean(axis)
+    axes[0].set_title("held-out accuracy, sampled", fontsize=10, loc="left")
+    axes[1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.tight_layout()
+    figure.savefig(IMAGES / "limits.png", dpi=140)
+    plt.close(figure)
+
+
+def draw_all() -> None:
+    """Every picture whose studies are stored."""
     IMAGES.mkdir(exist_ok=True)
-    for draw, study in ((builtin, "bare"), (stability, "stability"), (convergence, "qrm")):
-        if (ROOT / "benchmarks" / "results" / f"{study}.jsonl").exists():
+    for draw, *studies in (
+        (builtin, "bare"),
+        (stability, "stability", "lco"),
+        (convergence, "qrm"),
+        (limits, "rates", "epochs"),
+    ):
+        if all((ROOT / "benchmarks" / "results" / f"{study}.jsonl").exists() for study in studies):
             draw()
+
+
+if __name__ == "__main__":
+    draw_all()
