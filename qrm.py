@@ -500,7 +500,8 @@ def build_reward(args, device):
     models["reward"].config.reward_objective = args.objective  # goes into the exported config.json
     if args.objective == "dpo" and not args.lora_rank:
         models["reward_ref"] = common.load_model(args.model, trainable=False, **shared)
-    return models, torch.optim.Adam(common.trainable_parameters(models["reward"]), lr=args.reward_lr, eps=1e-5)
+    # Adam's own eps: below a scalar head that starts at 0 gradients are as small as the 1e-5 that PPO takes
+    return models, torch.optim.Adam(common.trainable_parameters(models["reward"]), lr=args.reward_lr)
 
 
 # same in: ppo_baseline.py lco.py qrm.py
