@@ -40,14 +40,16 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import tasks
 
-SYMBOLS = ["<pad>", "<bos>", "<eos>", "<unk>", *"0123456789+="]
+SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]
+SYMBOLS = [*SPECIAL, *"0123456789+="]
+STRING_SYMBOLS = [*SPECIAL, *"0123456789+=-^$", *tasks.LETTERS]
 PAD, BOS, EOS = 0, 1, 2
 SLIP = 0.6
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer(symbols: list[str] = SYMBOLS) -> PreTrainedTokenizerFast:
     """One token a character; <bos> in front as every pretrained tokenizer does it, no <eos> at the end."""
-    tokenizer = Tokenizer(models.WordLevel({s: i for i, s in enumerate(SYMBOLS)}, unk_token="<unk>"))
+    tokenizer = Tokenizer(models.WordLevel({s: i for i, s in enumerate(symbols)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer.decoder = decoders.Fuse()
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -66,10 +68,10 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def make_model(layers: int, width: int) -> LlamaForCausalLM:
+def make_model(layers: int, width: int, symbols: list[str]) -> LlamaForCausalLM:
     ids = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
     config = LlamaConfig(
-        vocab_size=len(SYMBOLS),
+        vocab_size=len(symbols),
         hidden_size=width,
         num_hidden_layers=layers,
         num_attention_heads=4,
@@ -83,9 +85,9 @@ def make_model(layers: int, width: int) -> LlamaForCausalLM:
     return model
 
 
-def make_batch(rows: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
+def make_batch(rows: list[dict], symbols: list[str] = SYMBOLS) -> tuple[torch.Tensor, torch.Tensor]:
     """(ids, labels), both [B, T] and padded on the right; labels are -100 on the prompt and the padding."""
-    index = {s: i for i, s in enumerate(SYMBOLS)}
+    index = {s: i for i, s in enumerate(symbols)}
     prompts = [[BOS] + [index[c] for c in row["prompt"]] for row in rows]
     completions = [[index[c] for c in row["completion"]] + [EOS] for row in rows]
     width = max(len(p) + len(c) for p, c in zip(prompts, completions, strict=True))
@@ -97,15 +99,19 @@ def make_batch(rows: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, labels
 
 
-def train(model: LlamaForCausalLM, steps: int, batch: int, lr: float, seed: int) -> None:
+def train(model: LlamaForCausalLM, task: str, steps: int, batch: int, lr: float, seed: int) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
     start = time.time()
+    demonstrations, symbols = {
+        "chains": (tasks.demonstrations, SYMBOLS),
+        "strings": (tasks.string_demonstrations, STRING_SYMBOLS),
+    }[task]
     for step in range(steps):
         warmup, cosine = (step + 1) / 100, 0.5 * (1 + math.cos(math.pi * step / steps))
         for group in optimizer.param_groups:
             group["lr"] = lr * min(warmup, cosine)
         # every step has new rows: seeds of different steps must not meet, whatever the seed of the run
-        ids, labels = make_batch(tasks.demonstrations(batch, seed * 1_000_000 + step, slip=SLIP))
+        ids, labels = make_batch(demonstrations(batch, seed * 1_000_000 + step, slip=SLIP), symbols)
         loss = model(input_ids=ids, labels=labels, use_cache=False).loss
         optimizer.zero_grad()
         loss.backward()
@@ -144,9 +150,25 @@ def evaluate(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, n: int
     print(f"range {p.min():.3f} to {p.max():.3f}")
 
 
+@torch.no_grad()
+def evaluate_strings(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, n: int) -> None:
+    """Prints accuracies on n held-out prompts."""
+    rows = tasks.string_test_rows(n)
+    inputs = tokenizer([row["prompt"] for row in rows], return_tensors="pt", padding=True)
+    for name, how in (("greedy", {"do_sample": False}), ("sampled", {"do_sample": True, "top_k": 0})):
+        output = model.generate(**inputs, max_new_tokens=12, **how)[:, inputs["input_ids"].shape[1] :]
+        texts = tokenizer.batch_decode(output, skip_special_tokens=True)
+        held = [[tasks.satisfied(t, c) for c in tasks.string_constraints(r["prompt"])] for t, r in zip(texts, rows)]
+        right, rest = sum(map(all, held)) / n, sum(all(h[:-1]) for h in held) / n
+        only = sum(all(h[:-1]) and not h[-1] for h in held) / n
+        print(f"{name:8s} right {right:.3f}   right but for the last constraint {only:.3f}   ", end="")
+        print(f"right without the last {rest:.3f}   finished {sum(EOS in o for o in output.tolist()) / n:.3f}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="builtin/policy", help="folder for the model and tokenizer")
+    parser.add_argument("--task", default="chains", choices=("chains", "strings"), help="what it learns")
     parser.add_argument("--layers", type=int, default=4, help="number of layers")
     parser.add_argument("--width", type=int, default=128, help="hidden width")
     parser.add_argument("--steps", type=int, default=2000, help="optimizer steps")
@@ -155,11 +177,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the weights and of the demonstrations")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
-    tokenizer, model = make_tokenizer(), make_model(args.layers, args.width)
+    symbols = SYMBOLS if args.task == "chains" else STRING_SYMBOLS
+    tokenizer, model = make_tokenizer(symbols), make_model(args.layers, args.width, symbols)
     print(f"{model.num_parameters():,} parameters")
-    train(model, args.steps, args.batch, args.lr, args.seed)
+    train(model, args.task, args.steps, args.batch, args.lr, args.seed)
     model.eval()
-    evaluate(model, tokenizer, 1000)
+    (evaluate if args.task == "chains" else evaluate_strings)(model, tokenizer, 1000)
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
 
