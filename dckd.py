@@ -180,7 +180,7 @@ def buckets(logp, top):
 # ---- models and batches to losses ------------------------------------------------------------------------------------
 
 
-# same in: dckd.py adpa.py
+# same in: dckd.py adpa.py seft.py
 def policy_logprobs(policy, batch, args):
     """log-probabilities of the completion tokens, and entropies: [B, T], 0 where masked. Alike for pi and pi_ref."""
     mask = batch["mask"]

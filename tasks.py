@@ -456,6 +456,13 @@ def word_correct(completions: list[str], rows: list[dict]) -> list[bool]:
     return [last_number(text) == row["answer"] for text, row in zip(completions, rows, strict=True)]
 
 
+def given_gold(rows: list[dict], seed: int, slip: float = 0.0) -> list[str]:
+    """The answers that the rows bring with them."""
+    if slip:
+        raise BadInput(f"--gold_slip {slip}: these answers are given; expected 0, or --task chains or strings")
+    return [row.get("solution") or row["answer"] for row in rows]
+
+
 def word_answered(completions: list[str]) -> list[bool]:
     return [last_number(text) is not None for text in completions]
 
@@ -785,6 +792,7 @@ def load_task(
     elif task == "words":
         train, test = word_rows()
         made = Task(task, walk(train), test[:test_rows], None, word_correct, word_answered, train=train)
+        made.gold = given_gold
     else:
         made = task_from_data(task, dataset, bool(reward_file) or not graded, test_rows, test_dataset, split)
     if made.correct:
@@ -830,7 +838,8 @@ def task_from_data(
     note = f"{task}: {len(train)} training rows, {min(test_rows, len(test))} held-out rows"
     if len(train) < len(rows):
         note += f"; {len(rows) - len(train)} training rows left out, as their prompts are held out"
-    return Task(task, walk(train), test[:test_rows], None, correct, answered, train=train, note=note)
+    gold = given_gold if correct else None
+    return Task(task, walk(train), test[:test_rows], None, correct, answered, train=train, gold=gold, note=note)
 
 
 def walk(rows: list[dict]) -> Callable:
