@@ -149,7 +149,8 @@ def first_wrong(prompt: str, completion: str) -> int | None:
 
 def chain_correct(completions: list[str], rows: list[dict]) -> list[bool]:
     """The answer is the text after the last `=`, and it must be the exact total; steps are graded apart."""
-    return [text.rpartition("=")[2] == row["answer"] for text, row in zip(completions, rows, strict=True)]
+    totals = [row.get("answer") or str(sum(chain_terms(row["prompt"][:-1]))) for row in rows]
+    return [text.rpartition("=")[2] == total for text, total in zip(completions, totals, strict=True)]
 
 
 def chain_answered(completions: list[str]) -> list[bool]:
