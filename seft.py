@@ -72,7 +72,8 @@ class Args:
     reviser_model: str = arg("", "the model that becomes a reviser; empty: --model")
     ask: str = arg(
         "Does the answer above need a revision? If it does, revise it.",
-        "what follows an answer that is to be revised: a turn of the user, or the end of a prompt that is text",
+        "what follows an answer that is to be revised: a turn of the user, or the end of a prompt that is text; "
+        "{prompt} in it is the question again",
     )
     labels: list[str] = field(
         default_factory=lambda: ["[Major Revise]\n", "[Minor Revise]\n", "[No Revise]\n"],
@@ -138,7 +139,7 @@ class Args:
 
 # What the bare command changes. No answer of a built-in task has ++, +=, =+ or == in it.
 BUILTIN = dict(
-    ask="==", labels=["++", "+=", "=+"], lora_rank=0, max_prompt=24, max_new_tokens=24, micro_batch=64,
+    ask="=={prompt}", labels=["++", "+=", "=+"], lora_rank=0, max_prompt=24, max_new_tokens=24, micro_batch=64,
     warmup_reviser_steps=60, reviser_steps=100, reviser_lr=1e-3, steps=60, lr=2e-4, warmup_steps=4, eval_every=50,
 )  # fmt: skip
 MAJOR, MINOR, NO = 0, 1, 2  # in the order of --labels
@@ -316,8 +317,9 @@ def likelihoods(model, sequences, pad_id: int, args) -> list[dict]:
 def revise_ids(tokenizer, prompt, answer: str, args) -> list[int]:
     """The prompt of a reviser: question, answer, and what asks for the revision."""
     if isinstance(prompt, str):
-        return common.encode_prompt(tokenizer, prompt + answer + args.ask)
-    turns = [{"role": "assistant", "content": answer}, {"role": "user", "content": args.ask}]
+        return common.encode_prompt(tokenizer, prompt + answer + args.ask.replace("{prompt}", prompt))
+    ask = args.ask.replace("{prompt}", prompt[-1]["content"])
+    turns = [{"role": "assistant", "content": answer}, {"role": "user", "content": ask}]
     return common.encode_prompt(tokenizer, prompt + turns)
 
 
@@ -490,7 +492,7 @@ def fault(revision: list[int], item: dict, sampling, data: Data, args) -> str | 
     text = common.decode(sampling.tokenizer, [revision])[0]
     if revision[-1] not in common.stop_ids(sampling.policy, sampling.tokenizer):
         return "unfinished"
-    if any(mark.strip() in text for mark in [*args.labels, args.ask]):
+    if any(mark.strip() in text for mark in [*args.labels, *args.ask.split("{prompt}")] if mark.strip()):
         return "echo"
     if args.max_growth and item["answer_ids"] and len(revision) > args.max_growth * len(item["answer_ids"]):
         return "long"
@@ -725,13 +727,16 @@ def prepare(args) -> Data:
     tokenizer = common.load_tokenizer(args.model, args.trust_remote_code)
     common.fits_context(args.model, args.max_prompt + args.max_new_tokens, args.trust_remote_code)
     strings = label_ids(tokenizer, args)
-    for text, ids in zip([*args.labels, args.ask], [*strings, tokenizer(args.ask)["input_ids"]]):
+    for text, ids in zip(
+        [*args.labels, args.ask], [*strings, tokenizer(args.ask.replace("{prompt}", ""))["input_ids"]]
+    ):
         known = ids and tokenizer.unk_token_id not in ids
         require(known, f"--labels and --ask: the tokenizer of {args.model} cannot write {text!r}")
     for a, b in ((a, b) for a in range(3) for b in range(3) if a != b):
         begins = strings[a] == strings[b][: len(strings[a])]
         require(not begins, f"--labels: {args.labels[b]!r} begins with {args.labels[a]!r}, expected three that differ")
-    longest = args.max_prompt + 2 * args.max_new_tokens + len(tokenizer(args.ask)["input_ids"]) + max(map(len, strings))
+    longest = args.max_prompt * (1 + ("{prompt}" in args.ask)) + 2 * args.max_new_tokens
+    longest += len(tokenizer(args.ask)["input_ids"]) + max(map(len, strings))
     revisers = [args.reviser] if args.stage == "evolve" else [args.reviser_model or args.model]
     for name in filter(None, {*revisers, *args.judges}):
         common.same_tokenizer(args.model, tokenizer, name, common.load_tokenizer(name, args.trust_remote_code))

@@ -428,13 +428,19 @@ def string_gold(rows: list[dict], seed: int, slip: float = 0.0) -> list[str]:
     return [write_string(of_prompt(seed, "string gold", row), row["prompt"], slip) for row in rows]
 
 
-def string_demonstrations(n: int, seed: int, slip: float) -> list[dict]:
-    """n rows {prompt, completion}, of which a share of `slip` misread the last constraint."""
+def string_demonstrations(n: int, seed: int, slip: float, copies: float = 0.0) -> list[dict]:
+    """n rows {prompt, completion}, of which a share of `slip` misread the last constraint.
+
+    copies: share of rows that ask the question again after its answer, `6+a-b^c$d=cfaagd==6+a-b^c$d=`, and then repeat
+    that answer, right or wrong. Large language models can copy; a small one has to be taught.
+    """
     rows = []
     for i in range(n):
         rng = generator(seed, "string demonstrations", i)
         prompt = string_prompt(rng)
-        rows.append({"prompt": prompt, "completion": write_string(rng, prompt, slip)})
+        answer = write_string(rng, prompt, slip)
+        again = rng.random() < copies
+        rows.append({"prompt": f"{prompt}{answer}=={prompt}" if again else prompt, "completion": answer})
     return rows
 
 

@@ -31,6 +31,7 @@ import argparse
 import math
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -99,19 +100,19 @@ def make_batch(rows: list[dict], symbols: list[str] = SYMBOLS) -> tuple[torch.Te
     return ids, labels
 
 
-def train(model: LlamaForCausalLM, task: str, steps: int, batch: int, lr: float, seed: int) -> None:
+def train(model: LlamaForCausalLM, task: str, copies: float, steps: int, batch: int, lr: float, seed: int) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
     start = time.time()
     demonstrations, symbols = {
-        "chains": (tasks.demonstrations, SYMBOLS),
-        "strings": (tasks.string_demonstrations, STRING_SYMBOLS),
+        "chains": (partial(tasks.demonstrations, slip=SLIP), SYMBOLS),
+        "strings": (partial(tasks.string_demonstrations, slip=SLIP, copies=copies), STRING_SYMBOLS),
     }[task]
     for step in range(steps):
         warmup, cosine = (step + 1) / 100, 0.5 * (1 + math.cos(math.pi * step / steps))
         for group in optimizer.param_groups:
             group["lr"] = lr * min(warmup, cosine)
         # every step has new rows: seeds of different steps must not meet, whatever the seed of the run
-        ids, labels = make_batch(demonstrations(batch, seed * 1_000_000 + step, slip=SLIP), symbols)
+        ids, labels = make_batch(demonstrations(batch, seed * 1_000_000 + step), symbols)
         loss = model(input_ids=ids, labels=labels, use_cache=False).loss
         optimizer.zero_grad()
         loss.backward()
@@ -163,12 +164,20 @@ def evaluate_strings(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
         only = sum(all(h[:-1]) and not h[-1] for h in held) / n
         print(f"{name:8s} right {right:.3f}   right but for the last constraint {only:.3f}   ", end="")
         print(f"right without the last {rest:.3f}   finished {sum(EOS in o for o in output.tolist()) / n:.3f}")
+    answers = tasks.string_gold(rows, 0, SLIP)
+    again = [row["prompt"] + answer + "==" + row["prompt"] for row, answer in zip(rows, answers)]
+    inputs = tokenizer(again, return_tensors="pt", padding=True)
+    output = model.generate(**inputs, max_new_tokens=12, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+    same = sum(a == b for a, b in zip(tokenizer.batch_decode(output, skip_special_tokens=True), answers))
+    print(f"greedy   repeats an answer {same / n:.3f}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="builtin/policy", help="folder for the model and tokenizer")
     parser.add_argument("--task", default="chains", choices=("chains", "strings"), help="what it learns")
+    parser.add_argument("--start", default="", help="folder of a model to go on with; empty: a new one")
+    parser.add_argument("--copies", type=float, default=0.0, help="strings: share of rows that repeat an answer")
     parser.add_argument("--layers", type=int, default=4, help="number of layers")
     parser.add_argument("--width", type=int, default=128, help="hidden width")
     parser.add_argument("--steps", type=int, default=2000, help="optimizer steps")
@@ -179,8 +188,10 @@ def main() -> None:
     torch.manual_seed(args.seed)
     symbols = SYMBOLS if args.task == "chains" else STRING_SYMBOLS
     tokenizer, model = make_tokenizer(symbols), make_model(args.layers, args.width, symbols)
+    if args.start:
+        model = LlamaForCausalLM.from_pretrained(args.start, attn_implementation="eager")
     print(f"{model.num_parameters():,} parameters")
-    train(model, args.task, args.steps, args.batch, args.lr, args.seed)
+    train(model, args.task, args.copies, args.steps, args.batch, args.lr, args.seed)
     model.eval()
     (evaluate if args.task == "chains" else evaluate_strings)(model, tokenizer, 1000)
     model.save_pretrained(args.out)
