@@ -368,7 +368,7 @@ class Data:
 
 def fold_of(row: dict) -> int:
     """The half of the pairs that a prompt belongs to, with all its pairs."""
-    return zlib.crc32(json.dumps(row["prompt"]).encode()) // 16 % 2  # the last digits tell what is held out
+    return zlib.crc32(json.dumps(row["prompt"]).encode()) % 2
 
 
 def load_data(args, tokenizer) -> Data:
@@ -524,10 +524,10 @@ def calibrate(reviser, items: list[dict], first: int, data: Data, args) -> float
     if args.keep_threshold not in ("auto", "pairs"):
         return float(args.keep_threshold)
     if args.keep_threshold == "auto" and data.graded():
-        known = [i for i in items if i["number"] < args.calibration]
+        known = [i for i in items if i["number"] < args.calibration and i["ended"]]
         revise_all(reviser, known, first, data, args)
-        known = common.gather([(i["chances"][NO], i["before"] * i["ended"], i["after"] or 0.0) for i in known])
-        return best_threshold(*map(list, zip(*known)))
+        known = common.gather([(i["chances"][NO], i["before"], i["after"] or 0.0) for i in known])
+        return best_threshold(*map(list, zip(*known))) if known else 1.0
     require(bool(data.test_pairs), "--keep_threshold: there is neither a grader nor a pair, so give a number")
     mine = data.test_pairs[common.rank() :: common.world()]
     asked = [revise_ids(data.tokenizer, p["prompt"], p[s], args) for p in mine for s in ("chosen", "rejected")]
@@ -702,7 +702,7 @@ def validate(args) -> None:
     micro = min(args.micro_batch, n // world)
     require(n // world % micro == 0, f"--micro_batch {micro} does not divide the {n // world} rows of a rank in a step")
     require(len(args.labels) == 3, f"--labels takes three strings (major, minor, no), found {len(args.labels)}")
-    require(args.task == "auto" or not args.gold_slip or args.revise == "gold", "--gold_slip is of --revise gold")
+    require(not args.gold_slip or args.revise == "gold", "--gold_slip is of --revise gold")
     require(not args.external_rounds or args.external_model, "--external_rounds needs --external_model")
     require(args.external_rounds <= args.rounds, f"--external_rounds {args.external_rounds} of --rounds {args.rounds}")
     if args.stage == "adaptive":
@@ -847,7 +847,7 @@ def kl_sums(models, sequences, pad_id: int, args) -> dict[str, float]:
         logp, start_logp = logits.log_softmax(-1), start_logits.log_softmax(-1)
         return (logp.exp() * (logp - start_logp)).sum()
 
-    with common.gathered(*{policy, start}):
+    with common.gathered(*([policy] if start is policy else [policy, start])):
         for i in range(0, len(sequences), args.micro_batch):
             some = list(map(list, zip(*sequences[i : i + args.micro_batch])))
             batch = common.make_batch(*some, pad_id, next(policy.parameters()).device)

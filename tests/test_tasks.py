@@ -637,6 +637,31 @@ def test_the_builtin_policy():
     assert all(tasks.chain_answered(texts))
 
 
+def test_the_builtin_model_of_strings():
+    """It writes every symbol of the task, follows the misread constraint, and repeats what it is shown."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = POLICY.parent / "strings"
+    assert sum(file.stat().st_size for file in folder.iterdir()) <= 2**20
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    rows = tasks.string_test_rows(64)
+    answers = tasks.string_gold(rows, 0, slip=0.6)
+    again = [f"{row['prompt']}{answer}=={row['prompt']}" for row, answer in zip(rows, answers)]
+    for text in (again[0], "0123456789+=-^$abcdefgh"):
+        ids = tokenizer(text)["input_ids"]
+        assert len(ids) == len(text) + 1 and tokenizer.decode(ids, skip_special_tokens=True) == text
+
+    def greedy(prompts):
+        inputs = tokenizer(prompts, return_tensors="pt", padding=True)
+        output = model.generate(**inputs, max_new_tokens=12, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+        return tokenizer.batch_decode(output, skip_special_tokens=True)
+
+    texts = greedy([row["prompt"] for row in rows])
+    held = [[tasks.satisfied(t, c) for c in tasks.string_constraints(r["prompt"])] for t, r in zip(texts, rows)]
+    assert 0.05 < sum(map(all, held)) / 64 < 0.5 and sum(all(h[:-1]) for h in held) / 64 > 0.7
+    assert sum(a == b for a, b in zip(greedy(again), answers)) / 64 > 0.8
+
+
 def test_real_gsm8k():
     folder = os.environ.get("MINALIGN_GSM8K", "")
     if not folder:
