@@ -140,7 +140,7 @@ class Args:
 # What the bare command changes. No answer of a built-in task has ++, +=, =+ or == in it.
 BUILTIN = dict(
     ask="=={prompt}", labels=["++", "+=", "=+"], lora_rank=0, max_prompt=24, max_new_tokens=24, micro_batch=64,
-    warmup_reviser_steps=60, reviser_steps=100, reviser_lr=1e-3, steps=60, lr=2e-4, warmup_steps=4, eval_every=50,
+    warmup_reviser_steps=80, reviser_steps=160, reviser_lr=1e-3, steps=60, lr=2e-4, warmup_steps=4, eval_every=200,
 )  # fmt: skip
 MAJOR, MINOR, NO = 0, 1, 2  # in the order of --labels
 NAMES = ("major", "minor", "no")
@@ -879,10 +879,8 @@ def evaluate_reviser(sampling, data: Data, args):
         for ids, pair in zip(asked, mine)
         if not adaptive or pair["label"] != NO
     ]
-    nll = [
-        (-s["sum"], len(y))
-        for s, (_, y) in zip(likelihoods(sampling.policy, sequences, tokenizer.pad_token_id, args), sequences)
-    ]
+    scores = likelihoods(sampling.policy, sequences, tokenizer.pad_token_id, args)
+    nll = [(-score["sum"], len(answer)) for score, (_, answer) in zip(scores, sequences)]
     texts = common.decode(tokenizer, write(sampling, asked, told, args))
     before = data.grade([p["rejected"] for p in mine] + [p["chosen"] for p in mine], [*mine, *mine])
     for i, (was, now) in enumerate(zip(before, data.grade(texts, [*mine, *mine]))):
@@ -923,6 +921,7 @@ def train(args, stop_after: int | None = None) -> None:
         run.samples(0, examples)
         run.log(0, told | held_out)
     mine = [p for p in data.pairs if args.stage == "adaptive" or args.fold in (-1, fold_of(p))]
+    require(bool(mine) or args.stage == "evolve", f"--fold {args.fold}: none of the {len(data.pairs)} pairs is in it")
     for_reviser = tasks.walk(rows_for_reviser(data, mine, args)) if args.stage != "evolve" else None
     preferred = tasks.walk([row | {"completion_ids": row["chosen_ids"]} for row in data.pairs])
     span, own = args.steps // args.rounds, own_rows(args)
