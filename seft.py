@@ -18,7 +18,8 @@ paper, [T] told by third parties, [I] inferred here. x: a prompt, (y_l, y_h): th
              gold            the task's own answers
 
 What differs from the paper, each for a reason
-    1. [I] above: the rule of the labels, how No is found among good answers, the threshold t, the order of the data.
+    1. [I] above: the rule of the labels, how No is found among good answers, the threshold t, the order of the data;
+       that R goes on from R0 (--from_warmup).
     2. Labels are three fixed strings that are scored, never decoded: what is no label cannot come out.
     3. Means are over all tokens of a step, on all ranks; label tokens count label_weight times in both parts of it.
 
@@ -72,18 +73,19 @@ class Args:
     reviser_model: str = arg("", "the model that becomes a reviser; empty: --model")
     ask: str = arg(
         "Does the answer above need a revision? If it does, revise it.",
-        "what follows an answer that is to be revised: a turn of the user, or the end of a prompt that is text; "
-        "{prompt} in it is the question again",
+        "what follows an answer that is to be revised: a turn of the user, or the end of a prompt that is text",
     )
     labels: list[str] = field(
         default_factory=lambda: ["[Major Revise]\n", "[Minor Revise]\n", "[No Revise]\n"],
         metadata={"help": "the three strings that begin what a reviser writes, with what separates them from the rest"},
     )
+    then: str = arg("", "what stands between a label and a revision; {prompt} in it is the question again")
     fold: int = arg(-1, "of --stage warmup: the half of the pairs, 0 or 1, that R0 is trained on; -1: all")
     judges: list[str] = field(
         default_factory=list,
         metadata={"help": "of --stage adaptive: the R0 of each half, whose scores give the labels"},
     )
+    from_warmup: bool = arg(True, "the adaptive reviser goes on from the R0 of the first half; False: starts as R0 did")
     label_rule: str = arg(
         "gap", "gap (SEFT-2), or hardness: -log R0(y_h | x, y_l), Minor up to its median, Major above"
     )
@@ -139,8 +141,8 @@ class Args:
 
 # What the bare command changes. No answer of a built-in task has ++, +=, =+ or == in it.
 BUILTIN = dict(
-    ask="=={prompt}", labels=["++", "+=", "=+"], lora_rank=0, max_prompt=24, max_new_tokens=24, micro_batch=64,
-    warmup_reviser_steps=80, reviser_steps=160, reviser_lr=1e-3, steps=60, lr=2e-4, warmup_steps=4, eval_every=200,
+    ask="==", then="{prompt}", labels=["++", "+=", "=+"], lora_rank=0, max_prompt=24, max_new_tokens=24, micro_batch=64,
+    warmup_reviser_steps=100, reviser_steps=300, reviser_lr=1e-3, steps=60, lr=2e-4, warmup_steps=4, eval_every=200,
 )  # fmt: skip
 MAJOR, MINOR, NO = 0, 1, 2  # in the order of --labels
 NAMES = ("major", "minor", "no")
@@ -317,10 +319,15 @@ def likelihoods(model, sequences, pad_id: int, args) -> list[dict]:
 def revise_ids(tokenizer, prompt, answer: str, args) -> list[int]:
     """The prompt of a reviser: question, answer, and what asks for the revision."""
     if isinstance(prompt, str):
-        return common.encode_prompt(tokenizer, prompt + answer + args.ask.replace("{prompt}", prompt))
-    ask = args.ask.replace("{prompt}", prompt[-1]["content"])
-    turns = [{"role": "assistant", "content": answer}, {"role": "user", "content": ask}]
+        return common.encode_prompt(tokenizer, prompt + answer + args.ask)
+    turns = [{"role": "assistant", "content": answer}, {"role": "user", "content": args.ask}]
     return common.encode_prompt(tokenizer, prompt + turns)
+
+
+def then_ids(tokenizer, prompt, args) -> list[int]:
+    """What a reviser reads after the label, before it writes a revision."""
+    question = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    return tokenizer(args.then.replace("{prompt}", question), add_special_tokens=False)["input_ids"]
 
 
 def label_ids(tokenizer, args) -> list[list[int]]:
@@ -427,11 +434,12 @@ def rows_for_reviser(data: Data, pairs: list[dict], args) -> list[dict]:
     rows, labels, end = [], label_ids(data.tokenizer, args), [data.tokenizer.eos_token_id]
     for pair in pairs:
         asked = revise_ids(data.tokenizer, pair["prompt"], pair["rejected"], args)
+        then = then_ids(data.tokenizer, pair["prompt"], args)
         if "label" not in pair:
-            rows.append({"prompt_ids": asked, "completion_ids": pair["chosen_ids"]})
+            rows.append({"prompt_ids": asked + then, "completion_ids": pair["chosen_ids"]})
             continue
         label = labels[pair["label"]]
-        rest = end if pair["label"] == NO else pair["chosen_ids"]
+        rest = end if pair["label"] == NO else then + pair["chosen_ids"]
         rows.append({"prompt_ids": asked, "completion_ids": label + rest, "label_tokens": len(label)})
         if pair["keep_chosen"]:
             asked = revise_ids(data.tokenizer, pair["prompt"], pair["chosen"], args)
@@ -453,6 +461,7 @@ def label_pairs(data: Data, args, folder: Path, device) -> dict[str, float]:
             sequences = []
             for pair in (everything[i] for i in mine):
                 asked = [revise_ids(data.tokenizer, pair["prompt"], pair[s], args) for s in ("rejected", "chosen")]
+                asked = [ids + then_ids(data.tokenizer, pair["prompt"], args) for ids in asked]
                 better, worse = pair["chosen_ids"], pair["rejected_ids"]
                 sequences += [(asked[0], better), (asked[0], worse), (asked[1], better)]
             said = likelihoods(judging, sequences, data.tokenizer.pad_token_id, args)
@@ -480,10 +489,10 @@ def label_pairs(data: Data, args, folder: Path, device) -> dict[str, float]:
 # ---- revision --------------------------------------------------------------------------------------------------------
 
 
-def write(sampling, asked, labels, args, noise=None) -> list[list[int]]:
-    """What a reviser writes after its prompt and a label (None: no label)."""
+def write(sampling, asked, labels, then, args, noise=None) -> list[list[int]]:
+    """What a reviser writes after its prompt, a label (None: no label) and what stands between."""
     strings = label_ids(sampling.tokenizer, args)
-    prompts = [ids + (strings[label] if label is not None else []) for ids, label in zip(asked, labels)]
+    prompts = [[*ids, *(strings[k] if k is not None else []), *rest] for ids, k, rest in zip(asked, labels, then)]
     return replace(sampling, temperature=args.revise_temperature or 1.0).complete(prompts, 1, noise)
 
 
@@ -492,7 +501,7 @@ def fault(revision: list[int], item: dict, sampling, data: Data, args) -> str | 
     text = common.decode(sampling.tokenizer, [revision])[0]
     if revision[-1] not in common.stop_ids(sampling.policy, sampling.tokenizer):
         return "unfinished"
-    if any(mark.strip() in text for mark in [*args.labels, *args.ask.split("{prompt}")] if mark.strip()):
+    if any(mark.strip() in text for mark in [*args.labels, args.ask]):
         return "echo"
     if args.max_growth and item["answer_ids"] and len(revision) > args.max_growth * len(item["answer_ids"]):
         return "long"
@@ -542,7 +551,8 @@ def revise_all(reviser, items: list[dict], first: int, data: Data, args) -> None
     labels, numbers = [item["label"] for item in items], [item["number"] for item in items]
     sampled = args.revise_temperature and items
     noise = common.uniforms(args.seed, REVISION, first, numbers, args.max_new_tokens) if sampled else None
-    revised = write(reviser, [item["asked"] for item in items], labels, args, noise)
+    then = [item["then"] for item in items]
+    revised = write(reviser, [item["asked"] for item in items], labels, then, args, noise)
     grades = data.grade(common.decode(data.tokenizer, revised), [item["row"] for item in items])
     for item, ids, grade in zip(items, revised, grades):
         wrong = fault(ids, item, reviser, data, args)
@@ -563,8 +573,11 @@ def revise(samplings, rows: list[dict], numbers: list[int], first: int, data: Da
     else:
         reviser = samplings["reviser"]
         for item in items:
-            ask = revise_ids(data.tokenizer, item["row"]["prompt"], item.get("answer", ""), args)
-            item |= {"asked": item["prompt_ids"] if args.revise == "direct" else ask, "label": None}
+            item |= {"asked": item["prompt_ids"], "then": [], "label": None}
+            if args.revise != "direct":
+                prompt = item["row"]["prompt"]
+                item["asked"] = revise_ids(data.tokenizer, prompt, item["answer"], args)
+                item["then"] = then_ids(data.tokenizer, prompt, args)
         if args.revise in ("adaptive", "always"):
             chances = judge(reviser.policy, data.tokenizer, [item["asked"] for item in items], args)
             for item, c, label in zip(items, chances, decide(chances, 1.0, may_keep=False)):
@@ -631,7 +644,7 @@ def evolve(samplings, data: Data, first: int, args, folder: Path):
                 item["likelihood"] = score["mean"]
         for item in items:
             text = common.decode(data.tokenizer, [item["completion_ids"]])[0]
-            item |= {"prompt": item.pop("row")["prompt"], "revised": text, "asked": None}
+            item |= {"prompt": item.pop("row")["prompt"], "revised": text, "asked": None, "then": None}
         items = sorted(common.gather(items), key=lambda item: item["number"])
         made = {"metrics": revision_metrics(items, threshold, args), "items": items}
         if common.rank() == 0:
@@ -714,7 +727,9 @@ def settled(args):
     if args.stage not in ("warmup", "adaptive"):
         return args
     steps = args.warmup_reviser_steps if args.stage == "warmup" else args.reviser_steps
-    return replace(args, model=args.reviser_model or args.model, steps=steps, lr=args.reviser_lr, rounds=1)
+    goes_on = args.stage == "adaptive" and args.from_warmup and args.judges
+    model = args.judges[0] if goes_on else args.reviser_model or args.model
+    return replace(args, model=model, steps=steps, lr=args.reviser_lr, rounds=1)
 
 
 def needs_reviser(args) -> bool:
@@ -727,16 +742,14 @@ def prepare(args) -> Data:
     tokenizer = common.load_tokenizer(args.model, args.trust_remote_code)
     common.fits_context(args.model, args.max_prompt + args.max_new_tokens, args.trust_remote_code)
     strings = label_ids(tokenizer, args)
-    for text, ids in zip(
-        [*args.labels, args.ask], [*strings, tokenizer(args.ask.replace("{prompt}", ""))["input_ids"]]
-    ):
+    for text, ids in zip([*args.labels, args.ask], [*strings, tokenizer(args.ask)["input_ids"]]):
         known = ids and tokenizer.unk_token_id not in ids
         require(known, f"--labels and --ask: the tokenizer of {args.model} cannot write {text!r}")
     for a, b in ((a, b) for a in range(3) for b in range(3) if a != b):
         begins = strings[a] == strings[b][: len(strings[a])]
         require(not begins, f"--labels: {args.labels[b]!r} begins with {args.labels[a]!r}, expected three that differ")
-    longest = args.max_prompt * (1 + ("{prompt}" in args.ask)) + 2 * args.max_new_tokens
-    longest += len(tokenizer(args.ask)["input_ids"]) + max(map(len, strings))
+    longest = args.max_prompt * (1 + ("{prompt}" in args.then)) + 2 * args.max_new_tokens
+    longest += len(tokenizer(args.ask + args.then)["input_ids"]) + max(map(len, strings))
     revisers = [args.reviser] if args.stage == "evolve" else [args.reviser_model or args.model]
     for name in filter(None, {*revisers, *args.judges}):
         common.same_tokenizer(args.model, tokenizer, name, common.load_tokenizer(name, args.trust_remote_code))
@@ -874,14 +887,15 @@ def evaluate_reviser(sampling, data: Data, args):
         for line, pair, low, high in zip(found, mine, chances, chances[len(mine) :]):
             line |= {"low": low[NO], "high": high[NO], "loss": -float(np.log(max(low[pair["label"]], 1e-30)))}
             line["right"] = float(low.index(max(low)) == pair["label"])
+    then = [then_ids(tokenizer, pair["prompt"], args) for pair in mine]
     sequences = [
-        (ids + (labels[pair["label"]] if adaptive else []), pair["chosen_ids"])
-        for ids, pair in zip(asked, mine)
+        (ids + (labels[pair["label"]] if adaptive else []) + rest, pair["chosen_ids"])
+        for ids, rest, pair in zip(asked, then, mine)
         if not adaptive or pair["label"] != NO
     ]
     scores = likelihoods(sampling.policy, sequences, tokenizer.pad_token_id, args)
     nll = [(-score["sum"], len(answer)) for score, (_, answer) in zip(scores, sequences)]
-    texts = common.decode(tokenizer, write(sampling, asked, told, args))
+    texts = common.decode(tokenizer, write(sampling, asked, told, then * 2, args))
     before = data.grade([p["rejected"] for p in mine] + [p["chosen"] for p in mine], [*mine, *mine])
     for i, (was, now) in enumerate(zip(before, data.grade(texts, [*mine, *mine]))):
         found[i % len(mine)][("low", "high")[i // len(mine)] + "_change"] = (was, now)

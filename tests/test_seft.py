@@ -49,7 +49,8 @@ def test_stages(bare):
     runs = {p.parent.relative_to(folder).as_posix(): p.parent for p in folder.rglob("args.json")}
     assert sorted(runs) == ["policy", "reviser/adaptive", "reviser/warmup-0", "reviser/warmup-1"]
     about = {name: json.loads((run / "args.json").read_text())["args"] for name, run in runs.items()}
-    assert {a["model"] for a in about.values()} == {"builtin"}
+    assert about["reviser/adaptive"].pop("model") == str(folder / "reviser/warmup-0/model")
+    assert {a["model"] for a in about.values() if "model" in a} == {"builtin"}
     assert about["reviser/adaptive"]["judges"] == [str(folder / f"reviser/warmup-{i}/model") for i in (0, 1)]
     assert about["policy"]["reviser"] == str(folder / "reviser/adaptive/model")
     own = {"policy": ["rounds"], "reviser/adaptive": ["labels.jsonl"]}
@@ -149,6 +150,7 @@ SWITCHES = [
     dict(revise="plain"),
     dict(revise="never", temperature=0.7),
     dict(revise="direct"),
+    dict(then="{prompt}", max_new_tokens=12),
     dict(revise="gold", reviser=""),
     dict(revise="gold", reviser="", gold_slip=0.5),
     dict(keep_threshold="auto"),
@@ -379,6 +381,7 @@ def refused(base, out, monkeypatch):
         (dict(labels=["+", "+=", "=+"]), ["--labels", "'+=' begins with '+'"]),
         (dict(labels=["Major", "+=", "=+"]), ["--labels and --ask", "cannot write 'Major'"]),
         (dict(ask="revise"), ["--labels and --ask", "cannot write 'revise'"]),
+        (dict(then="{prompt}", max_prompt=40, max_new_tokens=10), ["a reviser reads a prompt", "64 positions"]),
         (dict(reviser=""), ["--reviser is empty", "--revise adaptive needs one"]),
         (dict(stage="all"), ["--stage all makes its own", "--reviser"]),
         (dict(stage="adaptive"), ["--judges takes", "found 0"]),

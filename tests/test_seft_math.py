@@ -13,7 +13,7 @@ from conftest import random
 import torch
 
 DEVICE = torch.device("cpu")
-ARGS = SimpleNamespace(temperature=1.0, micro_batch=3, ask="==", labels=["++", "+=", "=+"], max_growth=2.0)
+ARGS = SimpleNamespace(temperature=1.0, micro_batch=3, ask="==", then="", labels=["++", "+=", "=+"], max_growth=2.0)
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +172,10 @@ def test_rows_of_the_reviser(tokenizer):
         "<bos>7+15=12==+=22<eos>",
         "<bos>7+15=12===+<eos>",
     ]
+    again = SimpleNamespace(**vars(ARGS) | {"then": "{prompt}"})
+    rows = seft.rows_for_reviser(data, pairs[1:], again)
+    assert tokenizer.decode(rows[0]["completion_ids"]) == "+=7+15=22<eos>" and rows[0]["label_tokens"] == 2
+    assert tokenizer.decode(rows[1]["completion_ids"]) == "=+<eos>"
     plain = seft.rows_for_reviser(data, [{k: p[k] for k in p if k != "label"} for p in pairs[:1]], ARGS)
     assert tokenizer.decode(plain[0]["completion_ids"]) == "22<eos>" and "label_tokens" not in plain[0]
 
