@@ -496,6 +496,11 @@ def write(sampling, asked, labels, then, args, noise=None) -> list[list[int]]:
     return replace(sampling, temperature=args.revise_temperature or 1.0).complete(prompts, 1, noise)
 
 
+def texts_of(tokenizer, completion_ids: list[list[int]]) -> list[str]:
+    """Of no completions (a rank may have none) no texts: the tokenizer itself would make one of an empty list."""
+    return common.decode(tokenizer, completion_ids) if completion_ids else []
+
+
 def fault(revision: list[int], item: dict, sampling, data: Data, args) -> str | None:
     """Why a revision is not fit to learn from; None when it is."""
     text = common.decode(sampling.tokenizer, [revision])[0]
@@ -553,7 +558,7 @@ def revise_all(reviser, items: list[dict], first: int, data: Data, args) -> None
     noise = common.uniforms(args.seed, REVISION, first, numbers, args.max_new_tokens) if sampled else None
     then = [item["then"] for item in items]
     revised = write(reviser, [item["asked"] for item in items], labels, then, args, noise)
-    grades = data.grade(common.decode(data.tokenizer, revised), [item["row"] for item in items])
+    grades = data.grade(texts_of(data.tokenizer, revised), [item["row"] for item in items])
     for item, ids, grade in zip(items, revised, grades):
         wrong = fault(ids, item, reviser, data, args)
         item |= {"revised_ids": ids, "fault": wrong, "after": None if wrong else grade}
@@ -895,7 +900,7 @@ def evaluate_reviser(sampling, data: Data, args):
     ]
     scores = likelihoods(sampling.policy, sequences, tokenizer.pad_token_id, args)
     nll = [(-score["sum"], len(answer)) for score, (_, answer) in zip(scores, sequences)]
-    texts = common.decode(tokenizer, write(sampling, asked, told, then * 2, args))
+    texts = texts_of(tokenizer, write(sampling, asked, told, then * 2, args))
     before = data.grade([p["rejected"] for p in mine] + [p["chosen"] for p in mine], [*mine, *mine])
     for i, (was, now) in enumerate(zip(before, data.grade(texts, [*mine, *mine]))):
         found[i % len(mine)][("low", "high")[i // len(mine)] + "_change"] = (was, now)
@@ -1033,11 +1038,10 @@ def check(args) -> None:
 
     limits = {name: getattr(args, name) for name in ("micro_batch", "max_new_tokens", "dtype")}
     limits |= {"rows": args.prompts_per_step // world, "max_prompt": args.max_prompt + args.max_new_tokens}
-    finished = [answer[-1] in ends for answer in ids]
     common.preflight(
         ("tokenizer and vocabularies agree", lambda: common.check_vocabulary(models, data.tokenizer)),
         ("dropout is off", lambda: common.check_dropout(models)),
-        ("EOS is inside the loss", lambda: common.check_end_of_sequence(batch, ids, finished, ends)),
+        ("EOS is inside the loss", lambda: common.check_end_of_sequence(batch, ids, [True] * len(ids), ends)),
         ("log-probs ignore padding and batch size", lambda: common.check_padding(logprobs, batch, tight)),
         ("labels are scored as a distribution", labels_are_scored),
         ("No keeps an answer as it is", kept_as_they_are),
