@@ -55,7 +55,7 @@ class Args:
     teacher: str = arg("", "the aligned teacher pi_dpo; with --stage teacher or all: the model that becomes it")
     ref_teacher: str = arg("", "the reference teacher pi_ref: the model that pi_dpo was aligned from")
     dataset: str = arg("", "Hub name or .jsonl/.json/.parquet file; empty: the built-in task")
-    task: str = arg("auto", "auto (by columns), chains, words, gsm8k, math or prompts")
+    task: str = arg("auto", "auto (by columns), chains, strings, words, gsm8k, math or prompts")
     test_dataset: str = arg("", "held-out rows; empty: the Hub's test split, else the last rows of --dataset")
     test_rows: int = arg(256, "held-out prompts in an evaluation")
     reward_file: str = arg("", "a Python file with reward(prompts, completions, rows) -> list of floats")
@@ -222,7 +222,7 @@ def buckets(logp, top):
 # ---- models and batches to losses ------------------------------------------------------------------------------------
 
 
-# same in: dckd.py adpa.py
+# same in: dckd.py adpa.py seft.py
 def policy_logprobs(policy, batch, args):
     """log-probabilities of the completion tokens, and entropies: [B, T], 0 where masked. Alike for pi and pi_ref."""
     mask = batch["mask"]

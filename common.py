@@ -233,6 +233,8 @@ def parse_args(cls, builtin: dict, argv: list[str] | None = None):
     if args.model in BUILTIN:
         parser.set_defaults(**builtin)
         args = parse()
+    if args.model == "builtin" and f"builtin-{args.task}" in BUILTIN:  # each built-in task has its own alphabet
+        args.model = f"builtin-{args.task}"
     return args
 
 
@@ -309,7 +311,7 @@ def minibatch_rows(seed: int, step: int, epoch: int, rows_total: int, minibatche
 # ======================================================================================================================
 
 _HERE = Path(__file__).resolve().parent / "builtin"
-BUILTIN = {"builtin": _HERE / "policy", "builtin-small": _HERE / "small"}
+BUILTIN = {"builtin": _HERE / "policy", "builtin-small": _HERE / "small", "builtin-strings": _HERE / "strings"}
 
 
 def model_path(name: str) -> str:

@@ -47,7 +47,7 @@ class Args:
     # model and data
     model: str = arg("builtin", "Hub name, or a folder (also one with a single GGUF file); builtin: the one here")
     dataset: str = arg("", "Hub name or .jsonl/.json/.parquet file; empty: the built-in task")
-    task: str = arg("auto", "auto (by columns), chains, words, gsm8k, math or prompts")
+    task: str = arg("auto", "auto (by columns), chains, strings, words, gsm8k, math or prompts")
     test_dataset: str = arg("", "held-out rows; empty: the Hub's test split, else the last rows of --dataset")
     test_rows: int = arg(256, "held-out prompts in an evaluation")
     reward_file: str = arg("", "a Python file with reward(prompts, completions, rows) -> list of floats")

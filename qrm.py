@@ -57,7 +57,7 @@ class Args:
     # model and data
     model: str = arg("builtin", "Hub name, or a folder (also one with a single GGUF file); builtin: the one here")
     dataset: str = arg("", "Hub name or .jsonl/.json/.parquet file; empty: the built-in task")
-    task: str = arg("auto", "auto (by columns), chains, words, gsm8k, math or prompts")
+    task: str = arg("auto", "auto (by columns), chains, strings, words, gsm8k, math or prompts")
     test_dataset: str = arg("", "held-out rows; empty: the Hub's test split, else the last rows of --dataset")
     test_rows: int = arg(256, "held-out prompts in an evaluation")
     reward_file: str = arg("", "a Python file with reward(prompts, completions, rows) -> list of floats")
@@ -503,7 +503,8 @@ def build_reward(args, device):
     models["reward"].config.reward_objective = args.objective  # goes into the exported config.json
     if args.objective == "dpo" and not args.lora_rank:
         models["reward_ref"] = common.load_model(args.model, trainable=False, **shared)
-    return models, torch.optim.Adam(common.trainable_parameters(models["reward"]), lr=args.reward_lr, eps=1e-5)
+    # Adam's own eps: below a scalar head that starts at 0 gradients are as small as the 1e-5 that PPO takes
+    return models, torch.optim.Adam(common.trainable_parameters(models["reward"]), lr=args.reward_lr)
 
 
 # same in: ppo_baseline.py lco.py qrm.py

@@ -12,12 +12,13 @@ of the answer alone. Everything random is a function of (seed, purpose, index), 
 
 Contents
     1. chains      the built-in task: worked sums, `7+15+8=` -> `22+8=30`, with an exact grader of each step
-    2. words       one-digit sums asked in words, for chat models
-    3. graders     numbers (GSM8K) and LaTeX (MATH), never by substring
-    4. files       rows of a Hub dataset or a local file
-    5. rewards     a user's reward function, and what it may return
-    6. load_task   everything above as one Task; fit_prompts: the prompts that are too long
-    7. load_pairs  preference pairs
+    2. strings     the second one, with many right answers: `6+a-b^c$d=` -> `cfaagd`, each constraint graded
+    3. words       one-digit sums asked in words, for chat models
+    4. graders     numbers (GSM8K) and LaTeX (MATH), never by substring
+    5. files       rows of a Hub dataset or a local file
+    6. rewards     a user's reward function, and what it may return
+    7. load_task   everything above as one Task; fit_prompts: the prompts that are too long
+    8. load_pairs  preference pairs
 """
 
 import inspect
@@ -55,12 +56,20 @@ class Task:
     answered: Callable | None = None  # answered(completions) -> list[bool]
     steps: Callable | None = None  # steps(row, completion) -> a bool for each step of it: right so far?
     train: list[dict] = field(default_factory=list)  # what `rows` walks through; empty when it makes new rows
+    gold: Callable | None = None  # gold(rows, seed, slip) -> answers by the task itself; slip: share with a mistake
+    pairs: Callable | None = None  # pairs(n, seed, held_out) -> n preference pairs
+    unannotated: Callable | None = None  # unannotated(n, seed) -> n rows {prompt}, nobody's answers beside them
     note: str = ""  # one line for the log: how many rows, how many were left out and why
 
 
 def generator(seed: int, purpose: str, index: int = 0) -> np.random.Generator:
     """Independent random numbers for each (seed, purpose, index); `hash` would differ from process to process."""
     return np.random.default_rng([seed, zlib.crc32(purpose.encode()), index])
+
+
+def of_prompt(seed: int, purpose: str, row: dict) -> np.random.Generator:
+    """Random numbers of a prompt, wherever it stands in a list and whichever rank has it."""
+    return generator(seed, purpose, zlib.crc32(json.dumps(row["prompt"]).encode()))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -140,7 +149,8 @@ def first_wrong(prompt: str, completion: str) -> int | None:
 
 def chain_correct(completions: list[str], rows: list[dict]) -> list[bool]:
     """The answer is the text after the last `=`, and it must be the exact total; steps are graded apart."""
-    return [text.rpartition("=")[2] == row["answer"] for text, row in zip(completions, rows, strict=True)]
+    totals = [row.get("answer") or str(sum(chain_terms(row["prompt"][:-1]))) for row in rows]
+    return [text.rpartition("=")[2] == total for text, total in zip(completions, totals, strict=True)]
 
 
 def chain_answered(completions: list[str]) -> list[bool]:
@@ -260,8 +270,182 @@ def unannotated(n: int, seed: int) -> list[dict]:
     return [{"prompt": chain_prompt(generator(seed, "unannotated", i))} for i in range(n)]
 
 
+def chain_gold(rows: list[dict], seed: int, slip: float = 0.0) -> list[str]:
+    """An answer to each row: exact, or by a writer who forgets each carry with probability `slip`."""
+    return [write_chain(row["prompt"], slipping_add(of_prompt(seed, "chain gold", row), slip)) for row in rows]
+
+
 # ---------------------------------------------------------------------------------------------------------------
-# 2. words: "What is 7+5?"
+# 2. strings: write a string that satisfies all constraints; there are many
+#
+#     prompt        6+a-b^c$d=       six letters, with a, without b, c first, d last  (2e: exactly two e)
+#     completion    cfaagd
+#
+# Length 5 to 8 over the letters a to h, and two to four more constraints, no letter in two of them. The typical
+# mistake is systematic: the letter of the last constraint is read as the next free one of the alphabet.
+# ---------------------------------------------------------------------------------------------------------------
+
+LETTERS = "abcdefgh"
+KINDS = "++--^$2"  # contains (at most two), lacks (at most two), first, last, exactly two
+
+
+def string_constraints(prompt: str) -> list[tuple[str, str]]:
+    """'6+a$d=' -> [('#', '6'), ('+', 'a'), ('$', 'd')]; '#' is the length."""
+    pairs = prompt[1:].removesuffix("=")
+    return [("#", prompt[0]), *((pairs[i], pairs[i + 1]) for i in range(0, len(pairs), 2))]
+
+
+def satisfied(text: str, constraint: tuple[str, str]) -> bool:
+    kind, what = constraint
+    return {
+        "#": str(len(text)) == what,
+        "+": what in text,
+        "-": what not in text,
+        "^": text.startswith(what),
+        "$": text.endswith(what),
+        "2": text.count(what) == 2,
+    }[kind]
+
+
+def string_grade(prompt: str, text: str) -> float:
+    """The share of the constraints that an answer satisfies; 0 when it is not letters alone."""
+    if not text or set(text) - set(LETTERS):
+        return 0.0
+    held = [satisfied(text, constraint) for constraint in string_constraints(prompt)]
+    return sum(held) / len(held)
+
+
+def string_correct(completions: list[str], rows: list[dict]) -> list[bool]:
+    """All constraints count."""
+    return [string_grade(row["prompt"], text) == 1 for text, row in zip(completions, rows, strict=True)]
+
+
+def string_answered(completions: list[str]) -> list[bool]:
+    """Whether it is letters of the alphabet and nothing else."""
+    return [bool(text) and not set(text) - set(LETTERS) for text in completions]
+
+
+def string_prompt(rng: np.random.Generator, held_out: bool = False) -> str:
+    while True:
+        count = rng.integers(2, 5)
+        kinds = rng.permutation(list(KINDS))[:count]
+        letters = rng.permutation(list(LETTERS))[:count]
+        prompt = f"{rng.integers(5, 9)}{''.join(k + x for k, x in zip(kinds, letters))}="
+        if chain_is_held_out(prompt) == held_out:
+            return prompt
+
+
+def fill_string(rng: np.random.Generator, constraints: list[tuple[str, str]]) -> str:
+    """A random string that satisfies all of these constraints: what is asked for first, then any letter that may be."""
+    by_kind = {kind: [what for k, what in constraints if k == kind] for kind in "#+-^$2"}
+    text = [""] * int(by_kind["#"][0])
+    if by_kind["^"]:
+        text[0] = by_kind["^"][0]
+    if by_kind["$"]:
+        text[-1] = by_kind["$"][0]
+    free = [i for i in rng.permutation(len(text)) if not text[i]]
+    for letter in by_kind["+"] + 2 * by_kind["2"]:
+        text[free.pop()] = letter
+    allowed = [x for x in LETTERS if x not in by_kind["-"] + by_kind["2"]]
+    for i in free:
+        text[i] = allowed[rng.integers(len(allowed))]
+    return "".join(text)
+
+
+def write_string(rng: np.random.Generator, prompt: str, slip: float = 0.0) -> str:
+    """An answer that satisfies all constraints, or with probability `slip` one whose writer misread the last one."""
+    constraints = string_constraints(prompt)
+    if rng.random() >= slip:
+        return fill_string(rng, constraints)
+    (kind, letter), used = constraints[-1], {what for _, what in constraints}
+    following = (LETTERS * 2)[LETTERS.index(letter) + 1 :]
+    misread = [*constraints[:-1], (kind, next(x for x in following if x not in used))]
+    while True:  # it may be right by chance: then the mistake would not show
+        text = fill_string(rng, misread)
+        if not satisfied(text, constraints[-1]):
+            return text
+
+
+def break_string(rng: np.random.Generator, text: str, constraint: tuple[str, str]) -> str:
+    """`text` with the smallest edit that breaks a constraint which it satisfied (others may break with it)."""
+    kind, what = constraint
+    other = [x for x in LETTERS if x != what][rng.integers(len(LETTERS) - 1)]
+    at = int(rng.integers(len(text)))
+    if kind == "#":
+        return text[:at] + text[at + 1 :] if rng.random() < 0.5 else text[:at] + other + text[at:]
+    if kind == "+":
+        return text.replace(what, other)
+    if kind == "^":
+        return other + text[1:]
+    if kind == "$":
+        return text[:-1] + other
+    if kind == "2" and rng.random() < 0.5:
+        return text.replace(what, other, 1)
+    free = [i for i in range(len(text)) if text[i] != what]  # a letter too many
+    at = free[rng.integers(len(free))]
+    return text[:at] + what + text[at + 1 :]
+
+
+def string_pairs(n: int, seed: int, held_out: bool = False) -> list[dict]:
+    """n rows {prompt, chosen, rejected, broken}: an answer that satisfies all constraints, and the same with one to
+    three of them broken on purpose, whose kinds are in `broken`."""
+    rows = []
+    for i in range(n):
+        rng = generator(seed, "string pairs", i)
+        prompt = string_prompt(rng, held_out)
+        constraints = string_constraints(prompt)
+        chosen = rejected = fill_string(rng, constraints)
+        broken = [constraints[c] for c in rng.permutation(len(constraints))[: rng.integers(1, 4)]]
+        while string_grade(prompt, rejected) == 1:  # two edits may undo each other
+            for constraint in broken:
+                if satisfied(rejected, constraint):
+                    rejected = break_string(rng, rejected, constraint)
+        kinds = "".join(kind for kind, _ in broken)
+        rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected, "broken": kinds})
+    return rows
+
+
+def string_rows(seed: int, step: int, n: int) -> list[dict]:
+    rng = generator(seed, "strings", step)
+    return [{"prompt": string_prompt(rng)} for _ in range(n)]
+
+
+def string_test_rows(n: int) -> list[dict]:
+    """n different held-out rows, the same for every seed."""
+    rng, prompts = generator(0, "strings test"), {}
+    while len(prompts) < n:
+        prompts[string_prompt(rng, held_out=True)] = None
+    return [{"prompt": prompt} for prompt in prompts]
+
+
+def string_unannotated(n: int, seed: int) -> list[dict]:
+    """n rows {prompt} without any answer."""
+    return [{"prompt": string_prompt(generator(seed, "strings unannotated", i))} for i in range(n)]
+
+
+def string_gold(rows: list[dict], seed: int, slip: float = 0.0) -> list[str]:
+    """An answer to each row: right, or with probability `slip` by a writer who misread the last constraint."""
+    return [write_string(of_prompt(seed, "string gold", row), row["prompt"], slip) for row in rows]
+
+
+def string_demonstrations(n: int, seed: int, slip: float, copies: float = 0.0) -> list[dict]:
+    """n rows {prompt, completion}, of which a share of `slip` misread the last constraint.
+
+    copies: share of rows that ask the question again after its answer, `6+a-b^c$d=cfaagd==6+a-b^c$d=`, and then repeat
+    that answer, right or wrong. Large language models can copy; a small one has to be taught.
+    """
+    rows = []
+    for i in range(n):
+        rng = generator(seed, "string demonstrations", i)
+        prompt = string_prompt(rng)
+        answer = write_string(rng, prompt, slip)
+        again = rng.random() < copies
+        rows.append({"prompt": f"{prompt}{answer}=={prompt}" if again else prompt, "completion": answer})
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 3. words: "What is 7+5?"
 # ---------------------------------------------------------------------------------------------------------------
 
 
@@ -279,12 +463,19 @@ def word_correct(completions: list[str], rows: list[dict]) -> list[bool]:
     return [last_number(text) == row["answer"] for text, row in zip(completions, rows, strict=True)]
 
 
+def given_gold(rows: list[dict], seed: int, slip: float = 0.0) -> list[str]:
+    """The answers that the rows bring with them."""
+    if slip:
+        raise BadInput(f"--gold_slip {slip}: these answers are given; expected 0, or --task chains or strings")
+    return [row.get("solution") or row["answer"] for row in rows]
+
+
 def word_answered(completions: list[str]) -> list[bool]:
     return [last_number(text) is not None for text in completions]
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# 3. graders
+# 4. graders
 # ---------------------------------------------------------------------------------------------------------------
 
 # A minus sign belongs to the number unless something to subtract from stands before it: 10-3 ends in 3.
@@ -367,7 +558,7 @@ def math_answered(completions: list[str]) -> list[bool]:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# 4. files
+# 5. files
 # ---------------------------------------------------------------------------------------------------------------
 
 EXTENSIONS = (".jsonl", ".json", ".parquet")
@@ -453,7 +644,7 @@ def column(row: dict, name: str, where: str, kind: type | tuple = str):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# 5. rewards
+# 6. rewards
 # ---------------------------------------------------------------------------------------------------------------
 
 
@@ -516,10 +707,10 @@ def checked_reward(reward: Callable, name: str) -> Callable:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# 6. load_task
+# 7. load_task
 # ---------------------------------------------------------------------------------------------------------------
 
-TASKS = ("auto", "chains", "words", "gsm8k", "math", "prompts")
+TASKS = ("auto", "chains", "strings", "words", "gsm8k", "math", "prompts")
 GSM8K_ASK = "\n\nReason step by step, and end with a line '#### ' followed by the final number alone."
 MATH_ASK = "\n\nReason step by step, and put the final answer in \\boxed{}."
 
@@ -597,15 +788,21 @@ def load_task(
     dataset = dataset or (test_dataset if not train else "")
     if task == "auto" and not dataset:
         task = "chains"
-    if task in ("chains", "words") and (dataset or test_dataset):
+    if task in ("chains", "strings", "words") and (dataset or test_dataset):
         raise BadInput(f"--dataset {dataset or test_dataset}: --task {task} makes its own rows; expected one of both")
 
     if task == "chains":
         test = chain_test_rows(test_rows)
         made = Task(task, chain_rows, test, None, chain_correct, chain_answered, chain_step_labels)
+        made = replace(made, gold=chain_gold, pairs=chain_pairs, unannotated=unannotated)
+    elif task == "strings":
+        test = string_test_rows(test_rows)
+        made = Task(task, string_rows, test, None, string_correct, string_answered)
+        made = replace(made, gold=string_gold, pairs=string_pairs, unannotated=string_unannotated)
     elif task == "words":
         train, test = word_rows()
         made = Task(task, walk(train), test[:test_rows], None, word_correct, word_answered, train=train)
+        made.gold = given_gold
     else:
         made = task_from_data(task, dataset, bool(reward_file) or not graded, test_rows, test_dataset, split, train)
     if made.correct:
@@ -651,7 +848,8 @@ def task_from_data(
     note = f"{task}: {len(train)} training rows, {min(test_rows, len(test))} held-out rows"
     if len(train) < len(rows):
         note += f"; {len(rows) - len(train)} training rows left out, as their prompts are held out"
-    return Task(task, walk(train), test[:test_rows], None, correct, answered, train=train, note=note)
+    gold = given_gold if correct else None
+    return Task(task, walk(train), test[:test_rows], None, correct, answered, train=train, gold=gold, note=note)
 
 
 def walk(rows: list[dict]) -> Callable:
@@ -691,7 +889,7 @@ def fit_prompts(task: Task, length: Callable, max_prompt: int, long_prompts: str
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# 7. load_pairs
+# 8. load_pairs
 # ---------------------------------------------------------------------------------------------------------------
 
 

@@ -278,7 +278,7 @@ that greedy accuracy, or one evaluation after the last where it is never reached
 
 # ---- numbers in README and docs --------------------------------------------------------------------------------------
 
-BLOCK = re.compile(r"(<!-- results: (?P<what>[^>]+?) -->\n)(?P<body>.*?)(\n<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- results: (?P<what>[^>]+?) -->\n)(?P<body>.*?)(?P<end><!-- end -->)", re.DOTALL)
 INLINE = re.compile(r"(?P<number>[0-9]*\.?[0-9]+)(?P<mark><!-- (?P<parts>[^;>]+(;[^;>]+){3}?) -->)")
 
 
@@ -336,7 +336,7 @@ def rounded(x: float, like: str) -> str:
 
 def refresh(text: str) -> str:
     """A page with every marked table and number as it is stored."""
-    text = BLOCK.sub(lambda m: m[1] + "\n" + block(m["what"]).strip() + "\n" + m[4], text)
+    text = BLOCK.sub(lambda m: f"{m[1]}\n{block(m['what']).strip()}\n\n{m['end']}", text)
     return INLINE.sub(lambda m: rounded(stored_number(m["parts"]), m["number"]) + m["mark"], text)
 
 

@@ -83,7 +83,7 @@ def convergence() -> None:
     """Greedy held-out accuracy over the steps for each reward model: median and range over seeds."""
     figure, axes = plt.subplots(1, 2, figsize=(10.5, 3.6), sharey=True)
     rows = [r for r in rows_of("qrm") if r["ok"] and " + " in r["setting"]]
-    colors = ("#1f6fb4", "#7fb2dd", "#d1603d", "#2a9d6f", "#7a7a7a", "#222222")
+    colors = ("#1f6fb4", "#7fb2dd", "#8e6cc0", "#d1603d", "#2a9d6f", "#7a7a7a", "#222222")
     for axis, method in zip(axes, ("PPO", "REINFORCE")):
         names = list(dict.fromkeys(r["setting"] for r in rows if r["setting"].startswith(f"{method} + ")))
         for name, color in zip(names, colors):
@@ -100,6 +100,40 @@ def convergence() -> None:
     axes[1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.tight_layout()
     figure.savefig(IMAGES / "convergence.png", dpi=140)
+
+
+def gamma() -> None:
+    """ADPA at each gamma: held-out accuracy, and what the linear objective does to the student; median and range."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4))
+    rows = [(float(r["setting"].removeprefix("gamma ")), r["last"]) for r in rows_of("gamma") if r["setting"][0] == "g"]
+    gammas = sorted({g for g, _ in rows})
+    curves = (
+        (axes[0], "eval/pass@1", "greedy", "#1f6fb4"),
+        (axes[0], "eval/sampled", "sampled", "#d1603d"),
+        (axes[1], "policy/entropy", "entropy of the student, nats a token", "#2a9d6f"),
+        (axes[1], "kl/start", "KL to the student at the start, nats a token", "#7a7a7a"),
+    )
+    for axis, key, label, color in curves:
+        values = [[last[key] for g, last in rows if g == x] for x in gammas]
+        axis.plot(gammas, [statistics.median(v) for v in values], color=color, label=label, marker="o", linewidth=1.8)
+        axis.fill_between(gammas, [min(v) for v in values], [max(v) for v in values], color=color, alpha=0.15)
+        axis.set_xscale("log")
+        axis.set_xticks(gammas, [f"{x:g}" for x in gammas])
+        axis.minorticks_off()
+        axis.set_xlabel("gamma")
+    for key, style in (("eval/pass@1", "--"), ("eval/sampled", ":")):
+        teacher = statistics.median(r["last"][key] for r in rows_of("gamma") if r["setting"] == "teacher")
+        axes[0].axhline(teacher, color="#555", linewidth=0.9, linestyle=style, label=f"teacher, {key[5:]}")
+    clean(axes[0])
+    axes[0].set_title("held-out accuracy after 80 steps", fontsize=10, loc="left")
+    axes[1].set_title("in the student's own states", fontsize=10, loc="left")
+    axes[1].set_yscale("log")
+    axes[1].grid(alpha=0.25)
+    axes[1].spines[["top", "right"]].set_visible(False)
+    for axis in axes:
+        axis.legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    figure.savefig(IMAGES / "gamma.png", dpi=140)
 
 
 def limits() -> None:
@@ -140,6 +174,7 @@ def draw_all() -> None:
         (stability, "stability", "lco"),
         (convergence, "qrm"),
         (limits, "rates", "epochs"),
+        (gamma, "gamma"),
     ):
         if all((ROOT / "benchmarks" / "results" / f"{study}.jsonl").exists() for study in studies):
             draw()

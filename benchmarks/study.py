@@ -76,6 +76,11 @@ def run(study: str, name: str, command: str, seed: int, threads: int) -> dict:
             key: round(statistics.mean(m[key] for m in metrics if key in m), 6)
             for key in sorted({k for m in metrics for k in m if k.startswith("diagnose/")})
         },
+        "rounds": [
+            {k: v for k, v in m.items() if k == "step" or k.startswith(("revise/", "drop/"))}
+            for m in metrics
+            if "revise/after" in m
+        ],
         "grad_norm_max": max((m["grad_norm"] for m in metrics if "grad_norm" in m), default=None),
         "grad_norm_median": statistics.median([m["grad_norm"] for m in metrics if "grad_norm" in m] or [0]),
     }
@@ -145,6 +150,39 @@ def diagnose_table(rows: list[dict], settings: dict[str, str]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def revision_table(rows: list[dict], settings: dict[str, str]) -> str:
+    """Markdown: what the first round did to the answers, and whether its labels pay.
+
+    Break-even: a share p of the answers is right; a reviser that always revises damages d of these and fixes f of the
+    others. Labels that keep r of the right and k of the wrong ones pay if k < p d r / ((1 - p) f). p, d and f are those
+    of the setting with `always` in the place of `adaptive`, of the same seed: its first round has the same answers.
+    """
+
+    def spread(values: list) -> str:
+        values = [v for v in values if v is not None]
+        return f"{statistics.median(values):.3f} [{min(values):.3f}, {max(values):.3f}]" if values else "–"
+
+    names = {"right before": "before", "right after": "after", "fix": "fix", "damage": "damage", "AUC": "auc"}
+    names |= {"r": "keep_right", "k": "keep_wrong", "edits Minor": "distance_minor", "edits Major": "distance_major"}
+    header = ["first round", "seeds", *names, "k at break-even", "dropped"]
+    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+    of = {(r["setting"], r["seed"]): r["rounds"][0] for r in rows if r["ok"] and r.get("rounds")}
+    for name in settings:
+        mine = {seed: first for (setting, seed), first in of.items() if setting == name}
+        if not mine:
+            continue
+        limits = []
+        for seed, m in mine.items():
+            always, r = of.get((name.split(", t ")[0].replace("adaptive", "always"), seed)), m.get("revise/keep_right")
+            if "adaptive" in name and always and r is not None:
+                p, d, f = (always[f"revise/{key}"] for key in ("before", "damage", "fix"))
+                limits.append(p * d * r / ((1 - p) * f) if f else None)
+        cells = [spread([m.get(f"revise/{key}") for m in mine.values()]) for key in names.values()]
+        dropped = spread([sum(v or 0 for k, v in m.items() if k.startswith("drop/")) for m in mine.values()])
+        lines.append(f"| {' | '.join([name, str(len(mine)), *cells, spread(limits), dropped])} |")
+    return "\n".join(lines) + "\n"
+
+
 def stored(name: str) -> list[dict]:
     """The rows of a study that are there."""
     file = RESULTS / f"{name}.jsonl"
@@ -158,6 +196,7 @@ def tables(name: str) -> list[str]:
     if "goal" in study:
         return [pairs_table(rows, prepare, study.get("titles", {})), steps_table(rows, settings, study["goal"])]
     more = [diagnose_table(rows, settings)] if name == "diagnose" else []
+    more += [revision_table(rows, settings)] if any(r.get("rounds") for r in rows) else []
     return [table(rows, prepare | settings), *more]
 
 

@@ -126,6 +126,86 @@ def test_preference_pairs_prefer_the_exact_completion():
 # words
 
 
+# strings
+
+
+@pytest.mark.parametrize(
+    "text, grade",
+    [
+        ("cfaagd", 1.0),
+        ("caaaad", 1.0),
+        ("cfaag", 0.6),  # too short, and another last letter
+        ("cfbagd", 0.8),
+        ("dfcage", 0.6),
+        ("cfAagd", 0.0),
+        ("cfaagd=", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_a_string_is_graded_by_its_constraints(text, grade):
+    """6 letters, with a, without b, c first, d last."""
+    assert tasks.string_grade("6+a-b^c$d=", text) == pytest.approx(grade)
+    assert tasks.string_correct([text], [{"prompt": "6+a-b^c$d="}]) == [grade == 1]
+
+
+def test_exactly_two():
+    assert [tasks.satisfied(text, ("2", "e")) for text in ("ae", "aee", "eee", "eae")] == [False, True, False, True]
+
+
+def test_strings_are_a_function_of_seed_and_step_and_never_of_the_test_set():
+    task = tasks.load_task("strings", seed=3, test_rows=100)
+    assert task.rows(3, 5, 8) == task.rows(3, 5, 8) != task.rows(3, 6, 8)
+    test = [row["prompt"] for row in task.test]
+    train = [row["prompt"] for step in range(20) for row in task.rows(3, step, 50)]
+    train += [row["prompt"] for row in task.unannotated(500, 0) + task.pairs(200, 0)]
+    assert len(set(test)) == 100 and all(map(tasks.chain_is_held_out, test))
+    assert not any(map(tasks.chain_is_held_out, train))
+    assert all(tasks.chain_is_held_out(row["prompt"]) for row in task.pairs(20, 0, held_out=True))
+    assert all(3 <= len(tasks.string_constraints(prompt)) <= 5 for prompt in train)
+
+
+def test_string_writers_misread_the_last_constraint_as_often_as_asked():
+    """Right answers to every prompt; a slip fails the last constraint alone."""
+    rows = tasks.load_task("strings").unannotated(1000, 0)
+    assert all(tasks.string_correct(tasks.string_gold(rows, 0), rows))
+    slipped = tasks.string_gold(rows, 0, slip=0.3)
+    assert slipped == tasks.string_gold(rows, 0, slip=0.3)
+    assert abs(sum(tasks.string_correct(slipped, rows)) / 1000 - 0.7) < 0.05
+    only = [tasks.string_constraints(row["prompt"])[-1] for row in rows]
+    wrong = [(t, r, c) for t, r, c in zip(slipped, rows, only) if not tasks.satisfied(t, c)]
+    rest = [[tasks.satisfied(t, c) for c in tasks.string_constraints(r["prompt"])[:-1]] for t, r, _ in wrong]
+    assert 0.25 < len(wrong) / 1000 < 0.35 and sum(map(all, rest)) == len(rest)
+
+
+def test_one_prompt_has_many_right_answers():
+    rows = [{"prompt": "6+a-b^c$d="}]
+    assert len({tasks.string_gold(rows, seed)[0] for seed in range(50)}) > 40
+
+
+def test_pairs_of_strings_are_broken_on_purpose():
+    """The better answer is right and the worse one is wrong; the edit is small."""
+    pairs = tasks.string_pairs(500, 0)
+    assert all(tasks.string_grade(p["prompt"], p["chosen"]) == 1 for p in pairs)
+    assert all(tasks.string_grade(p["prompt"], p["rejected"]) < 1 for p in pairs)
+    assert all(abs(len(p["chosen"]) - len(p["rejected"])) <= 1 and 1 <= len(p["broken"]) <= 3 for p in pairs)
+    assert {kind for p in pairs for kind in p["broken"]} == set("#+-^$2")
+
+
+def test_demonstrations_of_strings_teach_to_copy():
+    rows = tasks.string_demonstrations(400, 0, slip=0.6, copies=0.25)
+    again = [r for r in rows if "==" in r["prompt"]]
+    assert 70 < len(again) < 130
+    for row in again:
+        first, _, last = row["prompt"].partition("==")
+        assert first == last + row["completion"]
+
+
+def test_given_answers_have_no_slips():
+    task = tasks.load_task("words")
+    assert task.gold(task.train[:2], 0) == [row["answer"] for row in task.train[:2]]
+    refused("--gold_slip 0.5", task.gold, task.train[:2], 0, 0.5)
+
+
 def test_words_splits_the_hundred_sums():
     task = tasks.load_task("words")
     train = task.rows(0, 0, 75)
@@ -555,6 +635,31 @@ def test_the_builtin_policy():
     texts = tokenizer.batch_decode(output, skip_special_tokens=True)
     assert 0.05 < sum(tasks.chain_correct(texts, rows)) / 64 < 0.5
     assert all(tasks.chain_answered(texts))
+
+
+def test_the_builtin_model_of_strings():
+    """It writes every symbol of the task, follows the misread constraint, and repeats what it is shown."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = POLICY.parent / "strings"
+    assert sum(file.stat().st_size for file in folder.iterdir()) <= 2**20
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    rows = tasks.string_test_rows(64)
+    answers = tasks.string_gold(rows, 0, slip=0.6)
+    again = [f"{row['prompt']}{answer}=={row['prompt']}" for row, answer in zip(rows, answers)]
+    for text in (again[0], "0123456789+=-^$abcdefgh"):
+        ids = tokenizer(text)["input_ids"]
+        assert len(ids) == len(text) + 1 and tokenizer.decode(ids, skip_special_tokens=True) == text
+
+    def greedy(prompts):
+        inputs = tokenizer(prompts, return_tensors="pt", padding=True)
+        output = model.generate(**inputs, max_new_tokens=12, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+        return tokenizer.batch_decode(output, skip_special_tokens=True)
+
+    texts = greedy([row["prompt"] for row in rows])
+    held = [[tasks.satisfied(t, c) for c in tasks.string_constraints(r["prompt"])] for t, r in zip(texts, rows)]
+    assert 0.05 < sum(map(all, held)) / 64 < 0.5 and sum(all(h[:-1]) for h in held) / 64 > 0.7
+    assert sum(a == b for a, b in zip(greedy(again), answers)) / 64 > 0.8
 
 
 def test_real_gsm8k():
