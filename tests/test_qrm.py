@@ -248,11 +248,11 @@ def test_pairs_can_be_loaded_again(some_pairs, out):
 def test_reward_model_learns(kind, reward_base, out):
     """Each objective with each head fits sixteen pairs: the loss falls, and the training pairs are told apart."""
     lines = read_metrics(
-        run("reward", **reward_base | KINDS[kind] | dict(reward_epochs=6, eval_every=8, reward_lr=0.02), out=out)
+        run("reward", **reward_base | KINDS[kind] | dict(reward_epochs=6, eval_every=8, reward_lr=0.005), out=out)
     )
     assert [line["step"] for line in lines] == list(range(25))
     assert_finite(lines)
-    assert lines[1]["lr"] == pytest.approx(0.01) and lines[24]["lr"] == pytest.approx(0.02 / 24)
+    assert lines[1]["lr"] == pytest.approx(0.0025) and lines[24]["lr"] == pytest.approx(0.005 / 24)
     first, last = (sum(line["loss/reward_model"] for line in lines[i : i + 4]) / 4 for i in (1, 21))
     assert last < first - 0.01
     assert all("eval/margin" in lines[i] and "eval/pair_accuracy" in lines[i] for i in (0, 8, 24))
@@ -493,7 +493,10 @@ def jobs(reward_run, reward_base, base, reward_file, tmp_path_factory) -> dict:
     told = base | dict(reward_file=reward_file, lr=3e-4)
     ungraded = base | dict(dataset=prompts, lr=3e-4, test_rows=5)
     return {
-        **{f"reward {kind}": ("reward", reward_base | KINDS[kind] | dict(micro_batch=2)) for kind in KINDS},
+        **{
+            f"reward {kind}": ("reward", reward_base | KINDS[kind] | dict(micro_batch=2, reward_lr=1e-3))
+            for kind in KINDS
+        },
         "policy qrm": ("policy", told | judged_by(reward_run, "qrm") | dict(kl_coef=0.1)),
         "policy step_prm": ("policy", told | judged_by(reward_run, "step_prm") | dict(loss="reinforce")),
         "policy orm": ("policy", ungraded | judged_by(reward_run, "orm") | dict(test_rows=1)),
