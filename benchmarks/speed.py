@@ -35,6 +35,8 @@ RESULTS = ROOT / "benchmarks" / "results" / "speed.jsonl"
 LAST_WITH_PPO = "1.12.0"  # trl.experimental.ppo was removed after it
 WORDS = "time people way day man thing woman life child world school state family student group country problem hand"
 
+QUIET = 0.2  # other cores that may be busy during a comparison
+
 # prompts a step, samples of each, tokens of a prompt (roughly), longest completion, rows in a micro-batch
 SIZES = {
     ("builtin", False): dict(prompts=32, samples=8, prompt=9, new=24, micro_batch=64),
@@ -157,8 +159,8 @@ def wanted(part: str, case: dict, args) -> bool:
         return True
     before, start = busy(), time.time()
     time.sleep(1)
-    quiet = (busy() - before) / (time.time() - start) < 0.2
-    return old["others"] > 0.2 and quiet
+    quiet = (busy() - before) / (time.time() - start) < QUIET
+    return old["others"] > QUIET and quiet
 
 
 def record(part: str, case: dict, measured: dict, versions: dict, **more) -> None:
@@ -275,18 +277,13 @@ def rl(args) -> None:
 
         group = dict(advantage="group")
         comparisons = {
-            "without a critic": {
-                "lco lch": own("lco", loss="lch", **group),
-                "lco kld": own("lco", loss="kld", **group),
-                "TRL GRPO": trl("grpo"),
-            },
-            "with a critic": {"ppo gae": own("ppo_baseline", advantage="gae", kl_coef=0.05), "TRL PPO": trl("ppo")},
-            "update": {
-                "ppo group": own("ppo_baseline", **group),
-                "lco mse": own("lco", loss="mse", **group),
-                "lco lch": own("lco", loss="lch", **group),
-            },
+            f"LCO {loss}": {f"lco {loss}": own("lco", loss=loss, **group), "TRL GRPO": trl("grpo")}
+            for loss in ("lch", "kld")
         }
+        comparisons["PPO"] = {"ppo gae": own("ppo_baseline", advantage="gae", kl_coef=0.05), "TRL PPO": trl("ppo")}
+        for loss in ("mse", "lch"):
+            sides = {f"lco {loss}": own("lco", loss=loss, **group), "ppo group": own("ppo_baseline", **group)}
+            comparisons[f"LCO {loss} and PPO"] = sides
         for name, specs in comparisons.items():
             case = dict(what=name, model=args.model, lengths=kind, threads=args.threads, **size)
             compare("rl", case, specs, args)
@@ -351,8 +348,8 @@ def distil(args) -> None:
             stage="reward", objective="orm", head="scalar", reward_epochs=10**6, pairs_per_step=pairs, test_pairs=1
         )
         comparisons = {
-            "teacher": {
-                "dckd": own("dckd", teacher=folder),
+            "DCKD": {"dckd": own("dckd", teacher=folder), "TRL GKD": base | {"side": "gkd"}},
+            "ADPA": {
                 "adpa": own("adpa", teacher=folder, ref_teacher=folder, states="rejected"),
                 "TRL GKD": base | {"side": "gkd"},
             },
@@ -466,49 +463,43 @@ def table(header: str, rows: list[list]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def times(ours: float, theirs: float) -> str:
-    return f"{theirs / ours:.2f}"
+def clock(row: dict) -> str:
+    """The clock on the wall, or where other work disturbed a comparison the CPU's."""
+    return "cpu" if row["others"] > QUIET else "seconds"
+
+
+def faster(row: dict, name: str, other: str) -> str:
+    """How many times faster one side of a comparison is than the other."""
+    return f"{median(row['sides'][other], clock(row)) / median(row['sides'][name], clock(row)):.2f}"
 
 
 def step_table(rows: list[dict]) -> str:
-    """Steps of whole trainers; ratios are of the last side's time to that of each. rl counts completion tokens."""
+    """Steps of whole trainers, each against the last side of its comparison. rl counts completion tokens."""
     lines = []
     for row in rows:
-        (*_, (peer, reference)) = row["sides"].items()
+        *_, peer = row["sides"]
         for name, side in row["sides"].items():
-            tokens = side["tokens"]["new" if row["part"] == "rl" else "all"]
+            seconds, tokens = median(side, clock(row)), side["tokens"]["new" if row["part"] == "rl" else "all"]
             laps = [f"{median(side, lap):.2f}" if lap in side["laps"] else "" for lap in ("rollout", "score", "update")]
-            lines.append(
-                [
-                    f"{row['case']['what']}, {row['case']['lengths']}",
-                    name,
-                    side["tokens"]["all"],
-                    f"{tokens / median(side):.1f}",
-                    "" if name == peer else times(median(side), median(reference)),
-                    "" if name == peer else times(median(side, "cpu"), median(reference, "cpu")),
-                    f"{median(side):.2f}",
-                    *laps,
-                    f"{side['peak_mib']} ({side['over_held_mib']})",
-                    f"{row['others']}",
-                ]
-            )
-    header = (
-        "comparison | side | all tokens | tokens/s | faster by | in CPU time | s | rollout s | score s | update s | "
-    )
-    return table(header + "peak MiB (over what was held) | others", lines)
+            better = "" if name == peer else faster(row, name, peer)
+            cells = [f"{row['case']['what']}, {row['case']['lengths']}", name, side["tokens"]["all"]]
+            cells += [f"{tokens / seconds:.1f}", better, f"{seconds:.2f}", *laps]
+            cells += [f"{side['peak_mib']} ({side['over_held_mib']})", clock(row)]
+            lines.append(cells)
+    header = "comparison | side | all tokens | tokens/s | faster by | s | rollout s | score s | update s | "
+    return table(header + "peak MiB (over what was held) | clock", lines)
 
 
 def rollout_table(rows: list[dict]) -> str:
     lines = []
     for row in sorted(rows, key=lambda r: (r["case"]["decoding"], r["case"]["lengths"], r["case"]["batch"])):
         case, ours = row["case"], row["sides"]["ours"]
-        cells = [case["decoding"], case["lengths"], case["batch"], f"{ours['tokens']['new'] / median(ours):.1f}"]
-        for name in ("dynamic", "static", "generate_batch"):
-            cells.append(f"{times(median(ours), median(row['sides'][name]))}")
-        cells += [" ".join(f"{share:.0%}" for share in row["same"].values()), row["others"]]
-        lines.append(cells)
+        cells = [case["decoding"], case["lengths"], case["batch"]]
+        cells.append(f"{ours['tokens']['new'] / median(ours, clock(row)):.1f}")
+        cells += [faster(row, "ours", name) for name in ("dynamic", "static", "generate_batch")]
+        lines.append([*cells, " ".join(f"{share:.0%}" for share in row["same"].values()), clock(row)])
     header = "decoding | lengths | batch | ours, tokens/s | faster than dynamic | static | generate_batch | "
-    return table(header + "rows that are the same | others", lines)
+    return table(header + "rows that are the same | clock", lines)
 
 
 def vocabulary_table(rows: list[dict]) -> str:
@@ -517,12 +508,13 @@ def vocabulary_table(rows: list[dict]) -> str:
         dense = row["sides"]["dense"]
         for name, side in row["sides"].items():
             off = max(abs(a / b - 1) for a, b in zip(side["values"], dense["values"]))
-            ratio = median(side) / median(dense)
+            seconds = median(side, clock(row))
+            ratio = seconds / median(dense, clock(row))
             peak = f"{side['first_peak_mib']} | {side['first_peak_mib'] / dense['first_peak_mib']:.2f}"
             case = row["case"]
-            lines.append([case["loss"], case["V"], case["N"], name, f"{median(side):.2f}", f"{ratio:.2f}", peak])
-            lines[-1] += [f"{off:.0e}", row["others"]]
-    return table("loss | V | N | way | s | of dense | peak MiB | of dense | values off by | others", lines)
+            lines.append([case["loss"], case["V"], case["N"], name, f"{seconds:.2f}", f"{ratio:.2f}", peak])
+            lines[-1] += [f"{off:.0e}", clock(row)]
+    return table("loss | V | N | way | s | of dense | peak MiB | of dense | values off by | clock", lines)
 
 
 def limit_table(row: dict) -> str:
