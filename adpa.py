@@ -644,7 +644,7 @@ def build(args, device):
     models = torch.nn.ModuleDict({"policy": common.load_model(args.model, **trained)})
     if args.loss in ("adpa", "dpo") and not args.lora_rank:  # with LoRA, the policy without its adapters is the start
         models["start"] = common.load_model(args.model, trainable=False, **shared)
-    return models, torch.optim.Adam(common.trainable_parameters(models["policy"]), lr=args.lr)
+    return models, torch.optim.Adam(common.trainable_parameters(models["policy"]), lr=args.lr, fused=True)
 
 
 def check_reference(teacher: str, ref_teacher: str) -> None:

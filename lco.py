@@ -476,7 +476,7 @@ def build(args, device):
         models["dpo_ref"] = common.load_model(args.dpo_ref, trainable=False, **shared)
     if args.advantage == "qrm":
         models["qrm"] = common.load_model(args.qrm_model, head="saved", trainable=False, **shared)
-    return models, torch.optim.Adam(groups, lr=args.lr, eps=1e-5)
+    return models, torch.optim.Adam(groups, lr=args.lr, eps=1e-5, fused=True)
 
 
 # same in: ppo_baseline.py lco.py qrm.py

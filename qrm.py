@@ -492,7 +492,7 @@ def build(args, device):
         models["reward"] = common.load_model(args.reward_model, head="saved", trainable=False, **shared)
     if args.reward == "dpo":
         models["reward_ref"] = common.load_model(args.reward_ref or args.model, trainable=False, **shared)
-    return models, torch.optim.Adam(groups, lr=args.lr, eps=1e-5)
+    return models, torch.optim.Adam(groups, lr=args.lr, eps=1e-5, fused=True)
 
 
 def build_reward(args, device):
@@ -504,7 +504,7 @@ def build_reward(args, device):
     if args.objective == "dpo" and not args.lora_rank:
         models["reward_ref"] = common.load_model(args.model, trainable=False, **shared)
     # Adam's own eps: below a scalar head that starts at 0 gradients are as small as the 1e-5 that PPO takes
-    return models, torch.optim.Adam(common.trainable_parameters(models["reward"]), lr=args.reward_lr)
+    return models, torch.optim.Adam(common.trainable_parameters(models["reward"]), lr=args.reward_lr, fused=True)
 
 
 # same in: ppo_baseline.py lco.py qrm.py
