@@ -915,14 +915,45 @@ def over_vocabulary(fn, heads, columns, temperature: float = 1.0, chunk_mib: int
 
 def token_logprobs(hidden, weight, ids, temperature: float = 1.0, chunk_mib: int = 64):
     """log-probabilities of `ids` [N] and entropies (nats, no gradient) [N], fp32, exact over the whole vocabulary."""
+    rows = max(1, chunk_mib * 2**20 // (4 * weight.shape[0]))
+    return _TokenLogprobs.apply(hidden, weight, ids, temperature, rows)
 
-    def fn(logits, ids):
-        logprobs = logits.log_softmax(-1)
-        with torch.no_grad():
-            entropy = -(logprobs.exp() * logprobs).sum(-1)
-        return logprobs.gather(-1, ids[:, None])[:, 0], entropy
 
-    return over_vocabulary(fn, [(hidden, weight)], [ids], temperature, chunk_mib)
+class _TokenLogprobs(torch.autograd.Function):
+    """What over_vocabulary would do with log_softmax and gather, in fewer passes over the logits: 1.3x faster.
+
+    d log p(a) / d z = onehot(a) - p, so the backward pass needs p alone, which is exp(z - logsumexp).
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, ids, temperature, rows):
+        logprobs, entropy, total = hidden.new_empty(3, len(hidden), dtype=torch.float32)
+        for i in range(0, len(hidden), rows):
+            n = slice(i, i + rows)
+            z = F.linear(hidden[n], weight).float().div_(temperature)
+            total[n] = z.logsumexp(-1)
+            logprobs[n] = z.gather(-1, ids[n, None])[:, 0] - total[n]
+            p = (z - total[n, None]).exp_()
+            entropy[n] = total[n] - torch.linalg.vecdot(p, z)
+        ctx.save_for_backward(hidden, weight, ids, total)
+        ctx.temperature, ctx.rows = temperature, rows
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx, slope, _):
+        hidden, weight, ids, total = ctx.saved_tensors
+        to_hidden = torch.empty_like(hidden)
+        to_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None  # LoRA trains no head
+        for i in range(0, len(hidden), ctx.rows):
+            n = slice(i, i + ctx.rows)
+            p = F.linear(hidden[n], weight).float().div_(ctx.temperature).sub_(total[n, None]).exp_()
+            to_z = p.mul_(-slope[n, None]).scatter_add_(-1, ids[n, None], slope[n, None]).div_(ctx.temperature)
+            to_z = to_z.to(weight.dtype)
+            to_hidden[n] = to_z @ weight
+            if to_weight is not None:
+                to_weight.addmm_(to_z.T, hidden[n])
+        return to_hidden, to_weight, None, None, None
 
 
 # ======================================================================================================================
