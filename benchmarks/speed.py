@@ -32,6 +32,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "speed.jsonl"
+FIGURE = ROOT / "docs" / "images" / "speed-growth.png"
+SMOKE = ROOT / "runs" / "speed" / "smoke.jsonl"
 LAST_WITH_PPO = "1.12.0"  # trl.experimental.ppo was removed after it
 WORDS = "time people way day man thing woman life child world school state family student group country problem hand"
 
@@ -41,7 +43,7 @@ QUIET = 0.2  # other cores that may be busy during a comparison
 SIZES = {
     ("builtin", False): dict(prompts=32, samples=8, prompt=9, new=24, micro_batch=64),
     ("builtin", True): dict(prompts=4, samples=4, prompt=9, new=12, micro_batch=8),
-    ("smollm2", False): dict(prompts=8, samples=8, prompt=48, new=64, micro_batch=8),
+    ("smollm2", False): dict(prompts=4, samples=4, prompt=48, new=64, micro_batch=8),
     ("smollm2", True): dict(prompts=2, samples=2, prompt=12, new=8, micro_batch=2),
 }
 
@@ -140,9 +142,9 @@ def alternate(workers: dict[str, Worker], repeat: int, orders: dict[str, list] |
 # ---- results ---------------------------------------------------------------------------------------------------------
 
 
-def read_results() -> dict[str, dict]:
+def read_results(args) -> dict[str, dict]:
     """The newest line of each comparison."""
-    lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
+    lines = args.results.read_text().splitlines() if args.results.exists() else []
     return {key_of(row): row for row in map(json.loads, lines)}
 
 
@@ -152,7 +154,7 @@ def key_of(row: dict) -> str:
 
 def wanted(part: str, case: dict, args) -> bool:
     """Whether this comparison is to be measured (again)."""
-    old = read_results().get(key_of({"part": part, "case": case}))
+    old = read_results(args).get(key_of({"part": part, "case": case}))
     if args.only and not any(args.only in str(value) for value in case.values()):
         return False
     if old is None or args.again:
@@ -163,7 +165,7 @@ def wanted(part: str, case: dict, args) -> bool:
     return old["others"] > QUIET and quiet
 
 
-def record(part: str, case: dict, measured: dict, versions: dict, **more) -> None:
+def record(args, part: str, case: dict, measured: dict, versions: dict, **more) -> None:
     """One line: for each side the steps after the first one, and the peak over all of them."""
     sides = {}
     for name, answers in measured["answers"].items():
@@ -178,7 +180,7 @@ def record(part: str, case: dict, measured: dict, versions: dict, **more) -> Non
         sides[name] |= {key: answers[-1][key] for key in known if key in answers[-1]}
     row = {"part": part, "case": case, "others": measured["others"], "sides": sides, "versions": versions, **more}
     row |= {"cpu": cpu_name(), "time": time.strftime("%Y-%m-%d %H:%M:%S"), "git": git_commit()}
-    with RESULTS.open("a") as file:
+    with args.results.open("a") as file:
         file.write(json.dumps(row) + "\n")
     said = "  ".join(f"{name} {statistics.median(x['seconds']):.2f} s" for name, x in sides.items())
     print(f"{part} {case}: {said}  (others: {measured['others']} cores)", flush=True)
@@ -252,7 +254,7 @@ def compare(part: str, case: dict, specs: dict[str, dict], args) -> None:
     versions = {}
     for name, worker in workers.items():
         versions |= {f"{name}: trl" if k == "trl" else k: v for k, v in worker.versions.items()}
-    record(part, case, measured, versions)
+    record(args, part, case, measured, versions)
 
 
 def sizes_of(args) -> dict:
@@ -280,6 +282,8 @@ def rl(args) -> None:
             f"LCO {loss}": {f"lco {loss}": own("lco", loss=loss, **group), "TRL GRPO": trl("grpo")}
             for loss in ("lch", "kld")
         }
+        lch = own("lco", loss="lch", **group)
+        comparisons["pi_old asked beforehand"] = {"lco lch": lch, "lco lch, asking": lch | {"ask_old": True}}
         comparisons["PPO"] = {"ppo gae": own("ppo_baseline", advantage="gae", kl_coef=0.05), "TRL PPO": trl("ppo")}
         for loss in ("mse", "lch"):
             sides = {f"lco {loss}": own("lco", loss=loss, **group), "ppo group": own("ppo_baseline", **group)}
@@ -324,7 +328,7 @@ def rollout(args) -> None:
                     for name, done in last.items()
                     if name != "ours"
                 }
-            record("rollout", case, measured, workers["HF"].versions, same=same)
+            record(args, "rollout", case, measured, workers["HF"].versions, same=same)
     finally:
         for worker in workers.values():
             worker.close()
@@ -366,7 +370,8 @@ def vocabulary(args) -> None:
     for loss in ("logprobs", "KL"):
         for size in (32768, 49152, 152064):
             case = dict(loss=loss, V=size, N=tokens, H=576, threads=args.threads)
-            specs = {mode: dict(side="vocabulary", mode=mode, **case) for mode in ("dense", "chunks", "in forward")}
+            modes = ["dense", "chunks", "in forward"] + ["token_logprobs"] * (loss == "logprobs")
+            specs = {mode: dict(side="vocabulary", mode=mode, **case) for mode in modes}
             compare("vocabulary", case, specs, args)
 
 
@@ -381,6 +386,8 @@ def limit(args) -> None:
     }
     orders["read"] = dict(do=["read"], rows=2**16, times=4)
     orders["update"] = dict(do=["update"], rows=rows, count=True, **tokens)
+    for name, fused in (("Adam, a loop", False), ("Adam, fused", True)):
+        orders[name] = dict(do=["adam"], fused=fused)
     for batch in (1, 8) if args.smoke else (1, 8, 32):
         orders[f"decode {batch}"] = dict(do=["decode"], rows=batch, prompt=size["prompt"], new=new)
     case = dict(model=args.model, threads=args.threads, **size, decoded=new)
@@ -390,7 +397,7 @@ def limit(args) -> None:
             measured = alternate({}, args.repeat, {name: (worker, order) for name, order in orders.items()})
         finally:
             worker.close()
-        record("limit", case, measured, worker.versions)
+        record(args, "limit", case, measured, worker.versions)
 
 
 BASE = dict(H=256, layers=4, V=4096, batch=8, new=64)
@@ -414,14 +421,14 @@ def growth(args) -> None:
                 worker = worker or Worker("growth", dict(side="probe"), args)
                 config = {name: at[name] for name in ("H", "layers", "V")}
                 order = dict(do=["decode", "update"], config=config, rows=at["batch"], prompt=16, new=at["new"])
-                record("growth", case, alternate({}, args.repeat, {"ours": (worker, order)}), worker.versions)
+                record(args, "growth", case, alternate({}, args.repeat, {"ours": (worker, order)}), worker.versions)
     finally:
         if worker:
             worker.close()
     for ranks in (1, 2):
         case = dict(sweep="ranks", ranks=ranks, threads=1)
         if wanted("growth", case, args):
-            record("growth", case, run_ranks(ranks, args.repeat), {})
+            record(args, "growth", case, run_ranks(ranks, args.repeat), {})
 
 
 def run_ranks(ranks: int, repeat: int) -> dict:
@@ -528,7 +535,10 @@ def limit_table(row: dict) -> str:
     share = f"{rate / max(rates.values()):.0%} of the best mm"
     lines.append(["update", f"{median(update, 'update'):.2f} s", f"{rate / 1e9:.1f} GFLOP/s", share])
     for name, side in sides.items():
+        if name.startswith("Adam"):
+            lines.append([name, f"{median(side, 'adam'):.3f} s", "", ""])
         if name.startswith("decode"):
+            inside = median(side, "model") / median(side, "decode and model")
             batch, new = int(name.split()[1]), row["case"]["decoded"]
             seconds = median(side, "decode") - median(side, "prefill")
             speed = batch * (new - 1) / seconds
@@ -536,7 +546,8 @@ def limit_table(row: dict) -> str:
             compute = max(rates.values()) / (2 * side["parameters"])
             bound = min(memory, compute)
             what = "memory" if memory < compute else "mm"
-            lines.append([name, f"{speed:.1f} tokens/s", f"bound {bound:.1f} ({what})", f"{speed / bound:.0%}"])
+            share = f"{speed / bound:.0%} of the bound; {inside:.0%} of its time in the model"
+            lines.append([name, f"{speed:.1f} tokens/s", f"bound {bound:.1f} ({what})", share])
     return table("what | measured | rate | share", lines)
 
 
@@ -587,14 +598,12 @@ def growth_figure(rows: list[dict], file: Path) -> str:
 
 
 def tables(args) -> None:
-    """benchmarks/results/speed.md and docs/images/speed-growth.png from all lines so far."""
+    """The tables beside the results, and the figure, from all lines so far."""
     by_part: dict[str, list[dict]] = {}
-    for row in read_results().values():
+    for row in read_results(args).values():
         by_part.setdefault(row["part"], []).append(row)
-    text = [
-        "# Speed\n\nMade by `python benchmarks/speed.py`. Medians over steps that took turns; others: cores that were "
-    ]
-    text.append("busy with something else meanwhile.\n")
+    text = ["# Speed\n\nMade by `python benchmarks/speed.py`: medians over steps that took turns. Where other work "]
+    text.append("disturbed a comparison, its clock is the CPU's (laps are always on the wall's).\n")
     for part in ("rl", "distil", "rollout", "vocabulary", "limit"):
         groups: dict[tuple, list[dict]] = {}
         for row in by_part.get(part, []):
@@ -608,13 +617,10 @@ def tables(args) -> None:
             versions = {k: v for row in rows for k, v in row["versions"].items()}
             text.append(f"\n{rows[-1]['cpu']}; {', '.join(f'{k} {v}' for k, v in versions.items())}\n")
     if by_part.get("growth"):
-        image = ROOT / "docs" / "images" / "speed-growth.png"
-        text += [
-            "\n## growth\n\n",
-            growth_figure(by_part["growth"], image),
-            "\n![growth](../../docs/images/speed-growth.png)\n",
-        ]
-    RESULTS.with_suffix(".md").write_text("".join(text))
+        image = args.results.with_name("speed-growth.png") if args.smoke else FIGURE
+        text += ["\n## growth\n\n", growth_figure(by_part["growth"], image)]
+        text.append("\n![seconds a token](../../docs/images/speed-growth.png)\n")
+    args.results.with_suffix(".md").write_text("".join(text))
 
 
 def main() -> None:
@@ -627,8 +633,12 @@ def main() -> None:
     parser.add_argument("--peers", default=str(ROOT / "runs" / "peers"), help="TRL's environment; made if missing")
     parser.add_argument("--only", default="", help="only comparisons with this in one of their settings")
     parser.add_argument("--again", action="store_true", help="also those that are in the results already")
-    parser.add_argument("--smoke", action="store_true", help="a few tokens, to see that everything runs")
+    parser.add_argument(
+        "--smoke", action="store_true", help="a few tokens, to see that everything runs; into runs/speed"
+    )
     args = parser.parse_args()
+    args.results = SMOKE if args.smoke else RESULTS
+    args.results.parent.mkdir(parents=True, exist_ok=True)
     parts[args.part](args)
     tables(args)
 

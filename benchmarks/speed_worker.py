@@ -161,6 +161,8 @@ def script(spec: dict, gate: Gate) -> None:
         module.score, module.update = timed_score, timed_update
         if "prompts" not in spec:
             module.make_step = counted(module.make_step)
+    if spec.get("ask_old"):
+        module.old_is_current = lambda args: False
     common.RunFolder.log = lambda self, step, metrics: gate()
     common.launch(lambda: getattr(module, spec.get("function", "train"))(args), "cpu")
 
@@ -575,7 +577,7 @@ def in_forward(fn, hidden, weight, columns, rows: int):
 
 
 def vocabulary(spec: dict, gate: Gate) -> None:
-    """Forward and backward of a loss over [N, V] logits, in one of three ways."""
+    """Forward and backward of a loss over [N, V] logits, in one of several ways."""
     sys.path.insert(0, str(ROOT))
     import common
 
@@ -609,7 +611,9 @@ def vocabulary(spec: dict, gate: Gate) -> None:
         hidden.grad = weight.grad = None
         rows = max(1, 64 * 2**20 // (4 * V))
         chunk = {"dense": 2**20, "chunks": 64}.get(mode)
-        if mode == "in forward":
+        if mode == "token_logprobs":
+            loss = -(common.token_logprobs(hidden, weight, ids)[0] * factor).sum()
+        elif mode == "in forward":
             fn, columns = (logprobs, [ids, factor]) if spec["loss"] == "logprobs" else (from_hidden, [teacher_hidden])
             loss = in_forward(fn, hidden, weight, columns, rows)
         elif spec["loss"] == "logprobs":
@@ -711,15 +715,37 @@ def probe(spec: dict, gate: Gate) -> None:
         noise = common.uniforms(0, common.TRAIN, 0, range(order["rows"]), order["new"])
         with gate.lap("decode"):
             common.generate(policy, prompts, noise=noise, **limits)
+        forward = policy.forward
+
+        def timed(*given, **more):
+            with gate.lap("model"):
+                return forward(*given, **more)
+
+        policy.forward = timed  # a second time: what is not spent in the model is our own
+        with gate.lap("decode and model"):
+            common.generate(policy, prompts, noise=noise, **limits)
+        policy.forward = forward
         gate.count(new=order["rows"] * order["new"])
         return {"parameters": sum(p.numel() for p in policy.parameters())}
+
+    def adam(order):
+        parameters = list(model_of(order)[0].parameters())
+        optimizer = torch.optim.Adam(parameters, lr=1e-9, fused=order["fused"])
+        for p in parameters:
+            p.grad = torch.zeros_like(p)
+        optimizer.step()  # makes its state
+        with gate.lap("adam"):
+            optimizer.step()
+        for p in parameters:
+            p.grad = None
+        return {}
 
     def run():
         order = gate()
         while True:
             done = {}
             for name in order["do"]:
-                done |= {"mm": mm, "read": read, "update": update, "decode": decode}[name](order)
+                done |= {"mm": mm, "read": read, "update": update, "decode": decode, "adam": adam}[name](order)
             order = gate(**done)
 
     common.launch(run, "cpu")
