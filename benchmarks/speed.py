@@ -353,6 +353,10 @@ def distil(args) -> None:
         )
         comparisons = {
             "DCKD": {"dckd": own("dckd", teacher=folder), "TRL GKD": base | {"side": "gkd"}},
+            "DCKD, activations recomputed": {
+                "dckd": own("dckd", teacher=folder, activation_checkpointing=True),
+                "TRL GKD": base | {"side": "gkd", "checkpointing": True},
+            },
             "ADPA": {
                 "adpa": own("adpa", teacher=folder, ref_teacher=folder, states="rejected"),
                 "TRL GKD": base | {"side": "gkd"},

@@ -492,10 +492,12 @@ def gkd(spec: dict, gate: Gate) -> None:
         }
         return {name: torch.tensor(column) for name, column in columns.items()}
 
+    arguments = training(spec, len(rows), spec["micro_batch"])
+    arguments["gradient_checkpointing"] = spec.get("checkpointing", False)
     trainer = in_order(GKDTrainer)(
         model=load(spec),
         teacher_model=load(spec | {"model": spec["teacher"]}),
-        args=GKDConfig(**training(spec, len(rows), spec["micro_batch"]), lmbda=0.0, beta=0.0, temperature=1.0),
+        args=GKDConfig(**arguments, lmbda=0.0, beta=0.0, temperature=1.0),
         data_collator=collate,
         train_dataset=many(rows),
         processing_class=tokenizer,
