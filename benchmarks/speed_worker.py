@@ -355,7 +355,7 @@ def step_callback(gate: Gate):
     return Steps()
 
 
-def many(rows: list[dict], times: int = 1000):
+def many(rows: list[dict], times: int = 50):
     """A dataset in which the same step comes again and again, so that no epoch ends during a measurement."""
     from datasets import Dataset
 
@@ -467,7 +467,7 @@ def ppo(spec: dict, gate: Gate) -> None:
         ref_model=load(spec),
         reward_model=NoReward(),
         value_model=load(spec, "AutoModelForSequenceClassification", num_labels=1),
-        train_dataset=many(ids, 50),
+        train_dataset=many(ids),
         callbacks=[step_callback(gate)],
     ).train()
 
