@@ -783,7 +783,7 @@ def build(args, device):
         models["reviser"] = common.load_model(args.reviser, trainable=False, **shared)
     if args.stage == "evolve" and args.external_rounds:
         models["external"] = common.load_model(args.external_model, trainable=False, **shared)
-    return models, torch.optim.Adam(common.trainable_parameters(models["policy"]), lr=args.lr)
+    return models, torch.optim.Adam(common.trainable_parameters(models["policy"]), lr=args.lr, fused=True)
 
 
 def samplings_of(models, tokenizer, args) -> dict[str, common.Sampling]:
