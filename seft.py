@@ -87,7 +87,9 @@ class Args:
     )
     from_warmup: bool = arg(True, "the adaptive reviser goes on from the R0 of the first half; False: starts as R0 did")
     label_rule: str = arg(
-        "gap", "gap (SEFT-2), or hardness: -log R0(y_h | x, y_l), Minor up to its median, Major above"
+        "gap",
+        "gap (SEFT-2); contrast: that from y_l less that from y_h, so that R0's habit of copying cancels; "
+        "hardness: -log R0(y_h | x, y_l), Minor up to its median, Major above",
     )
     label_weight: float = arg(6.0, "weight of a label's tokens: they are few")
     warmup_reviser_steps: int = arg(200, "optimizer steps of R0, for each half of the pairs")
@@ -170,6 +172,12 @@ def weighted_nll(logprobs, mask, is_label, label_weight: float):
     label = (nll * is_label).sum()
     rest = nll.sum() - label
     return label_weight * label + rest, {"loss/label": label.detach(), "loss/nll": rest.detach()}
+
+
+def need(up: float, stay: float, keep: float, down: float, rule: str) -> float:
+    """SEFT-2: how much a pair speaks for a revision, from what R0 says of y_l -> y_h (up), y_l -> y_l (stay),
+    y_h -> y_h (keep) and y_h -> y_l (down), each a mean log-probability in nats a token."""
+    return {"gap": up - stay, "contrast": (up - stay) - (down - keep), "hardness": -up}[rule]
 
 
 def cuts(values: list[float], rule: str) -> tuple[float, float]:
@@ -463,10 +471,10 @@ def label_pairs(data: Data, args, folder: Path, device) -> dict[str, float]:
                 asked = [revise_ids(data.tokenizer, pair["prompt"], pair[s], args) for s in ("rejected", "chosen")]
                 asked = [ids + then_ids(data.tokenizer, pair["prompt"], args) for ids in asked]
                 better, worse = pair["chosen_ids"], pair["rejected_ids"]
-                sequences += [(asked[0], better), (asked[0], worse), (asked[1], better)]
+                sequences += [(asked[0], better), (asked[0], worse), (asked[1], better), (asked[1], worse)]
             said = likelihoods(judging, sequences, data.tokenizer.pad_token_id, args)
-            for i, up, stay, keep in zip(mine, said[0::3], said[1::3], said[2::3]):
-                value = up["mean"] - stay["mean"] if args.label_rule == "gap" else -up["mean"]
+            for i, up, stay, keep, down in zip(mine, said[0::4], said[1::4], said[2::4], said[3::4]):
+                value = need(up["mean"], stay["mean"], keep["mean"], down["mean"], args.label_rule)
                 found.append({"pair": i, "judge": fold, "value": value, "keep_chosen": keep["greedy"]})
         found = sorted(common.gather(found), key=lambda line: line["pair"])
         limits = cuts([line["value"] for line in found[: len(data.pairs)]], args.label_rule)
@@ -695,7 +703,7 @@ def validate(args) -> None:
     common.one_of(
         stage=(args.stage, ("all", "reviser", "warmup", "adaptive", "evolve")),
         revise=(args.revise, ("adaptive", "always", "plain", "never", "direct", "gold")),
-        label_rule=(args.label_rule, ("gap", "hardness")),
+        label_rule=(args.label_rule, ("gap", "contrast", "hardness")),
         order=(args.order, ("easy_to_hard", "hard_to_easy", "shuffled")),
         dtype=(args.dtype, ("float32", "bfloat16")),
         fold=(str(args.fold), ("-1", "0", "1")),

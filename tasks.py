@@ -386,22 +386,29 @@ def break_string(rng: np.random.Generator, text: str, constraint: tuple[str, str
     return text[:at] + what + text[at + 1 :]
 
 
+def spoil_string(rng: np.random.Generator, prompt: str, text: str) -> tuple[str, str]:
+    """(`text` with some of its constraints broken on purpose, their kinds): the last one, as writers do by mistake, or
+    with equal chances one to three of any."""
+    constraints = string_constraints(prompt)
+    broken = [constraints[c] for c in rng.permutation(len(constraints))[: rng.integers(1, 4)]]
+    broken = constraints[-1:] if rng.random() < 0.5 else broken
+    while string_grade(prompt, text) == 1:  # two edits may undo each other
+        for constraint in broken:
+            if satisfied(text, constraint):
+                text = break_string(rng, text, constraint)
+    return text, "".join(kind for kind, _ in broken)
+
+
 def string_pairs(n: int, seed: int, held_out: bool = False) -> list[dict]:
-    """n rows {prompt, chosen, rejected, broken}: an answer that satisfies all constraints, and the same with one to
-    three of them broken on purpose, whose kinds are in `broken`."""
+    """n rows {prompt, chosen, rejected, broken}: an answer that satisfies all constraints, and the same with some of
+    them broken on purpose, whose kinds are in `broken`."""
     rows = []
     for i in range(n):
         rng = generator(seed, "string pairs", i)
         prompt = string_prompt(rng, held_out)
-        constraints = string_constraints(prompt)
-        chosen = rejected = fill_string(rng, constraints)
-        broken = [constraints[c] for c in rng.permutation(len(constraints))[: rng.integers(1, 4)]]
-        while string_grade(prompt, rejected) == 1:  # two edits may undo each other
-            for constraint in broken:
-                if satisfied(rejected, constraint):
-                    rejected = break_string(rng, rejected, constraint)
-        kinds = "".join(kind for kind, _ in broken)
-        rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected, "broken": kinds})
+        chosen = fill_string(rng, string_constraints(prompt))
+        rejected, broken = spoil_string(rng, prompt, chosen)
+        rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected, "broken": broken})
     return rows
 
 

@@ -373,7 +373,7 @@ def refused(base, out, monkeypatch):
     [
         (dict(stage="both"), ["--stage", "reviser, warmup, adaptive, evolve", "both"]),
         (dict(revise="sometimes"), ["--revise", "adaptive, always", "sometimes"]),
-        (dict(label_rule="size"), ["--label_rule", "gap, hardness"]),
+        (dict(label_rule="size"), ["--label_rule", "gap, contrast, hardness"]),
         (dict(order="random"), ["--order", "easy_to_hard", "random"]),
         (dict(keep_threshold="high"), ["--keep_threshold 'high'", "auto, pairs or a number"]),
         (dict(keep_threshold="1.5"), ["--keep_threshold '1.5'", "from 0 to 1"]),

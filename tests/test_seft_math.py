@@ -70,6 +70,17 @@ def test_the_step_divides_by_the_weights_of_all_tokens(model, tokenizer):
 # ---- labels ----------------------------------------------------------------------------------------------------------
 
 
+def test_contrast_forgets_a_habit_of_copying():
+    """R0 likes to repeat what it reads by c nats: the gap of a pair falls by c, its contrast does not move."""
+    for habit in (0.0, 3.0):
+        up, stay, keep, down = -1.0, -2.0 + habit, -0.5 + habit, -3.0
+        assert seft.need(up, stay, keep, down, "gap") == 1.0 - habit
+        assert seft.need(up, stay, keep, down, "contrast") == 3.5
+        swapped = seft.need(down, keep, stay, up, "contrast")  # the annotator took the one for the other
+        assert swapped == -3.5 and seft.label_of(swapped, seft.cuts([swapped, 3.5], "contrast")) == seft.NO
+    assert seft.need(-1.0, 0.0, 0.0, 0.0, "hardness") == 1.0
+
+
 def test_labels_of_gaps():
     """SEFT-2: No up to 0, Minor up to the median of the positive gaps, Major above."""
     gaps = [-1.0, 0.0, 0.1, 0.2, 0.3, 5.0]
