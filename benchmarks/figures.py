@@ -83,21 +83,33 @@ def convergence() -> None:
     """Greedy held-out accuracy over the steps for each reward model: median and range over seeds."""
     figure, axes = plt.subplots(1, 2, figsize=(10.5, 3.6), sharey=True)
     rows = [r for r in rows_of("qrm") if r["ok"] and " + " in r["setting"]]
-    colors = ("#1f6fb4", "#7fb2dd", "#8e6cc0", "#d1603d", "#2a9d6f", "#7a7a7a", "#222222")
+    colors = {
+        "Q-RM, scalar head": "#1f6fb4",
+        "Q-RM, LM head": "#7fb2dd",
+        "Q-RM, LM head, no cross-entropy": "#8e6cc0",
+        "LCO + Q-RM, LM head": "#c9a227",
+        "ORM": "#d1603d",
+        "step PRM": "#2a9d6f",
+        "DPO": "#7a7a7a",
+        "rule": "#222222",
+    }
     for axis, method in zip(axes, ("PPO", "REINFORCE")):
-        names = list(dict.fromkeys(r["setting"] for r in rows if r["setting"].startswith(f"{method} + ")))
-        for name, color in zip(names, colors):
+        beside = "LCO + " if method == "PPO" else method
+        names = dict.fromkeys(r["setting"] for r in rows if r["setting"].startswith((f"{method} + ", beside)))
+        for name in names:
             curves = [[e["eval/pass@1"] for e in r["eval"]] for r in rows if r["setting"] == name]
             steps = next([e["step"] for e in r["eval"]] for r in rows if r["setting"] == name)
             values = list(zip(*curves))
             label = name.removeprefix(f"{method} + ")
+            color = colors[label]
             axis.plot(steps, [statistics.median(v) for v in values], color=color, label=label, linewidth=1.8)
             axis.fill_between(steps, [min(v) for v in values], [max(v) for v in values], color=color, alpha=0.1)
         axis.axhline(0.8, color="#999", linewidth=0.8, linestyle=":")
         axis.set_title(f"{method}: held-out accuracy, greedy", fontsize=10, loc="left")
         axis.set_xlabel("step (128 samples each)")
         clean(axis)
-    axes[1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    lines = axes[0].get_legend_handles_labels()
+    axes[1].legend(*lines, frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.tight_layout()
     figure.savefig(IMAGES / "convergence.png", dpi=140)
 
