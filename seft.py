@@ -33,13 +33,13 @@ Run
 More in docs/seft.md. Shapes: B sequences, T completion positions, N unmasked tokens, V vocabulary, H width.
 """
 
-from dataclasses import dataclass, field, replace
-
 import contextlib
 import json
 import statistics
 import time
 import zlib
+
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import common  # before torch: it sets how OpenMP threads wait

@@ -282,8 +282,6 @@ def rl(args) -> None:
             f"LCO {loss}": {f"lco {loss}": own("lco", loss=loss, **group), "TRL GRPO": trl("grpo")}
             for loss in ("lch", "kld")
         }
-        lch = own("lco", loss="lch", **group)
-        comparisons["pi_old asked beforehand"] = {"lco lch": lch, "lco lch, asking": lch | {"ask_old": True}}
         comparisons["PPO"] = {"ppo gae": own("ppo_baseline", advantage="gae", kl_coef=0.05), "TRL PPO": trl("ppo")}
         for loss in ("mse", "lch"):
             sides = {f"lco {loss}": own("lco", loss=loss, **group), "ppo group": own("ppo_baseline", **group)}

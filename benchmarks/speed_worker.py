@@ -161,8 +161,6 @@ def script(spec: dict, gate: Gate) -> None:
         module.score, module.update = timed_score, timed_update
         if "prompts" not in spec:
             module.make_step = counted(module.make_step)
-    if spec.get("ask_old"):
-        module.old_is_current = lambda args: False
     common.RunFolder.log = lambda self, step, metrics: gate()
     common.launch(lambda: getattr(module, spec.get("function", "train"))(args), "cpu")
 
