@@ -435,19 +435,30 @@ def string_gold(rows: list[dict], seed: int, slip: float = 0.0) -> list[str]:
     return [write_string(of_prompt(seed, "string gold", row), row["prompt"], slip) for row in rows]
 
 
-def string_demonstrations(n: int, seed: int, slip: float, copies: float = 0.0) -> list[dict]:
+def string_demonstrations(n: int, seed: int, slip: float, copies: float = 0.0, faults: float = 0.0) -> list[dict]:
     """n rows {prompt, completion}, of which a share of `slip` misread the last constraint.
 
+    Two skills that large language models have, and small ones have to be taught:
     copies: share of rows that ask the question again after its answer, `6+a-b^c$d=cfaagd==6+a-b^c$d=`, and then repeat
-    that answer, right or wrong. Large language models can copy; a small one has to be taught.
+    that answer, right or wrong.
+    faults: share of rows that name the constraints which an answer breaks, `6+a-b^c$d=cfaagb==` -> `-b$d`, or `=+`.
     """
     rows = []
     for i in range(n):
         rng = generator(seed, "string demonstrations", i)
         prompt = string_prompt(rng)
-        answer = write_string(rng, prompt, slip)
-        again = rng.random() < copies
-        rows.append({"prompt": f"{prompt}{answer}=={prompt}" if again else prompt, "completion": answer})
+        skill = rng.random()
+        if skill < copies:
+            answer = write_string(rng, prompt, slip)
+            rows.append({"prompt": f"{prompt}{answer}=={prompt}", "completion": answer})
+        elif skill < copies + faults:
+            answer = write_string(rng, prompt, 0.5)
+            if rng.random() < 0.3 and string_grade(prompt, answer) == 1:
+                answer = spoil_string(rng, prompt, answer)[0]
+            broken = [k.strip("#") + x for k, x in string_constraints(prompt) if not satisfied(answer, (k, x))]
+            rows.append({"prompt": f"{prompt}{answer}==", "completion": "".join(broken) or "=+"})
+        else:
+            rows.append({"prompt": prompt, "completion": write_string(rng, prompt, slip)})
     return rows
 
 

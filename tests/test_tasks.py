@@ -200,6 +200,17 @@ def test_demonstrations_of_strings_teach_to_copy():
         assert first == last + row["completion"]
 
 
+def test_demonstrations_of_strings_teach_to_judge():
+    """Each broken constraint is named, and a right answer is called right."""
+    right = 0
+    for row in tasks.string_demonstrations(300, 0, slip=0.6, faults=1.0):
+        prompt, _, answer = row["prompt"].removesuffix("==").partition("=")
+        broken = [c for c in tasks.string_constraints(prompt + "=") if not tasks.satisfied(answer, c)]
+        assert row["completion"] == ("".join(kind.strip("#") + what for kind, what in broken) or "=+")
+        right += not broken
+    assert 60 < right < 200
+
+
 def test_given_answers_have_no_slips():
     task = tasks.load_task("words")
     assert task.gold(task.train[:2], 0) == [row["answer"] for row in task.train[:2]]
