@@ -5,7 +5,8 @@ its abstract and introduction could be read, and there is no public code, so thi
 paper, [T] told by third parties, [I] inferred here. x: a prompt, (y_l, y_h): the worse and the better answer of a pair.
 
     warm-up    L = -log R0(y_h | x, y_l)                                                                [T]    (SEFT-1)
-    labels     gap = mean log R0(y_h | x, y_l) - mean log R0(y_l | x, y_l):  No <= 0 < Minor <= median < Major (SEFT-2)
+    labels     gap(a -> b) = mean log R0(b | x, a) - mean log R0(a | x, a)
+               need = gap(y_l -> y_h) - gap(y_h -> y_l):  No <= 0 < Minor <= median < Major             [I]    (SEFT-2)
                by the R0 of the other half of the pairs [I]; also No: a y_h that R0 itself would keep   [I]
     reviser    L = -w log R(label | x, y) - log R(y_h | x, y, label);  nothing follows No               [T]    (SEFT-3)
     revision   y* = y0 where R(No | x, y0) > t, else what R writes under the likelier of Major, Minor   [P], t [I]
@@ -87,9 +88,9 @@ class Args:
     )
     from_warmup: bool = arg(True, "the adaptive reviser goes on from the R0 of the first half; False: starts as R0 did")
     label_rule: str = arg(
-        "gap",
-        "gap (SEFT-2); contrast: that from y_l less that from y_h, so that R0's habit of copying cancels; "
-        "hardness: -log R0(y_h | x, y_l), Minor up to its median, Major above",
+        "contrast",
+        "contrast (SEFT-2): R0's gap from y_l less that from y_h, so that its habit of copying cancels; "
+        "gap: the first one alone; hardness: -log R0(y_h | x, y_l), Minor up to its median, Major above",
     )
     label_weight: float = arg(6.0, "weight of a label's tokens: they are few")
     warmup_reviser_steps: int = arg(200, "optimizer steps of R0, for each half of the pairs")
