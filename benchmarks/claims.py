@@ -96,13 +96,15 @@ def value(row: dict, metric: str) -> float | None:
 
     survives: 1 when sampled accuracy at the end is not below that of the start; spike: the largest gradient norm over
     the median one; steps to 80 %: the first evaluated step with that greedy accuracy, or one evaluation after the
-    last. A run that stopped at numbers that are not finite has accuracy 0.
+    last; revise/...: of the first round. A run that stopped at numbers that are not finite has accuracy 0.
     """
     if not row["ok"]:
         broken = "not finite" in row["error"]
         return 0.0 if broken and (metric == "survives" or metric.startswith("eval/")) else None
     if metric == "seconds":
         return row["seconds"]
+    if metric.startswith("revise/"):
+        return row["rounds"][0].get(metric) if row.get("rounds") else None
     if metric == "survives":
         return float(row["last"]["eval/sampled"] >= row["eval"][0]["eval/sampled"])
     if metric == "spike":

@@ -178,6 +178,50 @@ def limits() -> None:
     plt.close(figure)
 
 
+def revision() -> None:
+    """SEFT: what a round does to answers of which a share p is right, and more and more unannotated prompts."""
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.3))
+    first = {(r["setting"], r["seed"]): r["rounds"][0] for r in rows_of("base_rate") if r.get("rounds")}
+    for how, color in (("adaptive", "#1f6fb4"), ("always", "#d1603d")):
+        rounds = [m for (name, _), m in first.items() if name.endswith(how)]
+        gains = [(m["revise/before"], m["revise/after"] - m["revise/before"]) for m in rounds]
+        axes[0].scatter(*zip(*gains), color=color, label=how, s=18)
+    axes[0].axhline(0, color="#555", linewidth=0.9)
+    axes[0].set_title("gain of the answers in the first round", fontsize=10, loc="left")
+    axes[0].set_xlabel("p, share of right answers before")
+    points = []
+    for (name, seed), m in first.items():
+        if name.endswith("adaptive"):
+            always = first[name.replace("adaptive", "always"), seed]
+            p, d, f = (always[f"revise/{key}"] for key in ("before", "damage", "fix"))
+            points.append((p * d * m["revise/keep_right"] / ((1 - p) * f), m["revise/keep_wrong"], name[:5]))
+    for name, color in zip(("p 0.2", "p 0.5", "p 0.8"), ("#7fb2dd", "#1f6fb4", "#0b3557")):
+        axes[1].scatter(*zip(*[(x, y) for x, y, n in points if n == name]), color=color, label=name, s=18)
+    top = max(max(x, y) for x, y, _ in points) * 1.1 + 0.01
+    axes[1].plot([0, top], [0, top], color="#555", linewidth=0.9, label="break-even")
+    axes[1].set_title("k, share of wrong answers that are kept", fontsize=10, loc="left")
+    axes[1].set_xlabel("k at break-even; below the line labels pay")
+    rows = [(r["setting"].split(), r["last"]) for r in rows_of("unannotated") if r["ok"]]
+    rows = [(int(words[0]), last["eval/sampled"]) for words, last in rows if words[-1] == "prompts"]
+    numbers = sorted({n for n, _ in rows})
+    values = [[v for n, v in rows if n == x] for x in numbers]
+    axes[2].plot(numbers, [statistics.median(v) for v in values], color="#2a9d6f", marker="o", linewidth=1.8)
+    axes[2].fill_between(numbers, [min(v) for v in values], [max(v) for v in values], color="#2a9d6f", alpha=0.15)
+    axes[2].set_xscale("log")
+    axes[2].set_xticks(numbers, map(str, numbers))
+    axes[2].minorticks_off()
+    axes[2].set_title("held-out accuracy, sampled", fontsize=10, loc="left")
+    axes[2].set_xlabel("unannotated prompts, the same number of steps")
+    for axis in axes:
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    for axis in axes[:2]:
+        axis.legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    figure.savefig(IMAGES / "revision.png", dpi=140)
+    plt.close(figure)
+
+
 def draw_all() -> None:
     """Every picture whose studies are stored."""
     IMAGES.mkdir(exist_ok=True)
@@ -187,6 +231,7 @@ def draw_all() -> None:
         (convergence, "qrm"),
         (limits, "rates", "epochs"),
         (gamma, "gamma"),
+        (revision, "base_rate", "unannotated"),
     ):
         if all((ROOT / "benchmarks" / "results" / f"{study}.jsonl").exists() for study in studies):
             draw()

@@ -69,10 +69,10 @@ def write_pairs(out: Path, model_name: str, rows: list[dict], samples: int) -> N
         texts, pairs = common.decode(tokenizer, ids), []
         for i, row in enumerate(rows):
             here = range(i * samples, (i + 1) * samples)
-            mine = list(dict.fromkeys(texts[k] for k in here if finished[k]))
-            grades = reward([row["prompt"]] * len(mine), mine, [row] * len(mine))
+            mine = {texts[k]: bool(finished[k]) for k in here}  # many ramble on: those are wrong answers too
+            grades = reward([row["prompt"]] * len(mine), list(mine), [row] * len(mine))
             wrong = [text for text, grade in zip(mine, grades) if not grade]
-            right = [text for text, grade in zip(mine, grades) if grade]
+            right = [text for text, grade in zip(mine, grades) if grade and mine[text]]
             words = row["prompt"][0]["content"].removesuffix("?").removesuffix(".").split()
             terms = [int(n) for word in words for n in word.split("+") if n.isdigit()]
             right = right or [f"{terms[0]}+{terms[1]} is {sum(terms)}."]
@@ -86,7 +86,7 @@ def write_pairs(out: Path, model_name: str, rows: list[dict], samples: int) -> N
 
 def commands(model: str, out: Path, steps: int | None) -> dict[str, str]:
     """{run folder: command}, in order."""
-    data = f"--model {model} --dataset {out}/pairs.jsonl --test_rows 36 --max_prompt 64 --max_new_tokens {TOKENS}"
+    data = f"--model {model} --dataset {out}/pairs.jsonl --test_rows 36 --max_prompt 64 --max_new_tokens {TOKENS + 4}"
     shared = f"{data} --lora_rank 16 --prompts_per_step 8 --micro_batch 8 --eval_every 1000 --save_every 10"
     r0, reviser, policy = (steps or n for n in (20, 40, 30))
     train = f"--warmup_reviser_steps {r0} --reviser_steps {reviser} --reviser_lr 3e-4 --warmup_steps 2"

@@ -27,12 +27,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
-# study -> common arguments, settings {name: command}, and perhaps runs to prepare {name: command}
+# study -> common arguments, settings {name: command}, and perhaps runs to prepare {name: command}, its own or, where
+# `prepare` is the name of another study, those of that one
 STUDIES = json.loads((ROOT / "benchmarks" / "studies.json").read_text())
+SHARED = {name: study["prepare"] for name, study in STUDIES.items() if isinstance(study.get("prepare"), str)}
+for name, other in SHARED.items():
+    STUDIES[name]["prepare"] = STUDIES[other]["prepare"]
 
 
 def kept(study: str, name: str, seed: int) -> Path:
-    return ROOT / "runs" / "study" / f"{study}-{seed}" / name
+    return ROOT / "runs" / "study" / f"{SHARED.get(study, study)}-{seed}" / name
 
 
 def full_command(study: str, name: str, command: str) -> str:
@@ -150,6 +154,35 @@ def diagnose_table(rows: list[dict], settings: dict[str, str]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def rounds_table(rows: list[dict], settings: dict[str, str]) -> str:
+    """Markdown: held-out accuracy of the policy before and after each round, medians; the last one with its range."""
+
+    def path(runs: list[dict], key: str) -> str:
+        *before, last = list(zip(*[[e[key] for e in r["eval"]] for r in runs]))
+        middles = [f"{statistics.median(values):.3f}" for values in (*before, last)]
+        return f"{' → '.join(middles)} [{min(last):.3f}, {max(last):.3f}]"
+
+    header = ["setting", "seeds", "greedy", "sampled", "failed"]
+    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+    for name in settings:
+        mine = [r for r in rows if r["setting"] == name and ("eval/pass@1" in r["last"] or not r["ok"])]
+        good = [r for r in mine if r["ok"]]
+        if good:
+            told = [path(good, key) for key in ("eval/pass@1", "eval/sampled")]
+            lines.append(f"| {' | '.join([name, str(len(mine)), *told, str(len(mine) - len(good))])} |")
+    return "\n".join(lines) + "\n"
+
+
+def spread(values) -> str:
+    """Median [lowest, highest] of those that are known."""
+    values = [v for v in values if v is not None]
+    return f"{statistics.median(values):.3f} [{min(values):.3f}, {max(values):.3f}]" if values else "–"
+
+
+def first_rounds(rows: list[dict], name: str) -> dict[int, dict]:
+    return {r["seed"]: r["rounds"][0] for r in rows if r["setting"] == name and r["ok"] and r.get("rounds")}
+
+
 def revision_table(rows: list[dict], settings: dict[str, str]) -> str:
     """Markdown: what the first round did to the answers, and whether its labels pay.
 
@@ -157,29 +190,50 @@ def revision_table(rows: list[dict], settings: dict[str, str]) -> str:
     others. Labels that keep r of the right and k of the wrong ones pay if k < p d r / ((1 - p) f). p, d and f are those
     of the setting with `always` in the place of `adaptive`, of the same seed: its first round has the same answers.
     """
-
-    def spread(values: list) -> str:
-        values = [v for v in values if v is not None]
-        return f"{statistics.median(values):.3f} [{min(values):.3f}, {max(values):.3f}]" if values else "–"
-
     names = {"right before": "before", "right after": "after", "fix": "fix", "damage": "damage", "AUC": "auc"}
-    names |= {"r": "keep_right", "k": "keep_wrong", "edits Minor": "distance_minor", "edits Major": "distance_major"}
+    names |= {"r": "keep_right", "k": "keep_wrong"}
     header = ["first round", "seeds", *names, "k at break-even", "dropped"]
     lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
-    of = {(r["setting"], r["seed"]): r["rounds"][0] for r in rows if r["ok"] and r.get("rounds")}
     for name in settings:
-        mine = {seed: first for (setting, seed), first in of.items() if setting == name}
+        mine = first_rounds(rows, name)
         if not mine:
             continue
-        limits = []
+        limits, all_revised = [], first_rounds(rows, name.split(", t ")[0].replace("adaptive", "always"))
         for seed, m in mine.items():
-            always, r = of.get((name.split(", t ")[0].replace("adaptive", "always"), seed)), m.get("revise/keep_right")
-            if "adaptive" in name and always and r is not None:
-                p, d, f = (always[f"revise/{key}"] for key in ("before", "damage", "fix"))
-                limits.append(p * d * r / ((1 - p) * f) if f else None)
-        cells = [spread([m.get(f"revise/{key}") for m in mine.values()]) for key in names.values()]
-        dropped = spread([sum(v or 0 for k, v in m.items() if k.startswith("drop/")) for m in mine.values()])
+            if "adaptive" in name and seed in all_revised and m.get("revise/keep_right") is not None:
+                p, d, f = (all_revised[seed][f"revise/{key}"] for key in ("before", "damage", "fix"))
+                limits.append(p * d * m["revise/keep_right"] / ((1 - p) * f) if f else None)
+        cells = [spread(m.get(f"revise/{key}") for m in mine.values()) for key in names.values()]
+        dropped = spread(sum(v or 0 for k, v in m.items() if k.startswith("drop/")) for m in mine.values())
         lines.append(f"| {' | '.join([name, str(len(mine)), *cells, spread(limits), dropped])} |")
+    return "\n".join(lines) + "\n"
+
+
+def labels_table(rows: list[dict], settings: dict[str, str]) -> str:
+    """Markdown: the labels of the first round against the quality of the answers, and how much they were edited."""
+    names = {"right of Major": "before_major", "of Minor": "before_minor", "of No": "before_no"}
+    names |= {"share Major": "major", "Minor": "minor", "No": "no"}
+    names |= {"edits Minor": "distance_minor", "edits Major": "distance_major"}
+    header = ["first round", "seeds", *names]
+    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+    for name in settings:
+        mine = [m for m in first_rounds(rows, name).values() if m.get("revise/auc") is not None]
+        if mine:
+            cells = [spread(m.get(f"revise/{key}") for m in mine) for key in names.values()]
+            lines.append(f"| {' | '.join([name, str(len(mine)), *cells])} |")
+    return "\n".join(lines) + "\n"
+
+
+def revisers_table(rows: list[dict], names: dict[str, str], titles: dict[str, str]) -> str:
+    """Markdown: the revisers on held-out pairs."""
+    metrics = {"label AUC": "label_auc", "label accuracy": "label_accuracy", "fix": "fix", "damage": "damage"}
+    header = ["reviser", "seeds", *metrics, "NLL of y_h"]
+    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+    for name in names:
+        mine = [r["last"] for r in rows if r["setting"] == name and "eval/fix" in r["last"]]
+        if mine:
+            cells = [spread(last.get(f"eval/{key}") for last in mine) for key in (*metrics.values(), "nll")]
+            lines.append(f"| {' | '.join([titles.get(name, name), str(len(mine)), *cells])} |")
     return "\n".join(lines) + "\n"
 
 
@@ -196,7 +250,9 @@ def tables(name: str) -> list[str]:
     if "goal" in study:
         return [pairs_table(rows, prepare, study.get("titles", {})), steps_table(rows, settings, study["goal"])]
     more = [diagnose_table(rows, settings)] if name == "diagnose" else []
-    more += [revision_table(rows, settings)] if any(r.get("rounds") for r in rows) else []
+    if any(r.get("rounds") for r in rows):
+        more = [make(rows, settings) for make in (rounds_table, revision_table, labels_table)]
+        return more if name in SHARED else [*more, revisers_table(rows, prepare, study.get("titles", {}))]
     return [table(rows, prepare | settings), *more]
 
 
@@ -205,7 +261,7 @@ def needed(study: dict, wanted: list[str]) -> list[str]:
     prepare = study.get("prepare", {})
     found, left = set(wanted) & set(prepare), [(prepare | study["settings"])[name] for name in wanted]
     while left:
-        new = set(re.findall(r"\{(\w+)\}", left.pop())) - found
+        new = set(re.findall(r"\{(\w+)\}", left.pop())) & set(prepare) - found
         found |= new
         left += [prepare[name] for name in new]
     return [name for name in prepare if name in found]
@@ -215,7 +271,7 @@ def measure(name: str, wanted: list[str], seeds: int, jobs: int) -> None:
     """The runs of these settings with seeds 0 ... seeds-1 that are not stored yet; then the study's tables."""
     study, rows = STUDIES[name], stored(name)
     RESULTS.mkdir(exist_ok=True)
-    there = {(r["setting"], r["seed"], r["command"]) for r in rows}
+    there = {(r["setting"], r["seed"], r["command"]) for r in [*rows, *stored(SHARED.get(name, name))]}
     prepare, settings = study.get("prepare", {}), study["settings"]
     waves = [{other: prepare[other]} for other in needed(study, wanted)]  # one may build on those before it
     waves.append({setting: settings[setting] for setting in wanted if setting in settings})

@@ -1,0 +1,51 @@
+"""The small tools beside the scripts: two runs side by side, and built-in pairs as a file."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import tasks
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def tool(name: str, *args) -> subprocess.CompletedProcess:
+    words = [sys.executable, ROOT / "benchmarks" / name, *args]
+    return subprocess.run([str(w) for w in words], capture_output=True, text=True, timeout=120)
+
+
+def write_run(folder: Path, lr: float, line: str, values: list[float]) -> Path:
+    folder.mkdir()
+    (folder / "args.json").write_text(json.dumps({"args": {"lr": lr, "seed": 0, "out": str(folder)}}))
+    (folder / "source.py").write_text(f"def loss(gap):\n    {line}\n")
+    rows = [{"step": i, "reward/mean": v, "eval/pass@1": None} for i, v in enumerate(values)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_compare_tells_what_differs_and_where_runs_ended(tmp_path):
+    a = write_run(tmp_path / "a", 1e-4, "return gap.square()", [0.25, 0.5])
+    b = write_run(tmp_path / "b", 3e-4, "return gap.abs()", [0.25, 0.75])
+    done = tool("compare.py", a, b, "--out", tmp_path / "both.png")
+    assert done.returncode == 0, done.stderr
+    assert "--lr: 0.0001 | 0.0003" in done.stdout and "--seed" not in done.stdout and "--out" not in done.stdout
+    assert "-    return gap.square()" in done.stdout and "+    return gap.abs()" in done.stdout
+    assert "0.250 -> 0.500" in done.stdout and "0.250 -> 0.750" in done.stdout
+    assert "eval/pass@1" not in done.stdout, "a metric without a value is left out"
+    assert (tmp_path / "both.png").stat().st_size > 5000
+    assert "the same arguments and the same code" in tool("compare.py", a, a, "--out", tmp_path / "x.png").stdout
+
+
+def test_compare_refuses_what_is_no_run(tmp_path):
+    done = tool("compare.py", tmp_path)
+    assert done.returncode != 0 and "args.json is not there" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_pairs_in_a_file_are_those_of_seft(tmp_path):
+    for task, made in (("chains", tasks.chain_pairs), ("strings", tasks.string_pairs)):
+        done = tool("builtin_pairs.py", "--task", task, "--rows", "30", "--seed", "1", "--out", tmp_path / task)
+        assert done.returncode == 0, done.stderr
+        rows = tasks.load_pairs(str(tmp_path / task / "pairs.jsonl"))
+        expected = [{k: row[k] for k in ("prompt", "chosen", "rejected")} for row in made(20, 1)]
+        assert len(rows) == 30 and rows[:20] == expected
