@@ -95,8 +95,9 @@ def value(row: dict, metric: str) -> float | None:
     """A metric of a run; None where it has none.
 
     survives: 1 when sampled accuracy at the end is not below that of the start; spike: the largest gradient norm over
-    the median one; steps to 80 %: the first evaluated step with that greedy accuracy, or one evaluation after the
-    last; revise/...: of the first round. A run that stopped at numbers that are not finite has accuracy 0.
+    the median one (none where most gradients are 0: a dead policy has nothing to learn from); steps to 80 %: the first
+    evaluated step with that greedy accuracy, or one evaluation after the last; revise/...: of the first round. A run
+    that stopped at numbers that are not finite has accuracy 0.
     """
     if not row["ok"]:
         broken = "not finite" in row["error"]
