@@ -233,6 +233,9 @@ def make_pairs(model: str, lengths: list[int], tokens: int) -> list[dict]:
     prompts = make_prompts(model, len(lengths) // 2 + 1, tokens)
     sizes = lengths + [4, 5]
     answers = [make_text(model, rng, n - 1) for n in sizes]  # EOS is one more
+    for i in range(1, len(answers), 2):
+        while answers[i] == answers[i - 1]:  # a pair of equal answers teaches nothing, and is dropped by all
+            answers[i] = make_text(model, rng, sizes[i] - 1)
     return [{"prompt": p, "chosen": a, "rejected": b} for p, a, b in zip(prompts, answers[0::2], answers[1::2])]
 
 
