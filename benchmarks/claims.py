@@ -247,6 +247,14 @@ def page(lines: list[Line]) -> str:
             switch = f" Switch: `{claim.switch}`." if claim.switch else ""
             text.append(f"- `{claim.id}`: {claim.text}{settings}{switch}{verdict}{how}")
         text.append("")
+    text += [
+        "## Time of a full re-run",
+        "",
+        "Two runs at a time, a thread each, on two cores, from what the stored runs took:",
+        "",
+    ]
+    claims = list({line.claim.id: line.claim for line in lines}.values())
+    text.append(times([claim for claim in claims if claim.study], 2))
     return "\n".join(text).rstrip() + "\n"
 
 
