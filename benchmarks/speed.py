@@ -591,6 +591,10 @@ def growth_figure(rows: list[dict], file: Path) -> str:
             axis.loglog(*zip(*points), marker="o", markersize=3.5, label=f"{label}: slope {slope(points):.2f}")
             ends = f"{points[0][1] * 1e6:.0f} to {points[-1][1] * 1e6:.0f}"
             lines.append([sweep, label, f"{points[0][0]} to {points[-1][0]}", ends, f"{slope(points):.2f}"])
+        axis.set_xticks(
+            [x for x, _ in points], [f"{x / 1e6:.1f}M" if x >= 1e5 else f"{x:g}" for x, _ in points], fontsize=7
+        )
+        axis.xaxis.minorticks_off()
         axis.set_title({"size": "parameters"}.get(sweep, sweep), fontsize=10, loc="left")
         axis.grid(alpha=0.25, which="both")
         axis.spines[["top", "right"]].set_visible(False)
