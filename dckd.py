@@ -153,6 +153,13 @@ def forward_kl(teacher_logp, logp):
 
 
 # same in: dckd.py adpa.py
+def weigh(sums, counts, args):
+    """The loss of these sums, {what: {name: sum}}: weights(args) times means, each over what it is counted by."""
+    factors = weights(args)
+    return sum(factors[name] * x / counts[what] for what in sums for name, x in sums[what].items() if name in factors)
+
+
+# same in: dckd.py adpa.py
 def dpo_loss(logprobs, ref_logprobs, mask, beta: float):
     """DPO-1 (Rafailov et al. 2023): rows 2i and 2i+1 are the better and the worse answer. All [B, T]; returns sums."""
     rewards = beta * ((logprobs - ref_logprobs) * mask).sum(1)  # [B], the implicit reward of a whole answer
@@ -253,8 +260,8 @@ def ask(models, heads, micro, args) -> dict[str, torch.Tensor]:
     return columns
 
 
-def teacher_sums(models, heads, micro, args) -> dict[str, dict[str, torch.Tensor]]:
-    """What weights(args) adds up and what is logged, {side: {name: sum over the tokens of that side}}."""
+def teacher_sums(models, heads, micro, counts, args):
+    """The loss, and what it adds up and what is logged: {side: {name: sum over the tokens of that side}}."""
     mask = micro["mask"]
     hidden, weight = common.completion_hidden(models["policy"], micro)[mask], common.head_weight(models["policy"])
     chosen = (micro["side"] == 0)[:, None].expand_as(mask)[mask]
@@ -280,20 +287,29 @@ def teacher_sums(models, heads, micro, args) -> dict[str, dict[str, torch.Tensor
         if top or said:
             out["chosen"] |= {"kl/chosen": kl[chosen].sum(), "kl/outside": outside[chosen].sum()}
             out["rejected"] = {"kl/rejected": kl[~chosen].sum()}
-        return out
+        return weigh(out, counts, args), out
 
     return common.over_vocabulary(sums, pairs, columns, args.temperature)
 
 
 # same in: dckd.py adpa.py
-def objective(models, heads, micro, args) -> dict[str, dict[str, torch.Tensor]]:
-    """{what: {name: sum over it}} of one micro-batch, where `what` is a side of the pairs (its tokens) or `pairs`."""
+def objective(models, heads, micro, counts, args):
+    """The loss of one micro-batch, and {what: {name: sum over it}}, `what` being a side of the pairs or `pairs`."""
     if args.loss != "dpo":
-        return teacher_sums(models, heads, micro, args)
+        return teacher_sums(models, heads, micro, counts, args)
     logprobs, entropy = policy_logprobs(models["policy"], micro, args)
     loss, metrics = dpo_loss(logprobs, micro["ref_logprobs"], micro["mask"], args.dpo_beta)
     chosen = {"loss/nll": -logprobs[0::2].sum(), "policy/entropy": entropy[0::2].sum()}
-    return {"pairs": {"loss/dpo": loss} | metrics, "chosen": chosen}
+    sums = {"pairs": {"loss/dpo": loss} | metrics, "chosen": chosen}
+    return weigh(sums, counts, args), sums
+
+
+# same in: dckd.py adpa.py
+def count(batch, args) -> dict[str, float]:
+    """What means are over: the tokens of each side of the pairs of a step, and the pairs, of all ranks."""
+    names, mask = sides(args), batch["mask"]
+    counts = {name: mask[batch["side"] == s].sum() for s, name in enumerate(names)}
+    return common.all_sum(counts | {"pairs": len(mask) // len(names)}, mask.device)
 
 
 # same in: dckd.py adpa.py
@@ -302,20 +318,16 @@ def accumulate(models, heads, batch, args) -> dict[str, float]:
 
     Each mean has its own denominator: the tokens of a side, or the pairs. Counted first, divided by once.
     """
-    names, mask, device = sides(args), batch["mask"], batch["mask"].device
-    counts = {name: mask[batch["side"] == s].sum() for s, name in enumerate(names)}
-    counts = common.all_sum(counts | {"pairs": len(mask) // len(names)}, device)
-    factors, means = weights(args), {}
+    counts, means = count(batch, args), {}
     together = 2 if args.loss == "dpo" else 1
-    for micro in common.micro_batches(batch, list(range(len(mask))), args.micro_batch, together):
-        sums = objective(models, heads, micro, args)
-        parts = {name: x / counts[what] for what, each in sums.items() if what in counts for name, x in each.items()}
-        loss = sum(factor * parts[name] for name, factor in factors.items())
+    for micro in common.micro_batches(batch, list(range(len(batch["mask"]))), args.micro_batch, together):
+        loss, sums = objective(models, heads, micro, counts, args)
         (loss * common.world()).backward()  # FSDP averages over ranks
+        parts = {name: x / counts[what] for what in sums for name, x in sums[what].items() if what in counts}
         for name, x in (parts | {"loss/total": loss}).items():
             means[name] = means.get(name, 0.0) + x.detach().double()
-    length = {f"length/{name}": counts[name] / counts["pairs"] for name in names}
-    return common.all_sum(means, device) | length
+    length = {f"length/{name}": counts[name] / counts["pairs"] for name in sides(args)}
+    return common.all_sum(means, batch["mask"].device) | length
 
 
 # same in: dckd.py adpa.py
@@ -393,7 +405,8 @@ def fill_cache(cache, models, rows, sequences, pad_id: int, args) -> None:
         for source, kept in ((None, heads), (cache, {})):
             probe = make_step(rows[: 8 * common.world()], args, pad_id, device)
             score(models, kept, source, probe, args)
-            sums = {name: x for each in objective(models, kept, probe, args).values() for name, x in each.items()}
+            _, sums = objective(models, kept, probe, count(probe, args), args)
+            sums = {name: x for each in sums.values() for name, x in each.items()}
             lines.append(common.all_sum({name: sums[name] for name in weights(args)}, device))
         for name in lines[0]:
             if lines[0][name] != lines[1][name]:
@@ -684,7 +697,8 @@ def check(args) -> None:
         same = torch.nn.ModuleDict({"policy": policy, "start": policy} | dict.fromkeys(teachers(twin), policy))
         probe, kept = make_step(rows, twin, tokenizer.pad_token_id, device), {}
         score(same, kept, None, probe, twin)
-        sums = {k: abs(x.item()) for each in objective(same, kept, probe, twin).values() for k, x in each.items()}
+        _, sums = objective(same, kept, probe, count(probe, twin), twin)
+        sums = {k: abs(x.item()) for each in sums.values() for k, x in each.items()}
         gaps = {k: x / len(ids) for k, x in sums.items() if k.startswith("kl/") or k == "dpo/margin"}
         asked = torch.tensor([side in scored_sides(twin) for side in sides(twin)], device=device)[probe["side"]]
         asked = asked[:, None] & probe["mask"]

@@ -358,7 +358,7 @@ def objective(models, heads, micro, args, train_policy: bool = True):
                 dense = fill_advantages(advantages, ids, old_logits, args.fill)
             per_token, metrics = vocabulary_loss(logits, old_logits, dense, settings)
             loss = (per_token * token_weight).sum()
-            return loss, {k: v.sum() for k, v in metrics.items()} | {"loss/policy": loss.detach()}
+            return loss, {k: v.sum() for k, v in metrics.items()} | {"loss/policy": loss}
 
         pairs = [(hidden, weight)] + [(micro[f"{name}_hidden"][mask], head) for name, head in heads.items()]
         columns = [ids, advantages, token_weight, micro.get("score_scale", micro["token_weight"])[mask]]

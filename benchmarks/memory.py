@@ -80,8 +80,7 @@ def measure(loss: str, chunk_mib: int | None, tokens: int, vocabulary: int, widt
         value, _ = lco.objective(models, heads, micro, lco.Args())
     elif script:
         args = script.Args()
-        sums = {k: x for each in script.objective(models, heads, micro, args).values() for k, x in each.items()}
-        value = sum(factor * sums[name] for name, factor in script.weights(args).items())
+        value, _ = script.objective(models, heads, micro, dict.fromkeys(script.sides(args), 1.0), args)
     else:
         chosen = common.completion_hidden(policy, micro)[micro["mask"]]
         logprobs, _ = common.token_logprobs(chosen, policy.weight, micro["completion_ids"][micro["mask"]])

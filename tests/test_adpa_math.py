@@ -35,12 +35,10 @@ def case(lengths, vocabulary=V, widths=(H, H, H + 2, H + 4), teacher_vocabulary=
 
 
 def weighted(models, heads, micro, args):
-    """The loss of accumulate(), from objective(); with the counts of this micro-batch alone."""
-    names = adpa.sides(args)
-    counts = {name: micro["mask"][micro["side"] == s].sum() for s, name in enumerate(names)}
-    sums = adpa.objective(models, heads, micro, args)
-    means = {k: x / counts[what] for what, each in sums.items() for k, x in each.items()}
-    return sum(w * means[name] for name, w in adpa.weights(args).items()), means
+    """The loss of a step that is this micro-batch alone, and its means."""
+    counts = adpa.count(micro, args)
+    loss, sums = adpa.objective(models, heads, micro, counts, args)
+    return loss, {k: x / counts[what] for what, each in sums.items() if what in counts for k, x in each.items()}
 
 
 # ---- the advantage ---------------------------------------------------------------------------------------------------
@@ -202,7 +200,8 @@ def test_row_order_and_fully_masked_rows_change_nothing():
     masked.backward()
     assert math.isfinite(masked.item()) and (models["policy"].hidden.grad[3] == 0).all()
     micro["mask"][1] = False
-    assert adpa.objective(models, heads, micro, args)["states"]["adpa/advantage"].item() == 0
+    _, sums = adpa.objective(models, heads, micro, adpa.count(micro, args), args)
+    assert sums["states"]["adpa/advantage"].item() == 0
 
 
 # ---- runs ------------------------------------------------------------------------------------------------------------

@@ -26,12 +26,10 @@ def case(lengths, vocabulary=V, width=H, teacher_vocabulary=None):
 
 
 def weighted(models, heads, micro, args):
-    """The loss of accumulate(), from objective(); with the counts of this micro-batch alone."""
-    names = dckd.sides(args)
-    counts = {name: micro["mask"][micro["side"] == s].sum() for s, name in enumerate(names)}
-    sums = dckd.objective(models, heads, micro, args)
-    means = {k: x / counts[what] for what, each in sums.items() if what in counts for k, x in each.items()}
-    return sum(w * means[name] for name, w in dckd.weights(args).items()), means
+    """The loss of a step that is this micro-batch alone, and its means."""
+    counts = dckd.count(micro, args)
+    loss, sums = dckd.objective(models, heads, micro, counts, args)
+    return loss, {k: x / counts[what] for what, each in sums.items() if what in counts for k, x in each.items()}
 
 
 # ---- losses ----------------------------------------------------------------------------------------------------------
@@ -126,7 +124,7 @@ def test_row_order_and_fully_masked_rows_change_nothing():
     masked.backward()
     assert math.isfinite(masked.item()) and (models["policy"].hidden.grad[3] == 0).all()
     micro["mask"][1] = False  # not one token of the side is left in this micro-batch
-    sums = dckd.objective(models, heads, micro, args)
+    _, sums = dckd.objective(models, heads, micro, dckd.count(micro, args), args)
     assert sums["rejected"]["kl/rejected"].item() == 0
 
 
