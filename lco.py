@@ -148,11 +148,9 @@ def target_logprobs(old_logits, advantages, beta, target: str):
     return (weight / weight.sum(-1, keepdim=True)).log()
 
 
-def kld_loss(logits, target_logp):
-    """LCO-3, KL(pi* || pi) of each state [N], nats; the gradient in the logits is pi - pi*."""
-    target = target_logp.exp()
-    cross_entropy = -(target * logits.log_softmax(-1)).sum(-1)
-    return cross_entropy + torch.xlogy(target, target).sum(-1)
+def kld_loss(logp, target_logp):
+    """LCO-3, KL(pi* || pi) of each state [N], nats, from log-probabilities [N, V]; the gradient in z is pi - pi*."""
+    return (target_logp.exp() * (target_logp.clamp_min(-100) - logp)).sum(-1)  # linear targets hold zeros
 
 
 def square_loss(gap):
@@ -172,6 +170,7 @@ def scaled_beta(advantages, args):
 def vocabulary_loss(logits, old_logits, advantages, args):
     """LCO with A(s,.) known for the whole vocabulary. All [N, V]; returns losses [N] and metrics [N]."""
     old, new = old_logits.log_softmax(-1), logits.log_softmax(-1)
+    p_old = old.exp()
     if args.old_topk:
         kept = old_logits.topk(args.old_topk)
         old_logits = torch.full_like(old_logits, -100.0).scatter(-1, kept.indices, kept.values.half().float())
@@ -179,16 +178,17 @@ def vocabulary_loss(logits, old_logits, advantages, args):
     beta = scaled_beta(advantages, args)
     target_logp = target_logprobs(start, advantages, beta, args.target)
     if args.loss == "kld":
-        losses = kld_loss(logits, target_logp)
+        losses = kld_loss(new, target_logp)
     else:  # weighted as sampled tokens are: this is the expectation of sampled_loss over a ~ pi_old
         gap = logits - (start + advantages / beta)
-        losses = (old.exp() * (square_loss if args.loss == "mse" else log_cosh_loss)(gap)).sum(-1)
+        losses = (p_old * (square_loss if args.loss == "mse" else log_cosh_loss)(gap)).sum(-1)
     with torch.no_grad():
+        p = new.exp()
         metrics = {
-            "lco/target_kl": (old.exp() * (old - target_logp.clamp_min(-100))).sum(-1),  # linear targets hold zeros
-            "policy/kl_old": (old.exp() * (old - new)).sum(-1),
-            "policy/ratio_gap": (new.exp() - old.exp()).abs().sum(-1),  # E_pi_old |pi / pi_old - 1|
-            "policy/entropy": -(new.exp() * new).sum(-1),
+            "lco/target_kl": (p_old * (old - target_logp.clamp_min(-100))).sum(-1),
+            "policy/kl_old": (p_old * (old - new)).sum(-1),
+            "policy/ratio_gap": (p - p_old).abs().sum(-1),  # E_pi_old |pi / pi_old - 1|
+            "policy/entropy": -(p * new).sum(-1),
         }
     return losses, metrics
 

@@ -91,7 +91,7 @@ def test_linear_target():
     weight = (p * (1 + centred / 0.1)).clamp_min(0)
     assert (clipped == 0).any()
     torch.testing.assert_close(clipped, weight / weight.sum(-1, keepdim=True))
-    assert torch.isfinite(lco.kld_loss(random(3, V, seed=2), clipped.log())).all()
+    assert torch.isfinite(lco.kld_loss(random(3, V, seed=2).log_softmax(-1), clipped.log())).all()
 
 
 # ---- LCO-3 to LCO-5 --------------------------------------------------------------------------------------------------

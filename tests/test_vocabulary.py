@@ -96,6 +96,36 @@ def test_several_heads_and_scalars():
     torch.testing.assert_close(results[0], results[1], atol=1e-5, rtol=1e-4)
 
 
+def test_gradients_are_taken_on_the_way_forward():
+    """fn sees each token once, backward included; a frozen W gets nothing, values beside the loss have no graph."""
+    hidden, weight, seen = random(N, H).requires_grad_(), random(V, H, seed=1), []
+
+    def fn(logits, ids):
+        seen.extend(ids.tolist())
+        nll = -logits.log_softmax(-1).gather(-1, ids[:, None])[:, 0]
+        return nll.square().sum(), nll
+
+    loss, nll = common.over_vocabulary(fn, [(hidden, weight)], [torch.arange(N)], 0.7, chunk_mib=1)
+    (3 * loss).backward()
+    assert seen == list(range(N)) and not nll.requires_grad and weight.grad is None
+    found, hidden.grad = hidden.grad, None
+    (3 * fn(hidden @ weight.T / 0.7, torch.arange(N))[0]).backward()
+    assert (found - hidden.grad).norm() < 1e-5 * found.norm()
+
+
+def test_the_scale_of_a_loss_is_not_rounded():
+    """In bfloat16 a loss times 0.3 has the gradient times 0.3, not times the bfloat16 next to it (0.2 % more)."""
+    gradients = []
+    for scale in (1.0, 0.3):
+        hidden = random(N, H).bfloat16().requires_grad_()
+        heads = [(hidden, random(50, H, seed=1).bfloat16().requires_grad_())]
+        loss, _ = common.over_vocabulary(lambda z: (z.log_softmax(-1)[:, 0].sum(), {}), heads, [])
+        (scale * loss).backward()
+        gradients.append([x.grad for x in heads[0]])
+    for whole, scaled in zip(*gradients):
+        assert scaled.dtype == torch.bfloat16 and torch.equal(scaled, (0.3 * whole.float()).bfloat16())
+
+
 def test_no_grad_keeps_nothing():
     """Under no_grad: the same values, no graph."""
     hidden, weight, ids = random(N, H).requires_grad_(), random(V, H, seed=1).requires_grad_(), torch.arange(N)
