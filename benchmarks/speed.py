@@ -375,7 +375,7 @@ def vocabulary(args) -> None:
     for loss in ("logprobs", "KL"):
         for size in (32768, 49152, 152064):
             case = dict(loss=loss, V=size, N=tokens, H=576, threads=args.threads)
-            modes = ["dense", "chunks", "in forward"] + ["token_logprobs"] * (loss == "logprobs")
+            modes = ["dense", "checkpointed", "over_vocabulary"] + ["token_logprobs"] * (loss == "logprobs")
             specs = {mode: dict(side="vocabulary", mode=mode, **case) for mode in modes}
             compare("vocabulary", case, specs, args)
 
@@ -395,6 +395,7 @@ def limit(args) -> None:
         orders[name] = dict(do=["adam"], fused=fused)
     for batch in (1, 8) if args.smoke else (1, 8, 32):
         orders[f"decode {batch}"] = dict(do=["decode"], rows=batch, prompt=size["prompt"], new=new)
+        orders[f"decode {batch} packed"] = orders[f"decode {batch}"] | {"packed": True}
     case = dict(model=args.model, threads=args.threads, **size, decoded=new)
     if wanted("limit", case, args):
         worker = Worker("limit", dict(side="probe", model=folder, micro_batch=rows), args)

@@ -544,36 +544,17 @@ def reward(spec: dict, gate: Gate) -> None:
 # ---- this machine's limits -------------------------------------------------------------------------------------------
 
 
-def in_forward(fn, hidden, weight, columns, rows: int):
-    """The sum of fn over chunks of tokens, its gradients taken on the way: no logits are rebuilt in the backward pass.
-
-    fn(logits [n, V], *columns) -> scalar. Only for losses that are sums over tokens.
-    """
-    import torch
+def checkpointed(fn, heads, columns, rows: int):
+    """The sum of fn over chunks of tokens, whose logits are computed again in the backward pass."""
     import torch.nn.functional as F
+    from torch.utils.checkpoint import checkpoint
 
-    class InForward(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, hidden, weight):
-            total, to_hidden, to_weight = 0.0, torch.empty_like(hidden), torch.zeros_like(weight)
-            for i in range(0, len(hidden), rows):
-                cut = hidden[i : i + rows]
-                with torch.enable_grad():
-                    logits = F.linear(cut, weight).float().requires_grad_()
-                    loss = fn(logits, *(column[i : i + rows] for column in columns))
-                    (slope,) = torch.autograd.grad(loss, logits)
-                slope = slope.to(weight.dtype)
-                to_hidden[i : i + rows] = slope @ weight
-                to_weight.addmm_(slope.T, cut)
-                total += loss.detach()
-            ctx.save_for_backward(to_hidden, to_weight)
-            return total
+    def piece(*tensors):
+        return fn(*(F.linear(h, w) for h, (_, w) in zip(tensors, heads)), *tensors[len(heads) :])[0]
 
-        @staticmethod
-        def backward(ctx, slope):
-            return tuple(slope * x for x in ctx.saved_tensors)
-
-    return InForward.apply(hidden, weight)
+    tensors = [h for h, _ in heads] + columns
+    cuts = ([x[i : i + rows] for x in tensors] for i in range(0, len(tensors[0]), rows))
+    return sum(checkpoint(piece, *cut, use_reentrant=False) for cut in cuts)
 
 
 def vocabulary(spec: dict, gate: Gate) -> None:
@@ -589,37 +570,31 @@ def vocabulary(spec: dict, gate: Gate) -> None:
     hidden = torch.randn(N, H, requires_grad=True)
     weight = (torch.randn(V, H) * 2 / H**0.5).requires_grad_()
     ids, factor = torch.randint(V, (N,)), torch.randn(N)
-    teacher_hidden, teacher = torch.randn(N, H), torch.randn(V, H) * 2 / H**0.5
 
     def logprobs(logits, ids, factor):
         logp = logits.log_softmax(-1)
         with torch.no_grad():
-            -(logp.exp() * logp).sum(-1)  # the entropy, which every script logs
-        return -(logp.gather(-1, ids[:, None])[:, 0] * factor).sum()
+            entropy = -(logp.exp() * logp).sum()  # which every script logs
+        return -(logp.gather(-1, ids[:, None])[:, 0] * factor).sum(), entropy
 
     def distance(logits, teacher_logits):
         said = teacher_logits.log_softmax(-1)
-        return (said.exp() * (said - logits.log_softmax(-1))).sum()
+        return (said.exp() * (said - logits.log_softmax(-1))).sum(), {}
 
-    def from_hidden(logits, teacher_hidden):
-        with torch.no_grad():
-            said = F.linear(teacher_hidden, teacher)
-        return distance(logits, said)
-
+    heads, fn, columns = [(hidden, weight)], logprobs, [ids, factor]
+    if spec["loss"] == "KL":
+        heads, fn, columns = [*heads, (torch.randn(N, H), torch.randn(V, H) * 2 / H**0.5)], distance, []
     gate()
     while True:
         hidden.grad = weight.grad = None
-        rows = max(1, 64 * 2**20 // (4 * V))
-        chunk = {"dense": 2**20, "chunks": 64}.get(mode)
-        if mode == "token_logprobs":
-            loss = -(common.token_logprobs(hidden, weight, ids)[0] * factor).sum()
-        elif mode == "in forward":
-            fn, columns = (logprobs, [ids, factor]) if spec["loss"] == "logprobs" else (from_hidden, [teacher_hidden])
-            loss = in_forward(fn, hidden, weight, columns, rows)
-        elif spec["loss"] == "logprobs":
-            loss = common.over_vocabulary(logprobs, [(hidden, weight)], [ids, factor], chunk_mib=chunk)
+        if mode == "dense":
+            loss, _ = fn(*(F.linear(h, w) for h, w in heads), *columns)
+        elif mode == "checkpointed":
+            loss = checkpointed(fn, heads, columns, rows=max(1, 64 * 2**20 // (4 * V)))
+        elif mode == "over_vocabulary":
+            loss, _ = common.over_vocabulary(fn, heads, columns)
         else:
-            loss = common.over_vocabulary(distance, [(hidden, weight), (teacher_hidden, teacher)], [], chunk_mib=chunk)
+            loss = -(common.token_logprobs(hidden, weight, ids)[0] * factor).sum()
         loss.backward()
         gate.count(all=N)
         sums = [x.double().norm().item() for x in (hidden.grad, weight.grad)]
@@ -661,6 +636,7 @@ def probe(spec: dict, gate: Gate) -> None:
     import ppo_baseline
 
     import torch
+    import torch.nn.functional as F
     from torch.utils.flop_counter import FlopCounterMode
 
     args = ppo_baseline.Args(advantage="group", micro_batch=spec.get("micro_batch", 8))
@@ -684,10 +660,10 @@ def probe(spec: dict, gate: Gate) -> None:
         return {"flops": 2.0 * m * k * n * order["times"]}
 
     def read(order):
-        x, y = torch.ones(order["rows"], 1024), torch.ones(1024)
+        x = torch.ones(order["rows"], 1024)
         with gate.lap("read"):
             for _ in range(order["times"]):
-                x @ y
+                x.sum()
         return {"bytes": 4.0 * x.numel() * order["times"]}
 
     def update(order):
@@ -706,25 +682,38 @@ def probe(spec: dict, gate: Gate) -> None:
         gate.count(all=order["rows"] * (order["prompt"] + order["new"]))
         return more
 
+    reordered = {}
+
+    def packed(x, weight, bias=None):
+        """F.linear with the weight in the order in which oneDNN reads it."""
+        key = weight.data_ptr()
+        if key not in reordered:
+            reordered[key] = torch.ops.mkldnn._reorder_linear_weight(weight, 16)
+        return torch.ops.mkldnn._linear_pointwise(x, reordered[key], bias, "none", [], "")
+
     def decode(order):
         policy = model_of(order)[0]["policy"]
         prompts = random_batch(common, policy, order["rows"], order["prompt"], 1)["prompt_ids"].tolist()
         limits = dict(max_new_tokens=order["new"], stop_ids=[policy.config.vocab_size], pad_id=0, rows_at_once=FOREVER)
-        with gate.lap("prefill"):
-            common.generate(policy, prompts, **limits | {"max_new_tokens": 1})
-        noise = common.uniforms(0, common.TRAIN, 0, range(order["rows"]), order["new"])
-        with gate.lap("decode"):
-            common.generate(policy, prompts, noise=noise, **limits)
-        forward = policy.forward
+        forward, linear = policy.forward, F.linear
 
         def timed(*given, **more):
             with gate.lap("model"):
                 return forward(*given, **more)
 
+        if order.get("packed"):
+            F.linear = packed
+        common.generate(policy, prompts, **limits | {"max_new_tokens": 1})
+        with gate.lap("prefill"):
+            common.generate(policy, prompts, **limits | {"max_new_tokens": 1})
+        noise = common.uniforms(0, common.TRAIN, 0, range(order["rows"]), order["new"])
+        reordered.clear()  # weights change between rollouts
+        with gate.lap("decode"):
+            common.generate(policy, prompts, noise=noise, **limits)
         policy.forward = timed  # a second time: what is not spent in the model is our own
         with gate.lap("decode and model"):
             common.generate(policy, prompts, noise=noise, **limits)
-        policy.forward = forward
+        policy.forward, F.linear = forward, linear
         gate.count(new=order["rows"] * order["new"])
         return {"parameters": sum(p.numel() for p in policy.parameters())}
 
