@@ -261,7 +261,7 @@ def compare(part: str, case: dict, specs: dict[str, dict], args) -> None:
 
 
 def sizes_of(args) -> dict:
-    return SIZES[args.model, args.smoke]
+    return SIZES[args.model, args.smoke] | ({"new": args.new} if args.new else {})
 
 
 def rl(args) -> None:
@@ -394,8 +394,9 @@ def limit(args) -> None:
     for name, fused in (("Adam, a loop", False), ("Adam, fused", True)):
         orders[name] = dict(do=["adam"], fused=fused)
     for batch in (1, 8) if args.smoke else (1, 8, 32):
-        orders[f"decode {batch}"] = dict(do=["decode"], rows=batch, prompt=size["prompt"], new=new)
-        orders[f"decode {batch} packed"] = orders[f"decode {batch}"] | {"packed": True}
+        for packed in (True, False):
+            name = f"decode {batch}" if packed else f"decode {batch} plain"
+            orders[name] = dict(do=["decode"], rows=batch, prompt=size["prompt"], new=new, packed=packed)
     case = dict(model=args.model, threads=args.threads, **size, decoded=new)
     if wanted("limit", case, args):
         worker = Worker("limit", dict(side="probe", model=folder, micro_batch=rows), args)
@@ -553,6 +554,7 @@ def limit_table(row: dict) -> str:
             bound = min(memory, compute)
             what = "memory" if memory < compute else "mm"
             share = f"{speed / bound:.0%} of the bound; {inside:.0%} of its time in the model"
+            share += "" if name.endswith("plain") else f"; packed before in {median(side, 'pack'):.2f} s"
             lines.append([name, f"{speed:.1f} tokens/s", f"bound {bound:.1f} ({what})", share])
     return table("what | measured | rate | share", lines)
 
@@ -640,6 +642,7 @@ def main() -> None:
     parser.add_argument("--model", default="builtin", choices=("builtin", "smollm2"))
     parser.add_argument("--repeat", type=int, default=5, help="steps of each side that count")
     parser.add_argument("--threads", type=int, default=1, help="OpenMP threads of each side")
+    parser.add_argument("--new", type=int, default=0, help="tokens of the longest answer, if not as usual")
     parser.add_argument("--peers", default=str(ROOT / "runs" / "peers"), help="TRL's environment; made if missing")
     parser.add_argument("--only", default="", help="only comparisons with this in one of their settings")
     parser.add_argument("--again", action="store_true", help="also those that are in the results already")

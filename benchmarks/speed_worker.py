@@ -636,7 +636,6 @@ def probe(spec: dict, gate: Gate) -> None:
     import ppo_baseline
 
     import torch
-    import torch.nn.functional as F
     from torch.utils.flop_counter import FlopCounterMode
 
     args = ppo_baseline.Args(advantage="group", micro_batch=spec.get("micro_batch", 8))
@@ -682,38 +681,29 @@ def probe(spec: dict, gate: Gate) -> None:
         gate.count(all=order["rows"] * (order["prompt"] + order["new"]))
         return more
 
-    reordered = {}
-
-    def packed(x, weight, bias=None):
-        """F.linear with the weight in the order in which oneDNN reads it."""
-        key = weight.data_ptr()
-        if key not in reordered:
-            reordered[key] = torch.ops.mkldnn._reorder_linear_weight(weight, 16)
-        return torch.ops.mkldnn._linear_pointwise(x, reordered[key], bias, "none", [], "")
-
     def decode(order):
         policy = model_of(order)[0]["policy"]
         prompts = random_batch(common, policy, order["rows"], order["prompt"], 1)["prompt_ids"].tolist()
         limits = dict(max_new_tokens=order["new"], stop_ids=[policy.config.vocab_size], pad_id=0, rows_at_once=FOREVER)
-        forward, linear = policy.forward, F.linear
+        forward, packed = policy.forward, common._packed
 
         def timed(*given, **more):
             with gate.lap("model"):
                 return forward(*given, **more)
 
-        if order.get("packed"):
-            F.linear = packed
-        common.generate(policy, prompts, **limits | {"max_new_tokens": 1})
+        if not order.get("packed", True):
+            common._packed = contextlib.nullcontext
+        with gate.lap("pack"), common._packed(policy):
+            pass
         with gate.lap("prefill"):
             common.generate(policy, prompts, **limits | {"max_new_tokens": 1})
         noise = common.uniforms(0, common.TRAIN, 0, range(order["rows"]), order["new"])
-        reordered.clear()  # weights change between rollouts
         with gate.lap("decode"):
             common.generate(policy, prompts, noise=noise, **limits)
         policy.forward = timed  # a second time: what is not spent in the model is our own
         with gate.lap("decode and model"):
             common.generate(policy, prompts, noise=noise, **limits)
-        policy.forward, F.linear = forward, linear
+        policy.forward, common._packed = forward, packed
         gate.count(new=order["rows"] * order["new"])
         return {"parameters": sum(p.numel() for p in policy.parameters())}
 

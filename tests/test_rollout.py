@@ -72,6 +72,29 @@ def test_greedy_equals_hugging_face(models, name):
     assert min(lengths) < 6 and max(lengths) > 12 and len(set(lengths)) >= 3  # 12: beyond the window of the Gemmas
 
 
+@pytest.mark.parametrize("rows", [1, 5, 70])
+def test_packed_weights_change_nothing(monkeypatch, rows):
+    """Large layers are packed for the time of a rollout: the same tokens, the weights of today, no trace afterwards."""
+    torch.manual_seed(2)
+    shape = SHAPE | dict(hidden_size=512, intermediate_size=1024, num_hidden_layers=1, head_dim=128)
+    model = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**shape)).eval()
+    rows, used, found = prompts(rows), [], []
+    real = torch.ops.mkldnn._linear_pointwise
+    for _ in range(2):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda x, *rest: used.append(x) or real(x, *rest))
+            packed = generate(model, rows)
+        assert not any("forward" in vars(module) for module in model.modules())
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+            assert generate(model, rows) == packed
+        found.append(packed)
+        with torch.no_grad():
+            model.model.layers[0].mlp.down_proj.weight.neg_()
+    assert found[0] != found[1]
+    assert used and max(x.shape[:-1].numel() for x in used) <= 64
+
+
 def test_stop_tokens(models):
     """A completion ends with its first stop token, or at the limit; any of the stop tokens counts, none is banned."""
     prompt_ids = prompts(40)
