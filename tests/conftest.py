@@ -248,6 +248,8 @@ def random(*shape, seed=0):
 class FixedStates(torch.nn.Module):
     """A policy whose final hidden states and LM head are its parameters: what objective() asks of a model, no more."""
 
+    pack_limit = 0  # rows are read one by one
+
     def __init__(self, hidden, weight):
         super().__init__()
         self.hidden, self.weight = torch.nn.Parameter(hidden), torch.nn.Parameter(weight)

@@ -255,8 +255,10 @@ def test_fingerprint_is_of_the_weights(tiny_model, tmp_path):
 
 
 def test_pairs_stay_together():
-    """micro_batches(together=2) sorts by length and never parts two neighbours."""
-    prompts, answers = [[1]] * 8, [[2] * n for n in (9, 1, 2, 2, 5, 7, 3, 1)]
-    batch = common.make_batch(prompts, answers, 0, "cpu") | {"row": torch.arange(8)}
-    pieces = [micro["row"].tolist() for micro in common.micro_batches(batch, list(range(8)), 4, together=2)]
-    assert pieces == [[2, 3, 6, 7], [4, 5, 0, 1]]
+    """micro_batches(together=2) sorts by length, or by prompt where two pairs share one; it never parts neighbours."""
+    answers = [[2] * n for n in (9, 1, 2, 2, 5, 7, 3, 1)]
+    for prompts, expected in ("abcdefgh", [[2, 3, 6, 7], [4, 5, 0, 1]]), ("aabbbbaa", [[0, 1, 6, 7], [2, 3, 4, 5]]):
+        prompts = [[ord(letter)] * 5 for letter in prompts]
+        batch = common.make_batch(prompts, answers, 0, "cpu") | {"row": torch.arange(8)}
+        pieces = [micro["row"].tolist() for micro in common.micro_batches(batch, list(range(8)), 4, together=2)]
+        assert pieces == expected

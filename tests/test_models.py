@@ -9,6 +9,7 @@ import pytest
 from conftest import ids_of, save_model
 
 import torch
+import transformers
 from torch.distributed.fsdp import FSDPModule
 
 CPU = torch.device("cpu")
@@ -121,6 +122,69 @@ def test_padding_and_batch_size_change_nothing(folder):
 
     ok, detail = common.check_padding(per_token, make_batch(), 1e-5)
     assert ok, detail
+
+
+SHAPE = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+
+
+@pytest.mark.parametrize("kind", ["lm", "scalar", "after", "lora", "recomputed"])
+def test_shared_prompts_are_packed(kind, folder):
+    check_packing(kind, folder, packed=True)
+
+
+@pytest.mark.parametrize(
+    "kind, packed, options",
+    [
+        ("Mistral", True, {"sliding_window": 12}),
+        ("Mistral", False, {"sliding_window": 11}),  # the longest packed row has twelve tokens
+        ("Mistral", False, {"sliding_window": 3}),
+        ("Lfm2", False, {"layer_types": ["conv", "full_attention"]}),
+    ],
+)
+def test_packing_in_other_layers(kind, packed, options, letter_tokenizer, tmp_path):
+    """Layers that look at neighbouring columns never see a packed row."""
+    config = getattr(transformers, f"{kind}Config")(**SHAPE, **options, **ids_of(letter_tokenizer))
+    check_packing("lm", save_model(tmp_path / "model", config, letter_tokenizer), packed)
+
+
+def check_packing(kind, folder, packed):
+    """Two prompts of six rows: numbers and gradients of six rows on their own, from fewer tokens where packed."""
+    options = dict(head="scalar" if kind in ("scalar", "after") else "lm", lora_rank=2 * (kind == "lora"))
+    model = common.load_model(folder, device=CPU, activation_checkpointing=kind == "recomputed", **options)
+    for parameter in model.parameters():  # where heads and adapters start, no gradient reaches the body
+        if parameter.requires_grad and not parameter.detach().any():
+            torch.nn.init.normal_(parameter, std=0.1)
+    a, b = [3, 4, 5, 6, 7], [8, 9, 10]
+    prompts = [a, b, b, a, b, a]
+    completions = [[5, 6, 2], [8], [9, 10, 11, 3], [4], [3, 2], [7, 7, 7]]
+    batch = common.make_batch(prompts, completions, 0, CPU)
+    read = []
+    embedding = model.get_input_embeddings()
+    embedding.register_forward_pre_hook(lambda module, args: read.append(args[0].numel()))
+
+    def values_and_gradients(size):
+        def per_token(micro):
+            if kind in ("scalar", "after"):
+                return common.completion_scalars(model, micro, after=kind == "after")
+            return common.completion_hidden(model, micro).cos().sum(-1)
+
+        read.clear()
+        model.zero_grad()
+        for i in range(0, 6, size):
+            micro = common.take(batch, list(range(i, i + size)))
+            (per_token(micro) * micro["mask"]).sum().backward()
+        tokens = sum(read)
+        with torch.no_grad():
+            values = common.map_rows(lambda micro: {"x": per_token(micro)}, batch, size)["x"] * batch["mask"]
+        return tokens, [values, *(p.grad for p in common.trainable_parameters(model) if p.grad is not None)]
+
+    tokens, together = values_and_gradients(6)
+    more, alone = values_and_gradients(1)
+    assert more == sum(map(len, prompts + completions))
+    assert tokens == (2 * (5 + 3 + 1 + 3) if packed else 6 * (5 + 4))
+    assert len(together) == len(alone) > 4 and any(g.any() for g in alone[1:])
+    for a, b in zip(together, alone):
+        assert (a - b).norm() <= 1e-5 * b.norm()
 
 
 @pytest.mark.parametrize("key, value", [("final_logit_softcapping", 30.0), ("logit_scale", 0.0625)])

@@ -87,6 +87,37 @@ def test_two_rank_checkpoint_resumes_on_one(base, two_ranks, out):
     assert_same_metrics(whole, parts)
 
 
+def test_one_rank_packs(tiny_model, tmp_path):
+    """A rank may pack the rows of a prompt while the other has none to pack: gradients are those of one process."""
+    path = tmp_path / "packs.py"
+    path.write_text("""
+import sys, torch
+from transformers import AutoModelForCausalLM
+import common
+
+def main():
+    device = torch.device("cpu")
+    model = common.load_model(sys.argv[1], device=device)
+    plain = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+    read = []
+    model.model.embed_tokens.register_forward_hook(lambda _, args, out: read.append(tuple(out.shape[:2])))
+    same, different = [[3, 4, 5, 6]] * 4, [[3, 4, 5, 6], [4, 5, 6, 7], [5, 6, 7, 8], [6, 7, 8, 9]]
+    batches = [common.make_batch(prompts, [[7, 3]] * 4, 0, device) for prompts in (same, different)]
+    common.completion_hidden(model, batches[common.rank()]).cos().sum().backward()
+    assert read == [[(1, 4 + 4 * 2)], [(4, 4 + 2)]][common.rank()], read
+    for batch in batches:
+        ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+        (plain.model(ids).last_hidden_state[:, 3:-1].cos().sum() / 2).backward()
+    for (name, a), b in zip(model.named_parameters(), plain.parameters()):
+        if b.grad is not None:
+            torch.testing.assert_close(a.grad.full_tensor(), b.grad, atol=1e-5, rtol=1e-4, msg=name)
+    print("agreed")
+
+common.launch(main, "cpu")
+""")
+    assert run_script(path, tiny_model, ranks=2).stdout.count("agreed") == 2
+
+
 def test_two_nodes_are_one(base, two_ranks, tmp_path):
     """Two torchrun agents that meet at an address give the metrics of one."""
     with socket.socket() as free:

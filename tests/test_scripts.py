@@ -366,22 +366,22 @@ def keep_dropout(monkeypatch):
 
 
 def ignore_the_mask(monkeypatch):
-    inputs = common._inputs
+    final_hidden = common._final_hidden
 
-    def without_mask(batch):
-        return inputs(batch) | {"attention_mask": torch.ones_like(inputs(batch)["attention_mask"])}
+    def without_mask(model, attention_mask, **inputs):
+        return final_hidden(model, attention_mask=torch.ones_like(attention_mask), **inputs)
 
-    monkeypatch.setattr(common, "_inputs", without_mask)
+    monkeypatch.setattr(common, "_final_hidden", without_mask)
 
 
 def count_from_the_padding(monkeypatch):
-    inputs = common._inputs
+    final_hidden = common._final_hidden
 
-    def absolute(batch):
-        whole = inputs(batch)
-        return whole | {"position_ids": torch.arange(whole["input_ids"].shape[1]).expand_as(whole["input_ids"])}
+    def absolute(model, position_ids, **inputs):
+        columns = torch.arange(position_ids.shape[1]).expand_as(position_ids)
+        return final_hidden(model, position_ids=columns, **inputs)
 
-    monkeypatch.setattr(common, "_inputs", absolute)
+    monkeypatch.setattr(common, "_final_hidden", absolute)
 
 
 def leave_out_eos(monkeypatch):
