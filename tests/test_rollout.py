@@ -30,6 +30,7 @@ def build(name):
     torch.manual_seed(1)
     model = transformers.AutoModelForCausalLM.from_config(CONFIGS[name]()).eval()
     model.final_hidden = types.MethodType(common._final_hidden, model)
+    model.pack_limit = common._pack_limit(model.config)
     return model
 
 
