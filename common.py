@@ -506,7 +506,7 @@ def _pack_limit(config) -> float:
 
     layers = DynamicCache(config=config).layers
     known = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
-    if config._attn_implementation != "sdpa" or not known:
+    if config._attn_implementation != "sdpa" or getattr(config, "alibi", False) or not known:
         return 0
     return min((layer.sliding_window for layer in layers if layer.is_sliding), default=math.inf)
 

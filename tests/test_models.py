@@ -139,6 +139,7 @@ def test_shared_prompts_are_packed(kind, folder):
         ("Mistral", False, {"sliding_window": 11}),  # the longest packed row has twelve tokens
         ("Mistral", False, {"sliding_window": 3}),
         ("Lfm2", False, {"layer_types": ["conv", "full_attention"]}),
+        ("Falcon", False, {"alibi": True, "parallel_attn": False}),
     ],
 )
 def test_packing_in_other_layers(kind, packed, options, letter_tokenizer, tmp_path):
