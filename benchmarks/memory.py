@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -75,8 +76,8 @@ def measure(loss: str, chunk_mib: int | None, tokens: int, vocabulary: int, widt
             heads[name] = torch.randn(vocabulary, TEACHER_WIDTH) * 2 / TEACHER_WIDTH**0.5
             micro[f"{name}_hidden"] = torch.randn(B, T, TEACHER_WIDTH)
     if chunk_mib:
-        whole = common.over_vocabulary
-        common.over_vocabulary = lambda *given: whole(*given[:4], chunk_mib=chunk_mib)
+        for name in ("over_vocabulary", "token_logprobs"):
+            setattr(common, name, partial(getattr(common, name), chunk_mib=chunk_mib))
 
     before, start = resident("VmRSS"), time.process_time()
     if loss == "lco-kld":
