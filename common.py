@@ -19,12 +19,16 @@ Nothing here knows a method. A line that could change a number in a paper belong
 
 import os
 
-# Both before torch is imported. Two threads that spin while they wait cost up to 4x when anything else runs.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Before torch is imported. Threads that spin for long while they wait cost up to 10x when anything else runs, threads
+# that sleep at once are woken too late for the next product: some 30 microseconds are the middle.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 # Large tensors on the CPU in huge pages, so that logits of a whole vocabulary cost fewer page faults.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import contextlib
+import ctypes
 import hashlib
 import importlib.util
 import json
@@ -111,7 +115,8 @@ def launch(main, device: str = "auto") -> None:
 
     code = 0
     try:
-        local_device(device)
+        if local_device(device).type == "cpu":
+            _keep_freed_memory()
         record(main)()
         dist.barrier()
     except SystemExit as stop:
@@ -132,6 +137,14 @@ def launch(main, device: str = "auto") -> None:
     if code or world() > 1:
         os._exit(code)  # a normal exit right after a gloo collective aborts in about one run of ten
     dist.destroy_process_group()
+
+
+def _keep_freed_memory() -> None:
+    """What a step frees serves the next one. Else glibc returns it, and a fifth of a step goes into clearing pages."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:
+        mallopt(-4, 0)  # M_MMAP_MAX: large tensors come from the heap too
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: whose end is never given back
 
 
 def _store_says_failed() -> bool:
@@ -783,7 +796,7 @@ def generate(
     order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))
     at_once = max(1, rows_at_once // samples)
     completions: list[list[int]] = [[]] * (len(prompt_ids) * samples)
-    with gathered(model), _packed(model), torch.no_grad():
+    with gathered(model), _packed(model), _threads(model, min(at_once, len(order)) * samples), torch.no_grad():
         for i in range(0, len(order), at_once):
             piece = order[i : i + at_once]
             rows = [p * samples + s for p in piece for s in range(samples)]
@@ -819,15 +832,53 @@ def _packed_linear(layer, weight, x):
     return torch.ops.mkldnn._linear_pointwise(x, weight, layer.bias, "none", [], "")
 
 
-def _generate(model, prompt_ids, samples, max_new_tokens, temperature, noise, stop_ids, pad_id) -> list[list[int]]:
-    from transformers import DynamicCache
+@contextlib.contextmanager
+def _threads(model, rows: int):
+    """One thread meanwhile where the products are small: another one takes longer to wake than to multiply."""
+    before, layers = torch.get_num_threads(), (m for m in model.modules() if isinstance(m, torch.nn.Linear))
+    if rows * max((layer.weight.numel() for layer in layers), default=math.inf) < 2**22:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
+
+def _cache(config):
+    """A DynamicCache with room for tokens to come, so that a token does not copy all those before it."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer
+
+    class Roomy(DynamicLayer):
+        room, seen = (), None
+
+        def update(self, keys, values, *args, **kwargs):
+            n = self.get_seq_length()
+            if n == 0:
+                return super().update(keys, values)
+            end = n + keys.shape[-2]
+            if self.keys is not self.seen or end > self.room[0].shape[-2]:  # other rows than last time, or it is full
+                both, more = (self.keys, self.values), end + end // 4 + 32
+                self.room = [x.new_empty(*x.shape[:2], more, x.shape[3]) for x in both]
+                for room, x in zip(self.room, both):
+                    room[:, :, :n] = x
+            for room, x in zip(self.room, (keys, values)):
+                room[:, :, n:end] = x
+            self.keys, self.values = (room[:, :, :end] for room in self.room)
+            self.seen = self.keys
+            return self.keys, self.values
+
+    cache = DynamicCache(config=config)
+    cache.layers = [Roomy() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
+def _generate(model, prompt_ids, samples, max_new_tokens, temperature, noise, stop_ids, pad_id) -> list[list[int]]:
     device = next(model.parameters()).device
     batch = make_batch(prompt_ids, [[pad_id]] * len(prompt_ids), pad_id, device)
     attention = batch["prompt_mask"].long()
     position = attention.cumsum(1) - 1
     stop = torch.tensor(stop_ids, device=device)
-    cache = DynamicCache(config=model.config)
+    cache = _cache(model.config)
     out = model(
         input_ids=batch["prompt_ids"],
         attention_mask=attention,
@@ -878,7 +929,7 @@ def _pick(logits: torch.Tensor, temperature: float, u: torch.Tensor | None) -> t
     """One token a row, [B]: the largest logit, or the inverse of the cumulative distribution at u (in [0, 1))."""
     if u is None:
         return logits.argmax(-1)
-    cumulative = (logits.float() / temperature).softmax(-1).cumsum(-1)
+    cumulative = (logits.float() / temperature).softmax(-1).cumsum_(-1)
     total = cumulative[:, -1:]
     # Strictly below the total, so that a token of probability 0 is never chosen.
     target = torch.minimum(u[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))

@@ -91,7 +91,6 @@ class Worker:
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
         }
-        env |= {"OMP_WAIT_POLICY": "PASSIVE"}  # as common.py sets it
         if spec["side"] == "ppo":
             env |= {"PYTHONPATH": str(Path(args.peers) / "ppo"), "TRL_EXPERIMENTAL_SILENCE": "1"}
         with self.log.open("w") as log:
