@@ -11,9 +11,11 @@
 The sides of a comparison are processes that stay loaded and take turns, a step each, so that whatever else happens on
 the machine hits all of them; the first step of each is not counted. TRL (its newest release, and the last one that had
 a PPO trainer) is installed into an environment of its own, runs/peers. All sides have the same weights, prompts,
-lengths, micro-batches, number of threads and fp32. Each comparison is a line of benchmarks/results/speed.jsonl; one
-that is there already is measured again only if other work disturbed it and none does now. The tables are in
-benchmarks/results/speed.md, the figure is docs/images/speed-growth.png.
+lengths, micro-batches, number of threads and fp32. How threads wait and whether freed memory is kept is left to each:
+common.py sees to both, TRL and Hugging Face run as they start (--kept: with memory kept too).
+Each comparison is a line of benchmarks/results/speed.jsonl; one that is there already is measured again only if other
+work disturbed it and none does now. The tables are in benchmarks/results/speed.md, the figure is
+docs/images/speed-growth.png.
 """
 
 import argparse
@@ -91,6 +93,8 @@ class Worker:
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
         }
+        if theirs and args.kept:
+            env |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
         if spec["side"] == "ppo":
             env |= {"PYTHONPATH": str(Path(args.peers) / "ppo"), "TRL_EXPERIMENTAL_SILENCE": "1"}
         with self.log.open("w") as log:
@@ -243,6 +247,7 @@ def make_pairs(model: str, lengths: list[int], tokens: int) -> list[dict]:
 
 def compare(part: str, case: dict, specs: dict[str, dict], args) -> None:
     """Steps of several sides, in turns."""
+    case |= {"peers": "TRL keeps freed memory"} if args.kept else {}
     if not wanted(part, case, args):
         return
     workers = {}
@@ -495,7 +500,8 @@ def step_table(rows: list[dict]) -> str:
             seconds, tokens = median(side, clock(row)), side["tokens"]["new" if row["part"] == "rl" else "all"]
             laps = [f"{median(side, lap):.2f}" if lap in side["laps"] else "" for lap in ("rollout", "score", "update")]
             better = "" if name == peer else faster(row, name, peer)
-            cells = [f"{row['case']['what']}, {row['case']['lengths']}", name, side["tokens"]["all"]]
+            what = ", ".join(row["case"][key] for key in ("what", "lengths", "peers") if key in row["case"])
+            cells = [what, name, side["tokens"]["all"]]
             cells += [f"{tokens / seconds:.1f}", better, f"{seconds:.2f}", *laps]
             cells += [f"{side['peak_mib']} ({side['over_held_mib']})", clock(row)]
             lines.append(cells)
@@ -643,6 +649,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="OpenMP threads of each side")
     parser.add_argument("--new", type=int, default=0, help="tokens of the longest answer, if not as usual")
     parser.add_argument("--peers", default=str(ROOT / "runs" / "peers"), help="TRL's environment; made if missing")
+    parser.add_argument("--kept", action="store_true", help="TRL's processes keep freed memory, as ours do")
     parser.add_argument("--only", default="", help="only comparisons with this in one of their settings")
     parser.add_argument("--again", action="store_true", help="also those that are in the results already")
     parser.add_argument(

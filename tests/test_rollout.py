@@ -96,6 +96,42 @@ def test_packed_weights_change_nothing(monkeypatch, rows):
     assert used and max(x.shape[:-1].numel() for x in used) <= 64
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_cache_with_room_is_a_dynamic_cache(name):
+    """The same keys and values, to the last bit, while rows are repeated and dropped; a token copies none before it."""
+    ours, theirs = common._cache(CONFIGS[name]()), transformers.DynamicCache(config=CONFIGS[name]())
+    full = len(ours.layers) - 1  # Gemma's first layer has a window, and is left as it is
+    changes = {3: lambda cache: cache.batch_repeat_interleave(3), 50: lambda cache: cache.batch_select_indices(kept)}
+    rows, copies, kept = 2, 0, torch.tensor([0, 2, 5])
+    for t in range(100):
+        if t in changes:
+            changes[t](ours), changes[t](theirs)
+            rows = {3: 6, 50: 3}[t]
+        new = torch.randn(2, rows, 2, 4 if t == 0 else 1, 8)  # keys and values; a prompt of four tokens, then one each
+        before = ours.layers[full].keys.data_ptr() if t else 0
+        for layer in range(len(ours.layers)):
+            for a, b in zip(ours.update(*new, layer), theirs.update(*new, layer)):
+                assert torch.equal(a, b)
+        copies += ours.layers[full].keys.data_ptr() != before
+        assert ours.get_seq_length() == theirs.get_seq_length() == t + 4
+    assert copies <= 6  # the prompt, the first token, either change, twice more room
+
+
+@pytest.mark.parametrize("rows, threads", [(2, 1), (2048, 2)])
+def test_small_products_take_one_thread(models, rows, threads):
+    """While a rollout lasts: the largest matrix has 2048 numbers, and 2048 rows are enough for two threads."""
+    seen, model, before = [], models["llama"], torch.get_num_threads()
+    handle = model.register_forward_pre_hook(lambda *_: seen.append(torch.get_num_threads()))
+    torch.set_num_threads(2)
+    try:
+        generate(model, prompts(1), samples=rows, max_new_tokens=2, rows_at_once=rows)
+        assert torch.get_num_threads() == 2
+    finally:
+        handle.remove()
+        torch.set_num_threads(before)
+    assert seen == [threads] * 2
+
+
 def test_stop_tokens(models):
     """A completion ends with its first stop token, or at the limit; any of the stop tokens counts, none is banned."""
     prompt_ids = prompts(40)
