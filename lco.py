@@ -296,6 +296,12 @@ def policy_logprobs(policy, batch, args):
     return tuple(torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, x) for x in flat)
 
 
+# same in: ppo_baseline.py lco.py qrm.py
+def one_update(args) -> bool:
+    """Whether a rollout serves a single update: while its gradient is taken pi is pi_old, which is not asked before."""
+    return args.epochs * args.minibatches == 1 and not args.kl_coef
+
+
 @torch.no_grad()
 def score(models, batch, args) -> dict[str, torch.Tensor]:
     """Add what the rollout policy, the reference and the critic say of each token, [B, T], before any update.
@@ -306,9 +312,11 @@ def score(models, batch, args) -> dict[str, torch.Tensor]:
     heads = {}
 
     def one(micro):
-        out = {"old_hidden": common.completion_hidden(models["policy"], micro)}
-        if "old" not in heads:
-            heads["old"] = common.head_weight(models["policy"]).clone()
+        out = {}
+        if not one_update(args):
+            out["old_hidden"] = common.completion_hidden(models["policy"], micro)
+            if "old" not in heads:
+                heads["old"] = common.head_weight(models["policy"]).clone()
         for name in [n for n in ("dpo", "dpo_ref", "qrm") if n in models]:
             if common.has_scalar_head(models[name].config):
                 out["scores"] = common.completion_scalars(models[name], micro, after=True) * micro["mask"]
@@ -342,17 +350,19 @@ def objective(models, heads, micro, args, train_policy: bool = True):
     """The loss of one micro-batch, summed over its tokens, and metric sums."""
     mask = micro["mask"]
     hidden, weight = common.completion_hidden(models["policy"], micro)[mask], common.head_weight(models["policy"])
+    old = (hidden.detach(), weight.detach()) if one_update(args) else (micro["old_hidden"][mask], heads["old"])
+    dense_from = [(micro[f"{name}_hidden"][mask], head) for name, head in heads.items() if name != "old"]
     ids, advantages, token_weight = (micro[k][mask] for k in ("completion_ids", "advantages", "token_weight"))
-    if args.loss == "kld" or len(heads) > 1:
+    if args.loss == "kld" or dense_from:
         # An advantage that is known for the whole vocabulary is not one noisy sample: its signs count alike.
-        settings = replace(args, negative_beta_scale=1.0) if len(heads) > 1 else args
+        settings = replace(args, negative_beta_scale=1.0) if dense_from else args
 
         def losses(logits, old_logits, *rest):
-            *dense_from, ids, advantages, token_weight, scale = rest
-            if len(dense_from) == 2:  # dpo
-                dense = dense_from[0].log_softmax(-1) - dense_from[1].log_softmax(-1)
-            elif dense_from:  # qrm: the other tokens, on the scale on which the sampled one was standardised
-                z = (args.temperature * dense_from[0]).log_softmax(-1)
+            *others, ids, advantages, token_weight, scale = rest
+            if len(others) == 2:  # dpo
+                dense = others[0].log_softmax(-1) - others[1].log_softmax(-1)
+            elif others:  # qrm: the other tokens, on the scale on which the sampled one was standardised
+                z = (args.temperature * others[0]).log_softmax(-1)
                 dense = advantages[:, None] + scale[:, None] * (z - z.gather(-1, ids[:, None]))
             else:
                 dense = fill_advantages(advantages, ids, old_logits, args.fill)
@@ -360,12 +370,11 @@ def objective(models, heads, micro, args, train_policy: bool = True):
             loss = (per_token * token_weight).sum()
             return loss, {k: v.sum() for k, v in metrics.items()} | {"loss/policy": loss}
 
-        pairs = [(hidden, weight)] + [(micro[f"{name}_hidden"][mask], head) for name, head in heads.items()]
         columns = [ids, advantages, token_weight, micro.get("score_scale", micro["token_weight"])[mask]]
-        loss, metrics = common.over_vocabulary(losses, pairs, columns, args.temperature)
+        loss, metrics = common.over_vocabulary(losses, [(hidden, weight), old, *dense_from], columns, args.temperature)
     else:
         logit = chosen_logits(hidden, weight, ids, args)
-        old_logit = chosen_logits(micro["old_hidden"][mask], heads["old"], ids, args)
+        old_logit = chosen_logits(*old, ids, args)
         per_token, metrics = sampled_loss(logit, old_logit, advantages, args)
         loss = (per_token * token_weight).sum()
         metrics = {k: v.sum() for k, v in metrics.items()} | {"loss/policy": loss.detach()}
@@ -631,7 +640,7 @@ def rollout_metrics(batch, scores, finished, args) -> dict[str, float]:
 def check(args) -> None:
     """--check: is this script right with this model and this task? Ten seconds with the built-in model."""
     device = common.local_device(args.device)
-    small = replace(args, prompts_per_step=2 * common.world(), samples_per_prompt=4, minibatches=1, epochs=1, steps=2)
+    small = replace(args, prompts_per_step=2 * common.world(), samples_per_prompt=4, minibatches=1, epochs=2, steps=2)
     small = replace(small, micro_batch=8, max_new_tokens=min(args.max_new_tokens, 32), test_rows=4, wandb=False)
     task, tokenizer = prepare(small)
     models, _ = build(small, device)

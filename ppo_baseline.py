@@ -198,12 +198,20 @@ def policy_logprobs(policy, batch, args):
     return tuple(torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, x) for x in flat)
 
 
+# same in: ppo_baseline.py lco.py qrm.py
+def one_update(args) -> bool:
+    """Whether a rollout serves a single update: while its gradient is taken pi is pi_old, which is not asked before."""
+    return args.epochs * args.minibatches == 1 and not args.kl_coef
+
+
 @torch.no_grad()
 def score(models, batch, args) -> None:
     """Add what the rollout policy, the reference and the critic say of each token, [B, T], before any update."""
 
     def one(micro):
-        out = {"old_logprobs": policy_logprobs(models["policy"], micro, args)[0]}
+        out = {}
+        if not one_update(args):
+            out["old_logprobs"] = policy_logprobs(models["policy"], micro, args)[0]
         if "ref" in models:
             out["ref_logprobs"] = policy_logprobs(models["ref"], micro, args)[0]
         elif args.kl_coef:
@@ -220,9 +228,8 @@ def objective(models, micro, args, train_policy: bool = True):
     """The loss of one micro-batch, summed over its tokens, and metric sums."""
     mask = micro["mask"]
     logprobs, entropy = policy_logprobs(models["policy"], micro, args)
-    loss, metrics = policy_loss(
-        logprobs[mask], micro["old_logprobs"][mask], micro["advantages"][mask], args.loss, args.clip
-    )
+    old_logprobs = logprobs.detach() if one_update(args) else micro["old_logprobs"]
+    loss, metrics = policy_loss(logprobs[mask], old_logprobs[mask], micro["advantages"][mask], args.loss, args.clip)
     loss = loss * train_policy
     metrics["policy/entropy"] = entropy.sum()
     if "critic" in models:
@@ -259,7 +266,8 @@ def diagnose_update(policy, micro, old_logits, args) -> dict[str, float]:
     """--diagnose: is the surrogate flat, or uphill, on the way to pi_old exp(A) (the optimum for a KL of weight 1)?"""
     logits = common.probe_logits(policy, micro, args.temperature)
     n, mask = len(logits), micro["mask"]
-    ids, old, advantages = (micro[k][mask][:n] for k in ("completion_ids", "old_logprobs", "advantages"))
+    ids, advantages = (micro[k][mask][:n] for k in ("completion_ids", "advantages"))
+    old = old_logits.log_softmax(-1).gather(-1, ids[:, None])[:, 0]
 
     def loss_of(z, i):
         logprobs = z.log_softmax(-1).gather(-1, ids[i, None])[:, 0]
@@ -455,7 +463,7 @@ def rollout_metrics(batch, scores, finished, args) -> dict[str, float]:
 def check(args) -> None:
     """--check: is this script right with this model and this task? Ten seconds with the built-in model."""
     device = common.local_device(args.device)
-    small = replace(args, prompts_per_step=2 * common.world(), samples_per_prompt=4, minibatches=1, epochs=1, steps=2)
+    small = replace(args, prompts_per_step=2 * common.world(), samples_per_prompt=4, minibatches=1, epochs=2, steps=2)
     small = replace(small, micro_batch=8, max_new_tokens=min(args.max_new_tokens, 32), test_rows=4, wandb=False)
     task, tokenizer = prepare(small)
     models, _ = build(small, device)

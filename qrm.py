@@ -360,12 +360,20 @@ def policy_logprobs(policy, batch, args):
     return tuple(torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, x) for x in flat)
 
 
+# same in: ppo_baseline.py lco.py qrm.py
+def one_update(args) -> bool:
+    """Whether a rollout serves a single update: while its gradient is taken pi is pi_old, which is not asked before."""
+    return args.epochs * args.minibatches == 1 and not args.kl_coef
+
+
 @torch.no_grad()
 def score(models, batch, args) -> None:
     """Add what the rollout policy, reference, critic and reward model say of each token, [B, T], before any update."""
 
     def one(micro):
-        out = {"old_logprobs": policy_logprobs(models["policy"], micro, args)[0]}
+        out = {}
+        if not one_update(args):
+            out["old_logprobs"] = policy_logprobs(models["policy"], micro, args)[0]
         if "ref" in models:
             out["ref_logprobs"] = policy_logprobs(models["ref"], micro, args)[0]
         elif args.kl_coef:
@@ -384,9 +392,8 @@ def objective(models, micro, args, train_policy: bool = True):
     """The loss of one micro-batch, summed over its tokens, and metric sums."""
     mask = micro["mask"]
     logprobs, entropy = policy_logprobs(models["policy"], micro, args)
-    loss, metrics = policy_loss(
-        logprobs[mask], micro["old_logprobs"][mask], micro["advantages"][mask], args.loss, args.clip
-    )
+    old_logprobs = logprobs.detach() if one_update(args) else micro["old_logprobs"]
+    loss, metrics = policy_loss(logprobs[mask], old_logprobs[mask], micro["advantages"][mask], args.loss, args.clip)
     loss = loss * train_policy
     metrics["policy/entropy"] = entropy.sum()
     if "critic" in models:
@@ -968,7 +975,7 @@ def randomise(model) -> None:
 def check_policy(args, home: Path) -> None:
     device = common.local_device(args.device)
     small = replace(args, stage="policy", prompts_per_step=2 * common.world(), samples_per_prompt=4, minibatches=1)
-    small = replace(small, epochs=1, steps=2, micro_batch=8, max_new_tokens=min(args.max_new_tokens, 32), test_rows=4)
+    small = replace(small, epochs=2, steps=2, micro_batch=8, max_new_tokens=min(args.max_new_tokens, 32), test_rows=4)
     small = replace(small, wandb=False)
     if args.reward != "rule" and not args.reward_model:
         head = {"dpo": "lm", "qrm": args.head}.get(args.reward, "scalar")

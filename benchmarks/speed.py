@@ -5,6 +5,7 @@
     python benchmarks/speed.py distil --model smollm2      # DCKD, ADPA, DPO, a reward model; TRL's GKD, DPO, Reward
     python benchmarks/speed.py vocabulary                  # losses over 32k to 152k tokens in three ways
     python benchmarks/speed.py limit --model smollm2       # the update against torch.mm, decoding against the memory
+    python benchmarks/speed.py waiting --repeat 20         # the bare command, by how its threads wait
     python benchmarks/speed.py growth                      # time against batch, length, vocabulary, model size, ranks
     python benchmarks/speed.py tables                      # only writes the tables and figures again
 
@@ -395,20 +396,23 @@ def limit(args) -> None:
     }
     orders["read"] = dict(do=["read"], rows=2**16, times=4)
     orders["update"] = dict(do=["update"], rows=rows, count=True, **tokens)
+    orders["update without _keep_freed_memory"] = dict(do=["update"], rows=rows, **tokens)
     for name, fused in (("Adam, a loop", False), ("Adam, fused", True)):
         orders[name] = dict(do=["adam"], fused=fused)
     for batch in (1, 8) if args.smoke else (1, 8, 32):
-        for packed in (True, False):
-            name = f"decode {batch}" if packed else f"decode {batch} plain"
-            orders[name] = dict(do=["decode"], rows=batch, prompt=size["prompt"], new=new, packed=packed)
+        for without in ("", "_packed", "_cache", "_threads"):
+            name = f"decode {batch} without {without}" if without else f"decode {batch}"
+            orders[name] = dict(do=["decode"], rows=batch, prompt=size["prompt"], new=new, without=without)
     case = dict(model=args.model, threads=args.threads, **size, decoded=new)
     if wanted("limit", case, args):
-        worker = Worker("limit", dict(side="probe", model=folder, micro_batch=rows), args)
+        spec, workers = dict(side="probe", model=folder, micro_batch=rows), []
         try:
-            measured = alternate({}, args.repeat, {name: (worker, order) for name, order in orders.items()})
+            workers += [Worker(f"limit {keep}", spec | dict(keep=keep), args) for keep in (True, False)]
+            measured = alternate({}, args.repeat, {n: (workers["freed" in n], order) for n, order in orders.items()})
         finally:
-            worker.close()
-        record(args, "limit", case, measured, worker.versions)
+            for worker in workers:
+                worker.close()
+        record(args, "limit", case, measured, workers[0].versions)
 
 
 BASE = dict(H=256, layers=4, V=4096, batch=8, new=64)
@@ -439,19 +443,32 @@ def growth(args) -> None:
     for ranks in (1, 2):
         case = dict(sweep="ranks", ranks=ranks, threads=1)
         if wanted("growth", case, args):
-            record(args, "growth", case, run_ranks(ranks, args.repeat), {})
+            start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+            record(args, "growth", case, run_bare(args, start, OMP_NUM_THREADS="1"), {})
 
 
-def run_ranks(ranks: int, repeat: int) -> dict:
-    """The bare command of lco.py on some ranks, a thread each; its own clocks."""
+def waiting(args) -> None:
+    """The bare command of lco.py, alone and twice at once; its threads spin so often before they sleep."""
+    for jobs in (1, 2):
+        for spins in (0, 1000, 10000):
+            case = dict(jobs=jobs, spins=spins, threads=args.threads)
+            if wanted("waiting", case, args):
+                spin = dict(OMP_NUM_THREADS=str(args.threads), GOMP_SPINCOUNT=str(spins))
+                record(args, "waiting", case, run_bare(args, [], jobs, **spin), {})
+
+
+def run_bare(args, start: list[str], jobs: int = 1, **env) -> dict:
+    """The bare command of lco.py, several at once; the clocks of the first."""
     with tempfile.TemporaryDirectory() as folder:
-        settings = f"--steps {repeat + 1} --eval_every 1000000 --test_rows 8 --out {folder}/run"
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "lco.py"]
-        start, spent, own = time.time(), busy(), os.times()
-        env = os.environ | {"OMP_NUM_THREADS": "1"}
-        subprocess.run([*command, *shlex.split(settings)], cwd=ROOT, check=True, capture_output=True, env=env)
-        elapsed, spent, used = time.time() - start, busy() - spent, os.times()
-        lines = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
+        begin, spent, own = time.time(), busy(), os.times()
+        settings = f"lco.py --steps {args.repeat + 1} --eval_every 1000000 --test_rows 8 --out {folder}/"
+        command = [sys.executable, *start, *shlex.split(settings)]
+        silent = dict(cwd=ROOT, env=os.environ | env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        runs = [subprocess.Popen([*command[:-1], f"{command[-1]}{job}"], **silent) for job in range(jobs)]
+        if any(run.wait() for run in runs):
+            sys.exit(f"failed: {shlex.join(command)}")
+        elapsed, spent, used = time.time() - begin, busy() - spent, os.times()
+        lines = [json.loads(line) for line in (Path(folder) / "0" / "metrics.jsonl").read_text().splitlines()]
     own = used.children_user + used.children_system - own.children_user - own.children_system
     answers = [
         {
@@ -542,11 +559,11 @@ def limit_table(row: dict) -> str:
     bandwidth = sides["read"]["bytes"] / median(sides["read"], "read")
     lines = [[name, "", f"{rate / 1e9:.1f} GFLOP/s", ""] for name, rate in rates.items()]
     lines.append(["read", "", f"{bandwidth / 2**30:.1f} GiB/s", ""])
-    update = sides["update"]
-    rate = update["flops"] / median(update, "update")
-    share = f"{rate / max(rates.values()):.0%} of the best mm"
-    lines.append(["update", f"{median(update, 'update'):.2f} s", f"{rate / 1e9:.1f} GFLOP/s", share])
     for name, side in sides.items():
+        if name.startswith("update"):
+            rate = sides["update"]["flops"] / median(side, "update")
+            share = f"{rate / max(rates.values()):.0%} of the best mm"
+            lines.append([name, f"{median(side, 'update'):.2f} s", f"{rate / 1e9:.1f} GFLOP/s", share])
         if name.startswith("Adam"):
             lines.append([name, f"{median(side, 'adam'):.3f} s", "", ""])
         if name.startswith("decode"):
@@ -559,9 +576,18 @@ def limit_table(row: dict) -> str:
             bound = min(memory, compute)
             what = "memory" if memory < compute else "mm"
             share = f"{speed / bound:.0%} of the bound; {inside:.0%} of its time in the model"
-            share += "" if name.endswith("plain") else f"; packed before in {median(side, 'pack'):.2f} s"
+            share += "" if "without" in name else f"; packed before in {median(side, 'pack'):.2f} s"
             lines.append([name, f"{speed:.1f} tokens/s", f"bound {bound:.1f} ({what})", share])
     return table("what | measured | rate | share", lines)
+
+
+def waiting_table(rows: list[dict]) -> str:
+    lines = []
+    for row in rows:
+        side, jobs = row["sides"]["ours"], row["case"]["jobs"]
+        laps = [f"{median(side, lap):.2f}" for lap in ("decode", "update")]
+        lines.append([row["case"]["spins"], {1: "alone", 2: "two at once"}[jobs], f"{median(side):.2f}", *laps])
+    return table("GOMP_SPINCOUNT | runs | s a step | rollout s | update s", lines)
 
 
 def points_of(rows: list[dict], sweep: str, lap: str) -> list[tuple[float, float]]:
@@ -621,7 +647,7 @@ def tables(args) -> None:
         by_part.setdefault(row["part"], []).append(row)
     text = ["# Speed\n\nMade by `python benchmarks/speed.py`: medians over steps that took turns. Where other work "]
     text.append("disturbed a comparison, its clock is the CPU's (laps are always on the wall's).\n")
-    for part in ("rl", "distil", "rollout", "vocabulary", "limit"):
+    for part in ("rl", "distil", "rollout", "vocabulary", "limit", "waiting"):
         groups: dict[tuple, list[dict]] = {}
         for row in by_part.get(part, []):
             case = row["case"]
@@ -629,7 +655,9 @@ def tables(args) -> None:
             groups.setdefault((case.get("model", ""), f"{case['threads']} thread(s)", *sizes), []).append(row)
         for group, rows in groups.items():
             text.append(f"\n## {part}: {', '.join(name for name in group if name)}\n\n")
-            make = {"rollout": rollout_table, "vocabulary": vocabulary_table}.get(part, step_table)
+            make = {"rollout": rollout_table, "vocabulary": vocabulary_table, "waiting": waiting_table}.get(
+                part, step_table
+            )
             text.append(limit_table(rows[-1]) if part == "limit" else make(rows))
             versions = {k: v for row in rows for k, v in row["versions"].items()}
             text.append(f"\n{rows[-1]['cpu']}; {', '.join(f'{k} {v}' for k, v in versions.items())}\n")
@@ -642,7 +670,7 @@ def tables(args) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = {part.__name__: part for part in (rl, rollout, distil, vocabulary, limit, growth, tables)}
+    parts = {part.__name__: part for part in (rl, rollout, distil, vocabulary, limit, waiting, growth, tables)}
     parser.add_argument("part", choices=parts)
     parser.add_argument("--model", default="builtin", choices=("builtin", "smollm2"))
     parser.add_argument("--repeat", type=int, default=5, help="steps of each side that count")

@@ -17,6 +17,7 @@ import tempfile
 import time
 from importlib import metadata
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 FOREVER = 10**6  # steps; the driver says when it is over
@@ -650,7 +651,10 @@ def probe(spec: dict, gate: Gate) -> None:
 
     import torch
     from torch.utils.flop_counter import FlopCounterMode
+    from transformers import DynamicCache
 
+    if not spec.get("keep", True):
+        common._keep_freed_memory = lambda: None
     args = ppo_baseline.Args(advantage="group", micro_batch=spec.get("micro_batch", 8))
     built = {}
 
@@ -698,25 +702,26 @@ def probe(spec: dict, gate: Gate) -> None:
         policy = model_of(order)[0]["policy"]
         prompts = random_batch(common, policy, order["rows"], order["prompt"], 1)["prompt_ids"].tolist()
         limits = dict(max_new_tokens=order["new"], stop_ids=[policy.config.vocab_size], pad_id=0, rows_at_once=FOREVER)
-        forward, packed = policy.forward, common._packed
+        forward, without = policy.forward, order.get("without")
 
         def timed(*given, **more):
             with gate.lap("model"):
                 return forward(*given, **more)
 
-        if not order.get("packed", True):
-            common._packed = contextlib.nullcontext
-        with gate.lap("pack"), common._packed(policy):
-            pass
-        with gate.lap("prefill"):
-            common.generate(policy, prompts, **limits | {"max_new_tokens": 1})
-        noise = common.uniforms(0, common.TRAIN, 0, range(order["rows"]), order["new"])
-        with gate.lap("decode"):
-            common.generate(policy, prompts, noise=noise, **limits)
-        policy.forward = timed  # a second time: what is not spent in the model is our own
-        with gate.lap("decode and model"):
-            common.generate(policy, prompts, noise=noise, **limits)
-        policy.forward, common._packed = forward, packed
+        nothing = lambda *_: contextlib.nullcontext()  # noqa: E731
+        plain = {"_cache": lambda config: DynamicCache(config=config)}.get(without, nothing)
+        with mock.patch.object(common, without, plain) if without else nothing():
+            with gate.lap("pack"), common._packed(policy):
+                pass
+            with gate.lap("prefill"):
+                common.generate(policy, prompts, **limits | {"max_new_tokens": 1})
+            noise = common.uniforms(0, common.TRAIN, 0, range(order["rows"]), order["new"])
+            with gate.lap("decode"):
+                common.generate(policy, prompts, noise=noise, **limits)
+            policy.forward = timed  # a second time: what is not spent in the model is our own
+            with gate.lap("decode and model"):
+                common.generate(policy, prompts, noise=noise, **limits)
+        policy.forward = forward
         gate.count(new=order["rows"] * order["new"])
         return {"parameters": sum(p.numel() for p in policy.parameters())}
 

@@ -12,7 +12,7 @@ import lco
 import ppo_baseline
 import pytest
 import tasks
-from conftest import REWARD, TINY, flags, read_metrics, run_here, run_script
+from conftest import REWARD, TINY, assert_same_metrics, flags, read_metrics, run_here, run_script
 
 import torch
 
@@ -285,6 +285,34 @@ def test_critic_warmup_leaves_the_policy_alone(base, tmp_path):
 def test_few_rows(base, out):
     """A step may be as small as one prompt with two samples."""
     trained(lco, base, out, prompts_per_step=1, samples_per_prompt=2, minibatches=1)
+
+
+SINGLE = {
+    "ppo": (ppo_baseline, dict(loss="ppo")),
+    "lch": (lco, dict(loss="lch")),
+    "kld": (lco, dict(loss="kld", critic_lr=0.0, advantage="gae")),
+}
+
+
+@pytest.mark.parametrize("name", SINGLE)
+def test_single_update_asks_pi_old_in_passing(name, base, tmp_path):
+    """One update a rollout spares the forward of pi_old; it is there with more updates, and for a KL penalty."""
+    script, changes = SINGLE[name]
+    settings = base | dict(minibatches=1, advantage="group") | changes
+    runs, reads = {}, {}
+    for asked in (False, True):
+        with (
+            mock.patch.object(common, "completion_hidden", wraps=common.completion_hidden) as read,
+            mock.patch.object(script, "one_update", (lambda args: False) if asked else script.one_update),
+        ):
+            runs[asked] = read_metrics(run_here(script, **settings, out=str(tmp_path / f"{asked}")))
+        reads[asked] = read.call_count
+    assert_same_metrics(runs[False], runs[True], relative=1e-4, floor=1e-5)
+    assert reads[True] == 2 * reads[False]  # score and update read equally many micro-batches
+    one = script.Args(**settings)
+    assert script.one_update(one)
+    for more in (dict(minibatches=2), dict(epochs=2), dict(kl_coef=0.1)):
+        assert not script.one_update(dataclasses.replace(one, **more))
 
 
 # ---- the user's own data ---------------------------------------------------------------------------------------------
