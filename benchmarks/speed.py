@@ -399,10 +399,11 @@ def limit(args) -> None:
     orders["update without _keep_freed_memory"] = dict(do=["update"], rows=rows, **tokens)
     for name, fused in (("Adam, a loop", False), ("Adam, fused", True)):
         orders[name] = dict(do=["adam"], fused=fused)
-    for batch in (1, 8) if args.smoke else (1, 8, 32):
-        for without in ("", "_packed", "_cache", "_threads"):
-            name = f"decode {batch} without {without}" if without else f"decode {batch}"
-            orders[name] = dict(do=["decode"], rows=batch, prompt=size["prompt"], new=new, without=without)
+    batches = (1, 8) if args.smoke else (1, 8, 32)
+    cases = [(batch, new, without) for batch in batches for without in ("", "_packed", "_threads")]
+    for batch, length, without in cases + [(batches[-1], 8 * new, without) for without in ("", "_cache")]:
+        name = f"decode {batch}" + " for long" * (length > new) + f" without {without}" * bool(without)
+        orders[name] = dict(do=["decode"], rows=batch, prompt=size["prompt"], new=length, without=without)
     case = dict(model=args.model, threads=args.threads, **size, decoded=new)
     if wanted("limit", case, args):
         spec, workers = dict(side="probe", model=folder, micro_batch=rows), []
@@ -568,7 +569,8 @@ def limit_table(row: dict) -> str:
             lines.append([name, f"{median(side, 'adam'):.3f} s", "", ""])
         if name.startswith("decode"):
             inside = median(side, "model") / median(side, "decode and model")
-            batch, new = int(name.split()[1]), row["case"]["decoded"]
+            batch = int(name.split()[1])
+            new = side["tokens"]["new"] // batch
             seconds = median(side, "decode") - median(side, "prefill")
             speed = batch * (new - 1) / seconds
             memory = batch * bandwidth / (4 * side["parameters"])
