@@ -449,7 +449,7 @@ def growth(args) -> None:
 
 
 def waiting(args) -> None:
-    """The bare command of lco.py, alone and twice at once; its threads spin so often before they sleep."""
+    """The bare command of lco.py, alone and twice at once, by how often a thread looks for work before it sleeps."""
     for jobs in (1, 2):
         for spins in (0, 1000, 10000):
             case = dict(jobs=jobs, spins=spins, threads=args.threads)
@@ -657,9 +657,8 @@ def tables(args) -> None:
             groups.setdefault((case.get("model", ""), f"{case['threads']} thread(s)", *sizes), []).append(row)
         for group, rows in groups.items():
             text.append(f"\n## {part}: {', '.join(name for name in group if name)}\n\n")
-            make = {"rollout": rollout_table, "vocabulary": vocabulary_table, "waiting": waiting_table}.get(
-                part, step_table
-            )
+            makers = {"rollout": rollout_table, "vocabulary": vocabulary_table, "waiting": waiting_table}
+            make = makers.get(part, step_table)
             text.append(limit_table(rows[-1]) if part == "limit" else make(rows))
             versions = {k: v for row in rows for k, v in row["versions"].items()}
             text.append(f"\n{rows[-1]['cpu']}; {', '.join(f'{k} {v}' for k, v in versions.items())}\n")

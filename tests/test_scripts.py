@@ -11,6 +11,7 @@ import common
 import lco
 import ppo_baseline
 import pytest
+import qrm
 import tasks
 from conftest import REWARD, TINY, assert_same_metrics, flags, read_metrics, run_here, run_script
 
@@ -291,6 +292,7 @@ SINGLE = {
     "ppo": (ppo_baseline, dict(loss="ppo")),
     "lch": (lco, dict(loss="lch")),
     "kld": (lco, dict(loss="kld", critic_lr=0.0, advantage="gae")),
+    "qrm": (qrm, dict(stage="policy", reward="rule")),
 }
 
 
