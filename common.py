@@ -20,7 +20,7 @@ Nothing here knows a method. A line that could change a number in a paper belong
 import os
 
 # Before torch is imported. Threads that spin for long while they wait ruin a step when anything else runs, threads that
-# sleep at once are woken too late for the next product: some 30 microseconds are the middle (docs/speed.md).
+# sleep at once are woken too late for the next product: some 20 microseconds are the middle (docs/speed.md).
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
@@ -140,7 +140,7 @@ def launch(main, device: str = "auto") -> None:
 
 
 def _keep_freed_memory() -> None:
-    """What a step frees serves the next one. Else glibc returns it, and a fifth of a step goes into clearing pages."""
+    """What a step frees serves the next one. Else glibc returns it: clearing pages took a third of an update."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
         mallopt(-4, 0)  # M_MMAP_MAX: large tensors come from the heap too

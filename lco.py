@@ -640,6 +640,7 @@ def rollout_metrics(batch, scores, finished, args) -> dict[str, float]:
 def check(args) -> None:
     """--check: is this script right with this model and this task? Ten seconds with the built-in model."""
     device = common.local_device(args.device)
+    # Two epochs: with a single update pi_old would not be asked, and there were nothing to compare.
     small = replace(args, prompts_per_step=2 * common.world(), samples_per_prompt=4, minibatches=1, epochs=2, steps=2)
     small = replace(small, micro_batch=8, max_new_tokens=min(args.max_new_tokens, 32), test_rows=4, wandb=False)
     task, tokenizer = prepare(small)

@@ -975,6 +975,7 @@ def randomise(model) -> None:
 def check_policy(args, home: Path) -> None:
     device = common.local_device(args.device)
     small = replace(args, stage="policy", prompts_per_step=2 * common.world(), samples_per_prompt=4, minibatches=1)
+    # Two epochs: with a single update pi_old would not be asked, and there were nothing to compare.
     small = replace(small, epochs=2, steps=2, micro_batch=8, max_new_tokens=min(args.max_new_tokens, 32), test_rows=4)
     small = replace(small, wandb=False)
     if args.reward != "rule" and not args.reward_model:

@@ -13,7 +13,7 @@ The sides of a comparison are processes that stay loaded and take turns, a step 
 the machine hits all of them; the first step of each is not counted. TRL (its newest release, and the last one that had
 a PPO trainer) is installed into an environment of its own, runs/peers. All sides have the same weights, prompts,
 lengths, micro-batches, number of threads and fp32. How threads wait and whether freed memory is kept is left to each:
-common.py sees to both, TRL and Hugging Face run as they start (--kept: with memory kept too).
+common.py sees to both, TRL and Hugging Face run as they start (--kept: TRL with memory kept too).
 Each comparison is a line of benchmarks/results/speed.jsonl; one that is there already is measured again only if other
 work disturbed it and none does now. The tables are in benchmarks/results/speed.md, the figure is
 docs/images/speed-growth.png.
@@ -248,7 +248,10 @@ def make_pairs(model: str, lengths: list[int], tokens: int) -> list[dict]:
 
 def compare(part: str, case: dict, specs: dict[str, dict], args) -> None:
     """Steps of several sides, in turns."""
-    case |= {"peers": "TRL keeps freed memory"} if args.kept else {}
+    if args.kept:
+        case |= {"peers": "TRL keeps freed memory"}
+        if not any(name.startswith("TRL") for name in specs):
+            return
     if not wanted(part, case, args):
         return
     workers = {}

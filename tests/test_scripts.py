@@ -291,7 +291,7 @@ def test_few_rows(base, out):
 SINGLE = {
     "ppo": (ppo_baseline, dict(loss="ppo")),
     "lch": (lco, dict(loss="lch")),
-    "kld": (lco, dict(loss="kld", critic_lr=0.0, advantage="gae")),
+    "kld": (lco, dict(loss="kld", advantage="gae")),
     "qrm": (qrm, dict(stage="policy", reward="rule")),
 }
 
