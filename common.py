@@ -17,22 +17,17 @@ Shapes: B sequences, P prompt positions, T completion positions, H hidden width,
 Nothing here knows a method. A line that could change a number in a paper belongs in a script.
 """
 
-import os
-
-# Before torch is imported. Threads that spin for long while they wait ruin a step when anything else runs, threads that
-# sleep at once are woken too late for the next product: some 20 microseconds are the middle (docs/speed.md).
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-# Large tensors on the CPU in huge pages, so that logits of a whole vocabulary cost fewer page faults.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+try:
+    import cpu  # before torch: it sets how OpenMP threads wait
+except ModuleNotFoundError:  # delete cpu.py and only speed changes
+    cpu = None
 
 import contextlib
-import ctypes
 import hashlib
 import importlib.util
 import json
 import math
+import os
 import shutil
 import signal
 import subprocess
@@ -44,7 +39,6 @@ import types
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -115,8 +109,8 @@ def launch(main, device: str = "auto") -> None:
 
     code = 0
     try:
-        if local_device(device).type == "cpu":
-            _keep_freed_memory()
+        if cpu and local_device(device).type == "cpu":
+            cpu.keep_freed_memory()
         record(main)()
         dist.barrier()
     except SystemExit as stop:
@@ -137,14 +131,6 @@ def launch(main, device: str = "auto") -> None:
     if code or world() > 1:
         os._exit(code)  # a normal exit right after a gloo collective aborts in about one run of ten
     dist.destroy_process_group()
-
-
-def _keep_freed_memory() -> None:
-    """What a step frees serves the next one. Else glibc returns it: clearing pages took a third of an update."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:
-        mallopt(-4, 0)  # M_MMAP_MAX: large tensors come from the heap too
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: whose end is never given back
 
 
 def _store_says_failed() -> bool:
@@ -796,7 +782,8 @@ def generate(
     order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))
     at_once = max(1, rows_at_once // samples)
     completions: list[list[int]] = [[]] * (len(prompt_ids) * samples)
-    with gathered(model), _packed(model), _threads(model, min(at_once, len(order)) * samples), torch.no_grad():
+    fast = cpu.fast_decoding(model, min(at_once, len(order)) * samples) if cpu else contextlib.nullcontext()
+    with gathered(model), fast, torch.no_grad():
         for i in range(0, len(order), at_once):
             piece = order[i : i + at_once]
             rows = [p * samples + s for p in piece for s in range(samples)]
@@ -807,78 +794,15 @@ def generate(
     return completions
 
 
-@contextlib.contextmanager
-def _packed(model):
-    """Linear layers with copies of their weights in oneDNN's order meanwhile: decoding takes up to 1.4 times less time.
-
-    For float32 on a CPU. Small weights and many rows (a prompt) gain nothing and are left alone.
-    """
-    weight, layers = head_weight(model), []
-    if weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available():
-        layers = [m for m in model.modules() if type(m) is torch.nn.Linear and m.weight.numel() >= 2**18]
-    for layer in layers:
-        weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), 16)
-        layer.forward = partial(_packed_linear, layer, weight)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.forward
-
-
-def _packed_linear(layer, weight, x):
-    if x.shape[:-1].numel() > 64:
-        return F.linear(x, layer.weight, layer.bias)
-    return torch.ops.mkldnn._linear_pointwise(x, weight, layer.bias, "none", [], "")
-
-
-@contextlib.contextmanager
-def _threads(model, rows: int):
-    """One thread meanwhile where the products are small: another one takes longer to wake than to multiply."""
-    before, layers = torch.get_num_threads(), (m for m in model.modules() if isinstance(m, torch.nn.Linear))
-    if rows * max((layer.weight.numel() for layer in layers), default=math.inf) < 2**22:
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _cache(config):
-    """A DynamicCache with room for tokens to come, so that a token does not copy all those before it."""
-    from transformers.cache_utils import DynamicCache, DynamicLayer
-
-    class Roomy(DynamicLayer):
-        room, seen = (), None
-
-        def update(self, keys, values, *args, **kwargs):
-            n = self.get_seq_length()
-            if n == 0:
-                return super().update(keys, values)
-            end = n + keys.shape[-2]
-            if self.keys is not self.seen or end > self.room[0].shape[-2]:  # other rows than last time, or it is full
-                both, more = (self.keys, self.values), end + end // 4 + 32
-                self.room = [x.new_empty(*x.shape[:2], more, x.shape[3]) for x in both]
-                for room, x in zip(self.room, both):
-                    room[:, :, :n] = x
-            for room, x in zip(self.room, (keys, values)):
-                room[:, :, n:end] = x
-            self.keys, self.values = (room[:, :, :end] for room in self.room)
-            self.seen = self.keys
-            return self.keys, self.values
-
-    cache = DynamicCache(config=config)
-    cache.layers = [Roomy() if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    return cache
-
-
 def _generate(model, prompt_ids, samples, max_new_tokens, temperature, noise, stop_ids, pad_id) -> list[list[int]]:
+    from transformers.cache_utils import DynamicCache
+
     device = next(model.parameters()).device
     batch = make_batch(prompt_ids, [[pad_id]] * len(prompt_ids), pad_id, device)
     attention = batch["prompt_mask"].long()
     position = attention.cumsum(1) - 1
     stop = torch.tensor(stop_ids, device=device)
-    cache = _cache(model.config)
+    cache = (cpu.roomy_cache if cpu else DynamicCache)(config=model.config)
     out = model(
         input_ids=batch["prompt_ids"],
         attention_mask=attention,

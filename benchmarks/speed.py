@@ -399,12 +399,12 @@ def limit(args) -> None:
     }
     orders["read"] = dict(do=["read"], rows=2**16, times=4)
     orders["update"] = dict(do=["update"], rows=rows, count=True, **tokens)
-    orders["update without _keep_freed_memory"] = dict(do=["update"], rows=rows, **tokens)
+    orders["update without keep_freed_memory"] = dict(do=["update"], rows=rows, **tokens)
     for name, fused in (("Adam, a loop", False), ("Adam, fused", True)):
         orders[name] = dict(do=["adam"], fused=fused)
     batches = (1, 8) if args.smoke else (1, 8, 32)
-    cases = [(batch, new, without) for batch in batches for without in ("", "_packed", "_threads")]
-    for batch, length, without in cases + [(batches[-1], 8 * new, without) for without in ("", "_cache")]:
+    cases = [(batch, new, without) for batch in batches for without in ("", "packed", "threads")]
+    for batch, length, without in cases + [(batches[-1], 8 * new, without) for without in ("", "roomy_cache")]:
         name = f"decode {batch}" + " for long" * (length > new) + f" without {without}" * bool(without)
         orders[name] = dict(do=["decode"], rows=batch, prompt=size["prompt"], new=length, without=without)
     case = dict(model=args.model, threads=args.threads, **size, decoded=new)

@@ -647,6 +647,7 @@ def probe(spec: dict, gate: Gate) -> None:
     """What an order asks for: `mm` and `read` of the machine, `update` and `decode` of a model of some size."""
     sys.path.insert(0, str(ROOT))
     import common
+    import cpu
     import ppo_baseline
 
     import torch
@@ -654,7 +655,7 @@ def probe(spec: dict, gate: Gate) -> None:
     from transformers import DynamicCache
 
     if not spec.get("keep", True):
-        common._keep_freed_memory = lambda: None
+        cpu.keep_freed_memory = lambda: None
     args = ppo_baseline.Args(advantage="group", micro_batch=spec.get("micro_batch", 8))
     built = {}
 
@@ -709,9 +710,9 @@ def probe(spec: dict, gate: Gate) -> None:
                 return forward(*given, **more)
 
         nothing = lambda *_: contextlib.nullcontext()  # noqa: E731
-        plain = {"_cache": lambda config: DynamicCache(config=config)}.get(without, nothing)
-        with mock.patch.object(common, without, plain) if without else nothing():
-            with gate.lap("pack"), common._packed(policy):
+        plain = {"roomy_cache": lambda config: DynamicCache(config=config)}.get(without, nothing)
+        with mock.patch.object(cpu, without, plain) if without else nothing():
+            with gate.lap("pack"), cpu.packed(policy):
                 pass
             with gate.lap("prefill"):
                 common.generate(policy, prompts, **limits | {"max_new_tokens": 1})
