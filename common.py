@@ -28,6 +28,7 @@ import importlib.util
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -66,6 +67,7 @@ from torch.utils._pytree import tree_map
 # ======================================================================================================================
 
 _stop = threading.Event()  # set by SIGTERM or SIGINT; ranks agree on it once a step
+_signal = _exit_code = 0  # the signal that asked for an early end; what the process returns after one
 _store = None  # shared by all ranks; holds the message of the rank that failed first
 
 
@@ -113,6 +115,7 @@ def launch(main, device: str = "auto") -> None:
             cpu.keep_freed_memory()
         record(main)()
         dist.barrier()
+        code = _exit_code
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except BadInput as error:
@@ -142,8 +145,12 @@ def _store_says_failed() -> bool:
 
 def _on_signal(number, frame) -> None:
     """First signal: finish the step, save, leave. Second one, or a rank that has failed: leave now."""
+    global _signal
     if _stop.is_set() and number == signal.SIGINT:
         os._exit(130)
+    if rank() == 0:  # not print(), which may be what was interrupted
+        os.write(2, b"\nstopping after this step, with a checkpoint; Ctrl-C again stops at once, without one\n")
+    _signal = number
     _stop.set()
     # torchrun sends the same SIGTERM when a peer died. Then there is no next step to wait for.
     threading.Thread(target=lambda: _store_says_failed() and os._exit(1), daemon=True).start()
@@ -1038,6 +1045,7 @@ class _TokenLogprobs(torch.autograd.Function):
 # 8. run folder
 # ======================================================================================================================
 
+ON_SCREEN = ("reward/mean", "loss/", "kl/", "policy/kl_old", "policy/logit_gap", "length/mean", "revise/", "eval/")
 FREE_TO_CHANGE = {"out", "resume", "check", "device", "micro_batch", "rollout_rows", "save_every", "wandb"}
 
 
@@ -1049,19 +1057,15 @@ def from_rank_0(value):
 
 
 class RunFolder:
-    """args.json, source.py, metrics.jsonl, samples.jsonl, plot.png, report.html, checkpoint/, model/. Rank 0 writes.
+    """args.json, source.py, metrics.jsonl, samples.jsonl, plot.png, report.html, checkpoint/, model/. Rank 0 writes."""
 
-    panels: {title: [metric, ...]}, what plot.png shows; show: the metrics of the printed line.
-    """
-
-    def __init__(self, args, script: str, panels: dict[str, list[str]], show: list[str]):
+    def __init__(self, args, script: str):
         name = Path(script).stem
         self.path = Path(from_rank_0(args.out or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"))
         settings = asdict(args)
         resume = settings.get("resume", False)  # a script without steps has none of these
-        self.panels, self.show, self.steps = panels, show, settings.get("steps", 0)
-        self.clock, self.first = time.time(), None
-        self.tracker = None
+        self.settings, self.total = settings, settings.get("steps", 0)
+        self.first = self.tracker = None
         files = [p.name for p in self.path.iterdir() if p.suffix != ".part"] if self.path.is_dir() else []
         files = from_rank_0(files)
         require(not resume or args.out, "--resume needs --out, the folder of the run to go on with")
@@ -1076,6 +1080,7 @@ class RunFolder:
         else:
             hint = ", or give --resume" if "resume" in settings else ""
             require(not files, f"--out {self.path} exists and is not empty: choose another folder{hint}")
+        say(f"run folder: {self.path}")
         if rank() != 0:
             return
         if settings.get("wandb"):
@@ -1090,18 +1095,6 @@ class RunFolder:
         shutil.copy(script, self.path / "source.py")
         for name in ("metrics.jsonl", "samples.jsonl"):
             (self.path / name).touch()
-
-    def resume(self, model, optimizer) -> int:
-        """Load the newest checkpoint, if there is one; returns the step to go on with."""
-        newest = latest_checkpoint(self.path)
-        if newest is None:
-            self.cut(-1)
-            return 0
-        step, path = newest
-        load_checkpoint(path, model, optimizer)
-        self.cut(step)
-        say(f"resumed from {path}")
-        return step
 
     def cut(self, step: int) -> None:
         """Forget what was logged after `step`: the checkpoint that the run goes on from was written there."""
@@ -1122,10 +1115,11 @@ class RunFolder:
         self.first = self.first if self.first is not None else (step, time.time())
         done, seconds = step - self.first[0], time.time() - self.first[1]
         pace = seconds / done if done else 0.0
-        left = int(pace * (self.steps - step))
-        shown = [f"{k.removesuffix('/mean')} {metrics[k]:.4g}" for k in self.show if metrics.get(k) is not None]
+        left = int(pace * (self.total - step))
+        names = [k for start in ON_SCREEN for k in metrics if k.startswith(start) and metrics[k] is not None]
+        shown = [f"{k.removesuffix('/mean')} {metrics[k]:.4g}" for k in names]
         eta = f"{pace:.2f} s/step  {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left" if done else ""
-        print(f"step {step}/{self.steps}  " + "  ".join([*shown, eta]), flush=True)
+        print(f"step {step}/{self.total}  " + "  ".join([*shown, eta]), flush=True)
 
     def samples(self, step: int, samples: list[dict]) -> None:
         """Rows {kind, prompt, completion, reward} into samples.jsonl."""
@@ -1134,74 +1128,93 @@ class RunFolder:
                 file.writelines(json.dumps({"step": step, **sample}) + "\n" for sample in samples)
 
     def report(self) -> None:
-        """plot.png, and report.html: curves, samples and settings in one file without links."""
-        if rank() == 0:
-            metrics = [json.loads(line) for line in (self.path / "metrics.jsonl").read_text().splitlines()]
-            samples = [json.loads(line) for line in (self.path / "samples.jsonl").read_text().splitlines()]
-            _plot(self.path / "plot.png", metrics, self.panels, self.path.name)
-            _report(self.path, metrics, samples)
+        """plot.png and report.html, if report.py is there."""
+        if rank() == 0 and importlib.util.find_spec("report"):
+            import report
+
+            report.write_report(self.path)
+
+    def token_page(self, name: str, title: str, answers: list[dict]) -> None:
+        """A page of answers with coloured tokens, if report.py is there; see report.token_page()."""
+        if rank() == 0 and importlib.util.find_spec("report"):
+            import report
+
+            report.token_page(self.path / name, title, answers)
 
 
-def token_page(path: Path, title: str, answers: list[dict], note: str = "") -> None:
-    """One self-contained page of answers whose tokens are coloured by numbers, one colouring under the other.
+class Run(RunFolder):
+    """What happens around the loop of a script: evaluation, log, checkpoints, an early end.
 
-    answers: rows {prompt, kind, tokens: [str], scores: {name: [float]}}. Each colouring is standardised over the page:
-    blue is above its mean, red below, white at it. The number itself shows on hovering.
+    run = Run(args, __file__)                              refuses a folder that is in use, before a model is loaded
+    for step in run.steps(models, optimizer, evaluate):    goes on from a checkpoint, or evaluates first
+        run.lap("update")                                  time/update: the seconds since the last lap
+        run.end_step(metrics, samples)                     logs; evaluates and saves when it is time
+    run.finish(policy, tokenizer)                          model/ and report.html; after an early end, how to go on
     """
-    from html import escape
 
-    names = list(dict.fromkeys(name for answer in answers for name in answer["scores"]))
-    scale = {}
-    for name in names:
-        values = np.array([x for answer in answers for x in answer["scores"].get(name, [])])
-        scale[name] = values.mean(), values.std() + 1e-8
+    stop_after = None  # tests end a run after this step, as a signal would
+    step, stopped = -1, False
 
-    def span(token: str, value: float, name: str) -> str:
-        z = max(-2.0, min(2.0, (value - scale[name][0]) / scale[name][1])) / 2
-        colour = (255 - 150 * z, 255 - 75 * z, 255) if z > 0 else (255, 255 + 135 * z, 255 + 150 * z)
-        red, green, blue = map(round, colour)
-        text = escape(token).replace("\n", "↵\n")
-        return f'<span style="background:rgb({red},{green},{blue})" title="{name}: {value:.3f}">{text}</span>'
-
-    blocks = []
-    for answer in answers:
-        prompt = answer["prompt"]
-        prompt = prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
-        lines = "".join(
-            f"<tr><th>{escape(name)}</th><td>"
-            + "".join(span(t, x, name) for t, x in zip(answer["tokens"], answer["scores"][name]))
-            + "</td></tr>"
-            for name in names
-            if name in answer["scores"]
-        )
-        kind = escape(answer["kind"])
-        blocks.append(f'<h3 class="{kind}">{escape(prompt)} <small>{kind}</small></h3><table>{lines}</table>')
-    write_whole(
-        path,
-        f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title><style>
-body {{ font: 15px/1.45 system-ui, sans-serif; max-width: 1000px; margin: 2em auto; padding: 0 1em; color: #222 }}
-h3 {{ font: 600 15px monospace; margin: 1.4em 0 .2em; white-space: pre-wrap }} small {{ color: #888 }}
-table {{ border-collapse: collapse }} th {{ font-weight: 400; text-align: right; color: #666; font-size: 13px;
-padding: .1em .8em .1em 0; vertical-align: top; white-space: nowrap }}
-td {{ font: 16px/1.5 monospace; white-space: pre-wrap }} td span {{ padding: .12em .08em; border: 1px solid #eee }}
-</style><h1>{escape(title)}</h1><p>Each line is the same answer, its tokens coloured by one kind of score:
-<span style="background:rgb(105,180,255)">above</span> or <span style="background:rgb(255,120,105)">below</span> the
-mean of that line over this page. Hover for the number. {escape(note)}</p>
-{"".join(blocks)}</html>""",
-    )
-
-
-class Clock:
-    """Seconds of the parts of a step: clock.lap("rollout") ends a part; `laps` has time/rollout ... and time/step."""
-
-    def __init__(self):
-        self.start = self.last = time.perf_counter()
-        self.laps = {}
+    def steps(self, models, optimizer, evaluate):
+        """The numbers of the steps that are left. evaluate() -> (metrics, samples) runs on all ranks."""
+        self.models, self.optimizer, self.evaluate = models, optimizer, evaluate
+        self.start = self._resume() if self.settings["resume"] else 0
+        if self.start == 0:
+            held_out, examples = evaluate()
+            self.samples(0, examples)
+            self.log(0, held_out)
+        for self.step in range(self.start, self.total):
+            self.laps = {}
+            self.began = self.last = time.perf_counter()
+            yield self.step
+            if self.stopped:
+                return
 
     def lap(self, name: str) -> None:
+        """time/<name>: seconds since the last lap of this step; time/step: since its beginning."""
         now = time.perf_counter()
-        self.laps |= {f"time/{name}": now - self.last, "time/step": now - self.start}
+        self.laps |= {f"time/{name}": now - self.last, "time/step": now - self.began}
         self.last = now
+
+    def end_step(self, metrics: dict, samples: list[dict] = (), evaluate: bool = False) -> None:
+        """evaluate: also where --eval_every would not."""
+        step, last = self.step + 1, self.step + 1 == self.total
+        self.samples(step, samples)
+        if last or evaluate or step % self.settings["eval_every"] == 0:
+            held_out, examples = self.evaluate()
+            metrics = metrics | held_out
+            self.samples(step, examples)
+        self.log(step, metrics | self.laps)
+        device = next(self.models.parameters()).device
+        self.stopped = (stop_requested(device) or step == self.stop_after) and not last
+        if last or self.stopped or step % self.settings["save_every"] == 0:
+            save_checkpoint(self.path, step, self.models, self.optimizer)
+
+    def finish(self, policy, tokenizer) -> None:
+        global _exit_code
+        export_model(self.path / "model", policy, tokenizer)
+        self.report()
+        if self.stopped:
+            number = int(all_max(_signal, torch.device("cpu")))
+            _exit_code = 128 + number if number else 0
+            words = sys.argv + ([] if self.settings["out"] else ["--out", str(self.path)])
+            words += [] if "--resume" in words else ["--resume"]
+            say(
+                f"stopped after step {self.step + 1} of {self.total}, whose checkpoint and model are in {self.path}; "
+                f"to go on: python {shlex.join(words)}"
+            )
+
+    def _resume(self) -> int:
+        """Load the newest checkpoint, if there is one; returns the step to go on with."""
+        newest = latest_checkpoint(self.path)
+        if newest is None:
+            self.cut(-1)
+            return 0
+        step, path = newest
+        load_checkpoint(path, self.models, self.optimizer)
+        self.cut(step)
+        say(f"resumed from {path}")
+        return step
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -1216,69 +1229,6 @@ def _git_commit() -> str | None:
     out = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True, text=True)
     return out.stdout.strip() or None
 
-
-def _plot(path: Path, metrics: list[dict], panels: dict[str, list[str]], title: str) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    panels = {t: [k for k in keys if any(m.get(k) is not None for m in metrics)] for t, keys in panels.items()}
-    panels = {t: keys for t, keys in panels.items() if keys}
-    columns = min(3, len(panels))
-    rows = math.ceil(len(panels) / max(1, columns))
-    figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 2.9 * rows), squeeze=False)
-    for axis, (name, keys) in zip(axes.flat, panels.items()):
-        for key in keys:
-            points = [(m["step"], m[key]) for m in metrics if m.get(key) is not None]
-            style = {"marker": "o", "markersize": 3.5} if len(points) < 12 else {}
-            axis.plot(*zip(*points), label=key, linewidth=1.6, **style)
-        axis.set_title(name, fontsize=10, loc="left")
-        axis.set_xlabel("step", fontsize=8)
-        axis.tick_params(labelsize=8)
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(fontsize=7.5, frameon=False)
-    for axis in list(axes.flat)[len(panels) :]:
-        axis.axis("off")
-    figure.suptitle(title, fontsize=11, x=0.01, ha="left")
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-
-
-def _report(folder: Path, metrics: list[dict], samples: list[dict]) -> None:
-    import base64
-    from html import escape
-
-    def text(prompt) -> str:
-        return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
-
-    def table(header: list[str], rows: list[list]) -> str:
-        head = "".join(f"<th>{escape(h)}</th>" for h in header)
-        body = "".join("<tr>" + "".join(f"<td>{escape(str(c))}</td>" for c in row) + "</tr>" for row in rows)
-        return f"<table><tr>{head}</tr>{body}</table>"
-
-    about = json.loads((folder / "args.json").read_text())
-    image = base64.b64encode((folder / "plot.png").read_bytes()).decode()
-    evaluated = [m for m in metrics if any(k.startswith("eval/") for k in m)] or [{}]
-    first, last = evaluated[0], evaluated[-1]
-    evals = [[k, f"{first[k]:.4f}", f"{last.get(k, float('nan')):.4f}"] for k in first if k.startswith("eval/")]
-    steps = sorted({s["step"] for s in samples})
-    chosen = [s for s in samples if s["step"] in (steps[0], steps[len(steps) // 2], steps[-1])] if steps else []
-    rows = [[s["step"], s["kind"], text(s["prompt"]), s["completion"], f"{s['reward']:.3g}"] for s in chosen]
-    page = f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(folder.name)}</title><style>
-body {{ font: 15px/1.45 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222 }}
-table {{ border-collapse: collapse; margin: .5em 0 }} img {{ max-width: 100% }}
-td, th {{ text-align: left; vertical-align: top; padding: .25em .7em; border-bottom: 1px solid #ddd;
-          white-space: pre-wrap; font-size: 13px }} code {{ background: #f4f4f4; padding: .1em .3em }}
-</style><h1>{escape(folder.name)}</h1><p><code>{escape(about["command"])}</code></p>
-<h2>Before and after</h2>{table(["held-out metric", f"step {first.get('step')}", f"step {last.get('step')}"], evals)}
-<h2>Curves</h2><img alt="learning curves" src="data:image/png;base64,{image}">
-<h2>Samples</h2>{table(["step", "kind", "prompt", "completion", "reward"], rows)}
-<h2>Settings</h2>{table(["argument", "value"], [[k, v] for k, v in about["args"].items()])}
-<p>{escape(f"world size {about['world']}, torch {about['torch']}, git {about['git']}, {about['time']}")}</p></html>"""
-    write_whole(folder / "report.html", page)
 
 
 # ======================================================================================================================
@@ -1530,15 +1480,17 @@ def check_micro_batches(backward, models, sizes: list[int], tolerance: float) ->
 
 
 def check_resume(train, args) -> tuple[bool, str]:
-    """train(args, stop_after): two steps at once = one step, and another from its checkpoint, to the last bit."""
+    """train(args): two steps at once = one step, and another from its checkpoint, to the last bit."""
     import tempfile
 
     home = Path(from_rank_0(tempfile.mkdtemp() if rank() == 0 else None))
     runs = {}
     with contextlib.redirect_stdout(None):
-        train(replace(args, out=str(home / "whole")), None)
-        train(replace(args, out=str(home / "parts")), 1)
-        train(replace(args, out=str(home / "parts"), resume=True), None)
+        train(replace(args, out=str(home / "whole")))
+        Run.stop_after = 1
+        train(replace(args, out=str(home / "parts")))
+        Run.stop_after = None
+        train(replace(args, out=str(home / "parts"), resume=True))
     for name in ("whole", "parts"):
         lines = [json.loads(line) for line in (home / name / "metrics.jsonl").read_text().splitlines()]
         metrics = [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines]

@@ -106,17 +106,6 @@ BUILTIN = dict(
     steps=80, lr=5e-4, warmup_steps=4, prompts_per_step=32, max_prompt=24, max_new_tokens=24, micro_batch=64,
     cache_topk=8,
 )  # fmt: skip
-PANELS = {
-    "held-out accuracy": ["eval/pass@1", "eval/sampled", "eval/reward", "eval/reward_sampled", "eval/pair_accuracy"],
-    "loss": ["loss/total", "loss/nll", "loss/dpo"],
-    "KL(teacher || student)": ["kl/chosen", "kl/rejected"],
-    "entropy (nats)": ["policy/entropy"],
-    "DPO": ["dpo/accuracy", "dpo/margin"],
-    "gradient norm": ["grad_norm"],
-    "held-out NLL": ["eval/nll"],
-}
-SHOW = ["loss/total", "loss/nll", "kl/chosen", "kl/rejected", "dpo/accuracy", "eval/pass@1", "eval/sampled"]
-SHOW += ["eval/pair_accuracy", "eval/reward", "length/chosen"]
 
 
 # ---- the method ------------------------------------------------------------------------------------------------------
@@ -605,26 +594,20 @@ def evaluate(sampling, task, pairs, args):
     return metrics, samples
 
 
-def train(args, stop_after: int | None = None) -> None:
-    """One run. stop_after ends it early, as a signal would, without touching the schedule."""
+def train(args) -> None:
+    """One run."""
     device = common.local_device(args.device)
     pairs, test_pairs, task, tokenizer = prepare(args)
-    run = common.RunFolder(args, __file__, PANELS, SHOW)
-    common.say(f"run folder: {run.path}")
+    run = common.Run(args, __file__)
     models, optimizer = build(args, device)
     policy = models["policy"]
-    start = run.resume(models, optimizer) if args.resume else 0
     limits = args.max_prompt, args.max_new_tokens, args.temperature, args.rollout_rows
     sampling = common.Sampling(policy, tokenizer, *limits)
-    if start == 0:
-        held_out, examples = evaluate(sampling, task, test_pairs, args)
-        run.samples(0, examples)
-        run.log(0, held_out)
     heads = {}
-    cache = open_cache(models, heads, pairs, tokenizer, args, run.path, device)
 
-    for step in range(start, args.steps):
-        clock = common.Clock()
+    for step in run.steps(models, optimizer, lambda: evaluate(sampling, task, test_pairs, args)):
+        if step == run.start:
+            cache = open_cache(models, heads, pairs, tokenizer, args, run.path, device)
 
         # ---- 1. the pairs of this step
         rows = tasks.walk(pairs)(args.seed, step, args.prompts_per_step)
@@ -632,29 +615,17 @@ def train(args, stop_after: int | None = None) -> None:
 
         # ---- 2. what the frozen models say of each token
         score(models, heads, cache, batch, args)
-        clock.lap("score")
+        run.lap("score")
 
         # ---- 3. one optimizer step
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(1, (step + 1) / (args.warmup_steps + 1)) * (1 - step / args.steps)
         metrics = update(models, heads, optimizer, batch, args)
-        clock.lap("update")
+        run.lap("update")
 
-        # ---- 4. log, evaluate, save
-        metrics["lr"] = optimizer.param_groups[0]["lr"]
-        last = step + 1 == args.steps
-        if last or (step + 1) % args.eval_every == 0:
-            held_out, examples = evaluate(sampling, task, test_pairs, args)
-            metrics |= held_out
-            run.samples(step + 1, examples)
-        run.log(step + 1, metrics | clock.laps)
-        stop = common.stop_requested(device) or step + 1 == stop_after
-        if last or stop or (step + 1) % args.save_every == 0:
-            common.save_checkpoint(run.path, step + 1, models, optimizer)
-        if stop:
-            break
-    run.report()
-    common.export_model(run.path / "model", policy, tokenizer)
+        # ---- 4. log; evaluate and save when it is time
+        run.end_step(metrics | {"lr": optimizer.param_groups[0]["lr"]})
+    run.finish(policy, tokenizer)
     if args.loss == "dpo":
         record_start(run.path / "model", args.model)
 

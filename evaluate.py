@@ -347,7 +347,7 @@ def measure_accuracy(args) -> None:
     """Greedy and sampled accuracy on held-out prompts."""
     device, started = common.local_device(args.device), time.time()
     task, n = prepare(args), args.samples_per_prompt
-    run = common.RunFolder(args, __file__, {}, [])
+    run = common.RunFolder(args, __file__)
     tokenizer, sampling = load_policy(args, device)
     stops = set(common.stop_ids(sampling.policy, tokenizer))
     prompts = {i: sampling.encode(row) for i, row in enumerate(task.test)}
@@ -386,7 +386,7 @@ def rate_reward_model(args) -> None:
     steps = objective != "step_prm" or any(args.step_separator in row["chosen"] for row in rows)
     require(steps, f"--step_separator {args.step_separator!r} ends no step of {args.pairs}; expected that of training")
     args = replace(args, objective=objective)
-    run = common.RunFolder(args, __file__, {}, [])
+    run = common.RunFolder(args, __file__)
     shared = dict(dtype=args.dtype, device=device, trust_remote_code=args.trust_remote_code, trainable=False)
     models = torch.nn.ModuleDict({"reward": common.load_model(name, head="saved", **shared)})
     if objective == "dpo":
@@ -428,7 +428,7 @@ def answer_questions(args) -> None:
     tokenizer = common.load_tokenizer(args.model, args.trust_remote_code)
     common.fits_context(args.model, args.max_prompt + args.max_new_tokens, args.trust_remote_code)
     questions = load_questions(args, tokenizer)
-    run = common.RunFolder(args, __file__, {}, [])
+    run = common.RunFolder(args, __file__)
     tokenizer, sampling = load_policy(args, device)
     stops = set(common.stop_ids(sampling.policy, tokenizer))
     chats, ended, cut = [[] for _ in questions], [], 0

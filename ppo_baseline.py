@@ -90,18 +90,6 @@ BUILTIN = dict(
     steps=40, prompts_per_step=32, max_prompt=24, max_new_tokens=24, micro_batch=64, eval_every=10,
     lr=2e-4, critic_lr=1e-3, warmup_steps=4,
 )  # fmt: skip
-PANELS = {
-    "held-out accuracy": ["eval/pass@1", "eval/sampled", "eval/reward", "eval/reward_sampled"],
-    "reward": ["reward/mean"],
-    "loss": ["loss/policy", "loss/value"],
-    "step away from the rollout policy": ["policy/kl_old", "policy/clip_fraction"],
-    "entropy (nats)": ["policy/entropy"],
-    "gradient norm": ["grad_norm"],
-    "completion length (tokens)": ["length/mean"],
-    "critic": ["critic/explained_variance"],
-    "KL to the start": ["kl/ref"],
-}
-SHOW = ["reward/mean", "loss/policy", "policy/kl_old", "length/mean", "eval/pass@1", "eval/sampled", "eval/reward"]
 
 
 # ---- the method --------------------------------------------------------------------------------------------------
@@ -348,31 +336,23 @@ def prepare(args):
     return task, tokenizer
 
 
-def train(args, stop_after: int | None = None) -> None:
-    """The whole run. stop_after ends it early, as a signal would, without touching the schedule."""
+def train(args) -> None:
+    """The whole run."""
     device = common.local_device(args.device)
     task, tokenizer = prepare(args)
-    run = common.RunFolder(args, __file__, PANELS, SHOW)
-    common.say(f"run folder: {run.path}")
+    run = common.Run(args, __file__)
     models, optimizer = build(args, device)
     policy = models["policy"]
-    start = run.resume(models, optimizer) if args.resume else 0
     limits = args.max_prompt, args.max_new_tokens, args.temperature, args.rollout_rows
     sampling = common.Sampling(policy, tokenizer, *limits)
-    if start == 0:
-        held_out, examples = sampling.evaluate(task, args.seed)
-        run.samples(0, examples)
-        run.log(0, held_out)
 
-    for step in range(start, args.steps):
-        clock = common.Clock()
-
+    for step in run.steps(models, optimizer, lambda: sampling.evaluate(task, args.seed)):
         # ---- 1. roll out: samples_per_prompt completions of each prompt from pi_old = pi
         rows = task.rows(args.seed, step, args.prompts_per_step)
         rows, prompt_ids, completion_ids, finished = sampling.rollout(rows, args.samples_per_prompt, args.seed, step)
         batch = common.make_batch(prompt_ids, completion_ids, tokenizer.pad_token_id, device)
         completions = common.decode(tokenizer, completion_ids)
-        clock.lap("rollout")
+        run.lap("rollout")
 
         # ---- 2. reward each completion
         rows = [row | {"completion_ids": ids} for row, ids in zip(rows, completion_ids)]  # for rewards token by token
@@ -399,32 +379,19 @@ def train(args, stop_after: int | None = None) -> None:
                 if tokens == 0:
                     common.stop_unless_on_policy(new["policy/ratio_gap"] / n, args.dtype)
                 sums, tokens = {k: sums.get(k, 0.0) + v for k, v in new.items()}, tokens + n
-        clock.lap("update")
+        run.lap("update")
 
-        # ---- 6. log, evaluate, save
+        # ---- 6. log; evaluate and save when it is time
         metrics = {k: v / tokens for k, v in sums.items()} | rollout_metrics(batch, scores, finished, args)
         metrics["lr"] = optimizer.param_groups[0]["lr"]
         if args.diagnose:
             metrics |= diagnose_update(policy, probe, old_logits, args)
         if metrics["reward/spread"] == 0:
             common.say("  no prompt of this step has two different rewards: there is no signal to learn from")
-        train_rows = zip(rows[:4], completions, batch["rewards"].sum(1).tolist())
-        run.samples(
-            step + 1, [{"kind": "train", "prompt": r["prompt"], "completion": c, "reward": x} for r, c, x in train_rows]
-        )
-        last = step + 1 == args.steps
-        if last or (step + 1) % args.eval_every == 0:
-            held_out, examples = sampling.evaluate(task, args.seed)
-            metrics |= held_out
-            run.samples(step + 1, examples)
-        run.log(step + 1, metrics | clock.laps)
-        stop = common.stop_requested(device) or step + 1 == stop_after
-        if last or stop or (step + 1) % args.save_every == 0:
-            common.save_checkpoint(run.path, step + 1, models, optimizer)
-        if stop:
-            break
-    run.report()
-    common.export_model(run.path / "model", policy, tokenizer)
+        shown = zip(rows[:4], completions, batch["rewards"].sum(1).tolist())
+        shown = [{"kind": "train", "prompt": r["prompt"], "completion": c, "reward": x} for r, c, x in shown]
+        run.end_step(metrics, shown)
+    run.finish(policy, tokenizer)
 
 
 # same in: ppo_baseline.py lco.py qrm.py

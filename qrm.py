@@ -135,22 +135,6 @@ BUILTIN = dict(
     lr=2e-4, critic_lr=1e-3, warmup_steps=4, kl_coef=0.1, pair_prompts=2048, pairs_per_step=32, reward_lr=5e-4,
     reward_epochs=4, head="lm", step_separator="=",
 )  # fmt: skip
-PANELS = {
-    "held-out pairs": ["eval/pair_accuracy", "eval/step_accuracy"],
-    "margin of held-out pairs": ["eval/margin_p10", "eval/margin", "eval/margin_p90"],
-    "loss of the reward model": ["loss/reward_model"],
-    "held-out accuracy": ["eval/pass@1", "eval/sampled", "eval/reward", "eval/reward_sampled"],
-    "reward": ["reward/mean"],
-    "loss": ["loss/policy", "loss/value"],
-    "step away from the rollout policy": ["policy/kl_old", "policy/clip_fraction"],
-    "entropy (nats)": ["policy/entropy"],
-    "gradient norm": ["grad_norm"],
-    "completion length (tokens)": ["length/mean"],
-    "critic": ["critic/explained_variance"],
-    "KL to the start": ["kl/ref"],
-}
-SHOW = ["reward/mean", "loss/policy", "policy/kl_old", "length/mean", "eval/pass@1", "eval/sampled", "eval/reward"]
-SHOW += ["loss/reward_model", "eval/pair_accuracy", "eval/step_accuracy", "pairs/kept"]
 
 
 # ---- the reward model --------------------------------------------------------------------------------------------
@@ -571,8 +555,7 @@ def make_pairs(args) -> None:
     task, tokenizer = prepare(args)
     prompts = min(args.pair_prompts, len(task.train) or args.pair_prompts)  # each prompt once
     args = replace(args, steps=max(1, prompts // args.prompts_per_step))
-    run = common.RunFolder(args, __file__, PANELS, SHOW)
-    common.say(f"run folder: {run.path}")
+    run = common.RunFolder(args, __file__)
     shared = dict(dtype=args.dtype, device=device, trust_remote_code=args.trust_remote_code)
     policy = common.load_model(args.model, trainable=False, **shared)
     sampling = common.Sampling(
@@ -724,22 +707,19 @@ def evaluate_reward(models, rows, sides, tokenizer, args, device) -> dict[str, f
     return metrics
 
 
-def train_reward(args, stop_after: int | None = None) -> None:
-    """Stage `reward`: a reward model from pairs. stop_after ends it early, as a signal would."""
+def train_reward(args) -> None:
+    """Stage `reward`: a reward model from pairs."""
     device = common.local_device(args.device)
     tokenizer, sides, train_rows, test_rows = prepare_reward(args)
     args = replace(args, steps=args.reward_epochs * (len(train_rows) // args.pairs_per_step))
-    run = common.RunFolder(args, __file__, PANELS, SHOW)
-    common.say(f"run folder: {run.path}")
+    run = common.Run(args, __file__)
     models, optimizer = build_reward(args, device)
-    start = run.resume(models, optimizer) if args.resume else 0
-    if start == 0:
-        run.log(0, evaluate_reward(models, test_rows, sides, tokenizer, args, device))
     share, rows_of = args.pairs_per_step // common.world(), tasks.walk(train_rows)
 
-    for step in range(start, args.steps):
-        clock = common.Clock()
+    def evaluate():
+        return evaluate_reward(models, test_rows, sides, tokenizer, args, device), []
 
+    for step in run.steps(models, optimizer, evaluate):
         # ---- 1. this rank's share of the pairs of the step
         rows = rows_of(args.seed, step, args.pairs_per_step)[common.rank() * share :][:share]
         batch = answer_batch(rows, sides, tokenizer, args, device)
@@ -753,27 +733,17 @@ def train_reward(args, stop_after: int | None = None) -> None:
         common.stop_unless_finite({"grad_norm": norm, **sums})
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        clock.lap("update")
+        run.lap("update")
 
-        # ---- 3. log, evaluate, save
+        # ---- 3. log; evaluate and save when it is time
         metrics = {k: v / count for k, v in sums.items()} | {"grad_norm": norm.item()}
-        metrics["lr"] = optimizer.param_groups[0]["lr"]
-        last = step + 1 == args.steps
-        if last or (step + 1) % args.eval_every == 0:
-            metrics |= evaluate_reward(models, test_rows, sides, tokenizer, args, device)
-        run.log(step + 1, metrics | clock.laps)
-        stop = common.stop_requested(device) or step + 1 == stop_after
-        if last or stop or (step + 1) % args.save_every == 0:
-            common.save_checkpoint(run.path, step + 1, models, optimizer)
-        if stop:
-            break
-    show_credit(run.path / "credit.html", models, test_rows[:12], sides, tokenizer, args, device)
-    run.report()
-    common.export_model(run.path / "model", models["reward"], tokenizer)
+        run.end_step(metrics | {"lr": optimizer.param_groups[0]["lr"]})
+    show_credit(run, models, test_rows[:12], sides, tokenizer, args, device)
+    run.finish(models["reward"], tokenizer)
 
 
 @torch.no_grad()
-def show_credit(path, models, rows, sides, tokenizer, args, device) -> None:
+def show_credit(run, models, rows, sides, tokenizer, args, device) -> None:
     """credit.html: held-out answers, each token coloured by its score (and by the truth, where the task knows it)."""
     batch = answer_batch(rows, sides, tokenizer, args, device)
     scores = common.map_rows(lambda m: {"x": token_scores(models, m, args.objective)}, batch, args.micro_batch)["x"]
@@ -785,37 +755,28 @@ def show_credit(path, models, rows, sides, tokenizer, args, device) -> None:
             truth = tasks.chain_credit(row["prompt"], tokens)
             columns |= {"still right": truth} if truth else {}
             shown.append({"prompt": row["prompt"], "kind": side, "tokens": tokens, "scores": columns})
-    if common.rank() == 0:
-        common.token_page(path, "Held-out answers, token by token", shown)
+    run.token_page("credit.html", "Held-out answers, token by token", shown)
 
 
-def train(args, stop_after: int | None = None) -> None:
-    """Stage `policy`, the whole run. stop_after ends it early, as a signal would, without touching the schedule."""
+def train(args) -> None:
+    """Stage `policy`, the whole run."""
     args, device = settled(args), common.local_device(args.device)
     task, tokenizer = prepare(args)
-    run = common.RunFolder(args, __file__, PANELS, SHOW)
-    common.say(f"run folder: {run.path}")
+    run = common.Run(args, __file__)
     models, optimizer = build(args, device)
     policy = models["policy"]
     if task.reward is None:
         task = replace(task, reward=scored_by(models, tokenizer, args))
-    start = run.resume(models, optimizer) if args.resume else 0
     limits = args.max_prompt, args.max_new_tokens, args.temperature, args.rollout_rows
     sampling = common.Sampling(policy, tokenizer, *limits)
-    if start == 0:
-        held_out, examples = sampling.evaluate(task, args.seed)
-        run.samples(0, examples)
-        run.log(0, held_out)
 
-    for step in range(start, args.steps):
-        clock = common.Clock()
-
+    for step in run.steps(models, optimizer, lambda: sampling.evaluate(task, args.seed)):
         # ---- 1. roll out: samples_per_prompt completions of each prompt from pi_old = pi
         rows = task.rows(args.seed, step, args.prompts_per_step)
         rows, prompt_ids, completion_ids, finished = sampling.rollout(rows, args.samples_per_prompt, args.seed, step)
         batch = common.make_batch(prompt_ids, completion_ids, tokenizer.pad_token_id, device)
         completions = common.decode(tokenizer, completion_ids)
-        clock.lap("rollout")
+        run.lap("rollout")
 
         # ---- 2. reward each completion
         rows = [row | {"completion_ids": ids} for row, ids in zip(rows, completion_ids)]  # for rewards token by token
@@ -841,28 +802,15 @@ def train(args, stop_after: int | None = None) -> None:
                 if tokens == 0:
                     common.stop_unless_on_policy(new["policy/ratio_gap"] / n, args.dtype)
                 sums, tokens = {k: sums.get(k, 0.0) + v for k, v in new.items()}, tokens + n
-        clock.lap("update")
+        run.lap("update")
 
-        # ---- 6. log, evaluate, save
+        # ---- 6. log; evaluate and save when it is time
         metrics = {k: v / tokens for k, v in sums.items()} | rollout_metrics(batch, scores, finished, args)
         metrics["lr"] = optimizer.param_groups[0]["lr"]
-        train_rows = zip(rows[:4], completions, batch["rewards"].sum(1).tolist())
-        run.samples(
-            step + 1, [{"kind": "train", "prompt": r["prompt"], "completion": c, "reward": x} for r, c, x in train_rows]
-        )
-        last = step + 1 == args.steps
-        if last or (step + 1) % args.eval_every == 0:
-            held_out, examples = sampling.evaluate(task, args.seed)
-            metrics |= held_out
-            run.samples(step + 1, examples)
-        run.log(step + 1, metrics | clock.laps)
-        stop = common.stop_requested(device) or step + 1 == stop_after
-        if last or stop or (step + 1) % args.save_every == 0:
-            common.save_checkpoint(run.path, step + 1, models, optimizer)
-        if stop:
-            break
-    run.report()
-    common.export_model(run.path / "model", policy, tokenizer)
+        shown = zip(rows[:4], completions, batch["rewards"].sum(1).tolist())
+        shown = [{"kind": "train", "prompt": r["prompt"], "completion": c, "reward": x} for r, c, x in shown]
+        run.end_step(metrics, shown)
+    run.finish(policy, tokenizer)
 
 
 def scored_by(models, tokenizer, args):

@@ -150,18 +150,6 @@ BUILTIN = dict(
 MAJOR, MINOR, NO = 0, 1, 2  # in the order of --labels
 NAMES = ("major", "minor", "no")
 REVISION = 2  # a stream of noise beside common.TRAIN and common.EVAL
-PANELS = {
-    "held-out accuracy": ["eval/pass@1", "eval/sampled", "eval/reward", "eval/reward_sampled"],
-    "reviser, held-out pairs": ["eval/fix", "eval/damage", "eval/label_auc", "eval/label_accuracy"],
-    "loss": ["loss/total", "loss/nll", "loss/label"],
-    "labels of a round": ["revise/major", "revise/minor", "revise/no"],
-    "answers before, after": ["revise/before", "revise/after"],
-    "wrong made right, right made wrong": ["revise/fix", "revise/damage"],
-    "KL(policy || start)": ["kl/start"],
-    "gradient norm": ["grad_norm"],
-}
-SHOW = ["loss/total", "loss/label", "eval/fix", "eval/damage", "eval/label_auc", "revise/before", "revise/after"]
-SHOW += ["revise/no", "eval/pass@1", "eval/sampled", "eval/reward", "kl/start"]
 
 
 # ---- the method ------------------------------------------------------------------------------------------------------
@@ -933,38 +921,36 @@ def evaluate_reviser(sampling, data: Data, args):
     return metrics, samples
 
 
-def train(args, stop_after: int | None = None) -> None:
-    """One run. stop_after ends it early, as a signal would, without touching the schedule."""
+def train(args) -> None:
+    """One run."""
     args, device = settled(args), common.local_device(args.device)
     data = prepare(args)
     require(args.reviser or not needs_reviser(args), f"--reviser is empty: --revise {args.revise} needs one")
-    run = common.RunFolder(args, __file__, PANELS, SHOW)
-    common.say(f"run folder: {run.path}")
+    run = common.Run(args, __file__)
     told = label_pairs(data, args, run.path, device) if args.stage == "adaptive" else {}
     models, optimizer = build(args, device)
-    start = run.resume(models, optimizer) if args.resume else 0
     samplings = samplings_of(models, data.tokenizer, args)
-    if start == 0:
-        held_out, examples = evaluate(models, samplings, data, args)
-        run.samples(0, examples)
-        run.log(0, told | held_out)
     mine = [p for p in data.pairs if args.stage == "adaptive" or args.fold in (-1, fold_of(p))]
     require(bool(mine) or args.stage == "evolve", f"--fold {args.fold}: none of the {len(data.pairs)} pairs is in it")
     for_reviser = tasks.walk(rows_for_reviser(data, mine, args)) if args.stage != "evolve" else None
     preferred = tasks.walk([row | {"completion_ids": row["chosen_ids"]} for row in data.pairs])
     span, own = args.steps // args.rounds, own_rows(args)
 
-    for step in range(start, args.steps):
-        clock, metrics, first = common.Clock(), {}, step - step % span
+    def held_out():
+        metrics, samples = evaluate(models, samplings, data, args)
+        return (told if run.step < 0 else {}) | metrics, samples
+
+    for step in run.steps(models, optimizer, held_out):
+        metrics, first = {}, step - step % span
 
         # ---- 1. a new round: the policy answers prompts, the reviser revises, what is left is put in order
-        if args.stage == "evolve" and step in (first, start):
+        if args.stage == "evolve" and step in (first, run.start):
             revised, of_round, examples = evolve(samplings, data, first, args, run.path)
             arranged = schedule(revised, first, args)
             if step == first:
                 metrics |= of_round
                 run.samples(step + 1, examples)
-            clock.lap("revise")
+            run.lap("revise")
 
         # ---- 2. the answers of this step
         if args.stage == "evolve":
@@ -977,23 +963,11 @@ def train(args, stop_after: int | None = None) -> None:
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(1, (step + 1) / (args.warmup_steps + 1)) * (1 - step / args.steps)
         metrics |= update(models, optimizer, batch, args)
-        clock.lap("update")
+        run.lap("update")
 
-        # ---- 4. log, evaluate, save
-        metrics["lr"] = optimizer.param_groups[0]["lr"]
-        last = step + 1 == args.steps
-        if last or (step + 1) % span == 0 or (step + 1) % args.eval_every == 0:
-            held_out, examples = evaluate(models, samplings, data, args)
-            metrics |= held_out
-            run.samples(step + 1, examples)
-        run.log(step + 1, metrics | clock.laps)
-        stop = common.stop_requested(device) or step + 1 == stop_after
-        if last or stop or (step + 1) % args.save_every == 0:
-            common.save_checkpoint(run.path, step + 1, models, optimizer)
-        if stop:
-            break
-    run.report()
-    common.export_model(run.path / "model", models["policy"], data.tokenizer)
+        # ---- 4. log; evaluate and save when it is time
+        run.end_step(metrics | {"lr": optimizer.param_groups[0]["lr"]}, evaluate=(step + 1) % span == 0)
+    run.finish(models["policy"], data.tokenizer)
 
 
 # ---- pre-flight ------------------------------------------------------------------------------------------------------

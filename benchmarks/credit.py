@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT))
 import common  # noqa: E402  (before torch: it sets how OpenMP threads wait)
 import matplotlib  # noqa: E402
 import qrm  # noqa: E402
+import report  # noqa: E402
 import tasks  # noqa: E402
 
 import numpy as np  # noqa: E402
@@ -125,7 +126,7 @@ def page(answers, colourings, path) -> None:
         kind = "right answer" if right else "wrong answer"
         shown.append({"prompt": a["prompt"], "kind": kind, "tokens": a["tokens"], "scores": columns})
     note = "The same sampled answers to held-out sums; the truth is 1 while the derivation is exact."
-    common.token_page(path, "Who earned it? Token credit on the built-in task", shown, note)
+    report.token_page(path, "Who earned it? Token credit on the built-in task", shown, note)
 
 
 def main() -> None:

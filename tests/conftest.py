@@ -146,8 +146,8 @@ def assert_same_metrics(a: list[dict], b: list[dict], relative: float = 1e-5, fl
 
 def run_here(script, stop_after: int | None = None, **settings) -> Path:
     """script.train in this process, without the plot, which takes longer than the run; returns the run folder."""
-    with mock.patch.object(common.RunFolder, "report"):
-        script.train(script.Args(**settings), stop_after)
+    with mock.patch.object(common.RunFolder, "report"), mock.patch.object(common.Run, "stop_after", stop_after):
+        script.train(script.Args(**settings))
     return Path(settings["out"])
 
 

@@ -5,6 +5,7 @@ import re
 import shutil
 
 import common
+import report
 import pytest
 from conftest import ids_of, save_model
 
@@ -337,7 +338,7 @@ def test_token_page(tmp_path):
         },
         {"prompt": [{"role": "user", "content": "<i>"}], "kind": "rejected", "tokens": ["x"], "scores": {"z": [2.0]}},
     ]
-    common.token_page(tmp_path / "page.html", "A & B", answers, note="<note>")
+    report.token_page(tmp_path / "page.html", "A & B", answers, note="<note>")
     page = (tmp_path / "page.html").read_text()
     assert (
         "<title>A &amp; B</title>" in page and "a&lt;b" in page and "user: &lt;i&gt;" in page and "&lt;note&gt;" in page

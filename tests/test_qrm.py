@@ -49,8 +49,8 @@ def read(path: Path) -> list[dict]:
 
 def run(stage, stop_after=None, **settings) -> Path:
     """A stage in this process, without the plot, which takes longer than the run; returns the run folder."""
-    with mock.patch.object(common.RunFolder, "report"):
-        {"reward": qrm.train_reward, "policy": qrm.train}[stage](qrm.Args(**settings, stage=stage), stop_after)
+    with mock.patch.object(common.RunFolder, "report"), mock.patch.object(common.Run, "stop_after", stop_after):
+        {"reward": qrm.train_reward, "policy": qrm.train}[stage](qrm.Args(**settings, stage=stage))
     return Path(settings["out"])
 
 
