@@ -30,7 +30,8 @@ Run
 More in docs/adpa.md. Shapes: B sequences, T completion positions, N unmasked tokens, V vocabulary, H width.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import contextlib
 import hashlib
@@ -51,72 +52,99 @@ from common import arg, require
 @dataclass
 class Args:
     # model and data
-    model: str = arg("builtin", "Hub name, or a folder (also one with a single GGUF file); builtin: the one here")
+    model: str = arg("builtin", "the model: a Hub name, a folder, or builtin, which comes with this repository")
     teacher: str = arg("", "the aligned teacher pi_dpo; with --stage teacher or all: the model that becomes it")
     ref_teacher: str = arg("", "the reference teacher pi_ref: the model that pi_dpo was aligned from")
-    dataset: str = arg("", "Hub name or .jsonl/.json/.parquet file; empty: the built-in task")
-    task: str = arg("auto", "auto (by columns), chains, strings, words, gsm8k, math or prompts")
-    test_dataset: str = arg("", "held-out rows; empty: the Hub's test split, else the last rows of --dataset")
-    test_rows: int = arg(256, "held-out prompts in an evaluation")
-    reward_file: str = arg("", "a Python file with reward(prompts, completions, rows) -> list of floats")
-    builtin_pairs: int = arg(2000, "preference pairs of the built-in task")
-    builtin_slip: float = arg(0.6, "share of carries that their writer forgets, in both answers of a pair")
-    max_prompt: int = arg(512, "longest prompt in tokens")
-    max_new_tokens: int = arg(512, "longest completion in tokens, its EOS included")
-    temperature: float = arg(1.0, "of sampling, and of every log-probability that is taken")
-    trust_remote_code: bool = arg(False, "allow code that comes with a model from the Hub")
+    dataset: str = arg("", "the data: a Hub name or a .jsonl, .json or .parquet file; empty: the built-in task")
+    task: tasks.Name = arg("auto", "what the data are; auto: their columns decide")
+    test_dataset: str = arg("", "the held-out rows; empty: the test split of the Hub, or the last rows of --dataset")
+    test_rows: int = arg(256, "the number of held-out prompts of an evaluation", at_least=1)
+    reward_file: str = arg(
+        "", "a Python file with reward(prompts, completions, rows) -> one number per completion, or per token"
+    )
+    builtin_pairs: int = arg(2000, "the number of built-in preference pairs", at_least=1)
+    builtin_slip: float = arg(
+        0.6, "the share of carries that the writer of the built-in pairs forgets", at_least=0, at_most=1
+    )
+    max_prompt: int = arg(512, "the longest prompt, in tokens", at_least=1)
+    max_new_tokens: int = arg(512, "the longest completion, in tokens, EOS included", at_least=1)
+    temperature: float = arg(1.0, "the temperature of sampling and of every log-probability", at_least=1e-6)
     # teacher
-    stage: str = arg("student", "student: train --model by --loss; teacher: SFT, then DPO, of --teacher; all: both")
-    sft_steps: int = arg(0, "steps of the teacher's SFT; 0: --teacher is an SFT model already")
-    sft_lr: float = arg(1e-5, "learning rate of the teacher's SFT")
-    dpo_steps: int = arg(200, "steps of the teacher's DPO")
-    dpo_lr: float = arg(5e-7, "learning rate of the teacher's DPO")
-    dpo_beta: float = arg(0.1, "beta of DPO (recipe of DCKD's authors: 0.01)")
-    dpo_nll: float = arg(0.0, "weight of NLL(y_w) beside DPO-1: keeps the better answers likely; 0: plain DPO")
+    stage: Literal["student", "teacher", "all"] = arg(
+        "student", "student: train --model by --loss; teacher: SFT, then DPO, of --teacher; all: both"
+    )
+    sft_steps: int = arg(0, "the steps of the teacher's SFT; 0: --teacher is an SFT model already", at_least=0)
+    sft_lr: float = arg(1e-5, "the learning rate of the teacher's SFT", at_least=0)
+    dpo_steps: int = arg(200, "the steps of the teacher's DPO", at_least=1)
+    dpo_lr: float = arg(5e-7, "the learning rate of the teacher's DPO", at_least=0)
+    dpo_beta: float = arg(0.1, "the beta of DPO (recipe of DCKD's authors: 0.01)", at_least=1e-6)
+    dpo_nll: float = arg(
+        0.0, "the coefficient of NLL(y_w) beside DPO-1, which keeps the better answers likely; 0: plain DPO", at_least=0
+    )
     # teacher scores
-    cache: str = arg("none", "none: on the fly; hidden: final hidden states on disk, exact; topk: the likeliest tokens")
-    cache_topk: int = arg(50, "tokens that --cache topk keeps; the rest is one bucket")
-    cache_dir: str = arg("", "folder of the cache, to be shared by runs; empty: in the run folder")
+    cache: Literal["none", "hidden", "topk"] = arg(
+        "none",
+        "where teacher scores come from: none: computed in each step; hidden: final hidden states on disk, exact; "
+        "topk: the likeliest tokens on disk",
+    )
+    cache_topk: int = arg(50, "the number of tokens that --cache topk keeps; the rest is one bucket", at_least=1)
+    cache_dir: str = arg("", "the folder of the cache, which runs may share; empty: in the run folder")
     # method
-    loss: str = arg("adpa", "adpa (ADPA-2), sft or dpo (DPO-1)")
-    gamma: float = arg(1.6, "weight of the advantage (authors' recipe: 1.6; best in the paper: 1.5)")
-    advantage: str = arg("contrast", "contrast (ADPA-1), or dpo: log pi_dpo alone, without the reference teacher")
+    loss: Literal["adpa", "sft", "dpo"] = arg("adpa", "ADPA-2, NLL alone, or DPO-1")
+    gamma: float = arg(
+        1.6, "the coefficient of the advantage (authors' recipe: 1.6; best in the paper: 1.5)", at_least=0
+    )
+    advantage: Literal["contrast", "dpo"] = arg(
+        "contrast", "ADPA-1, or log pi_dpo alone, without the reference teacher"
+    )
     adv_topk: int = arg(
-        50, "A is 0 outside the likeliest tokens of pi_dpo (authors' code: 50); 0: the whole vocabulary"
+        50,
+        "the number of pi_dpo's likeliest tokens outside which A is 0 (authors' code: 50); 0: no such limit",
+        at_least=0,
     )
-    adv_clip: list[float] = field(
-        default_factory=list,
-        metadata={
-            "help": "lowest and highest A (authors' code: 0 1, so that nothing is discouraged); empty: no limits"
-        },
+    adv_clip: list[float] = arg(
+        [], "lowest and highest A (authors' code: 0 1, so that nothing is discouraged); empty: no limits"
     )
-    ref_topk: int = arg(0, "authors' code: 50, outside its own top pi_ref counts as its least likely there; 0: exact")
-    states: str = arg("student", "student: answers of pi'; chosen or rejected: those of the data, off-policy")
-    state_temperature: float = arg(0.0, "of the student's answers; 0: greedy (authors' code)")
-    refresh_every: int = arg(0, "steps after which the current student answers anew, on-policy; 0: only at the start")
-    objective: str = arg("linear", "linear (ADPA-2) or kl (ADPA-3)")
-    beta: float = arg(1.0, "of --objective kl: the target is softmax(log pi' + A / beta)")
+    ref_topk: int = arg(
+        0, "authors' code: 50, outside its own top pi_ref counts as its least likely there; 0: exact", at_least=0
+    )
+    states: Literal["student", "chosen", "rejected"] = arg(
+        "student", "the answers that give the states: those of pi', or those of the data, off-policy"
+    )
+    state_temperature: float = arg(
+        0.0, "the temperature of the student's answers; 0: greedy (authors' code)", at_least=0
+    )
+    refresh_every: int = arg(
+        0, "the steps after which the current student answers anew, on-policy; 0: only at the start", at_least=0
+    )
+    objective: Literal["linear", "kl"] = arg("linear", "ADPA-2 or ADPA-3")
+    beta: float = arg(1.0, "the beta of ADPA-3: the target is softmax(log pi' + A / beta)", at_least=1e-6)
     # optimisation
-    steps: int = arg(200, "optimizer steps")
-    prompts_per_step: int = arg(64, "prompts in a step, over all ranks")
-    micro_batch: int = arg(8, "sequences in one forward and backward of a rank; changes memory, never the result")
-    lr: float = arg(1e-5, "learning rate of the policy; falls linearly to 0")
-    warmup_steps: int = arg(
-        0, "first steps in which learning rates rise linearly: Adam's very first updates are the largest"
+    steps: int = arg(200, "the number of optimizer steps", at_least=1)
+    prompts_per_step: int = arg(64, "the number of prompts per step, over all ranks", at_least=1)
+    micro_batch: int = arg(
+        8, "the number of sequences per forward pass on each rank; changes memory, never the result", at_least=1
     )
-    max_grad_norm: float = arg(1.0, "gradients are clipped to this norm")
-    lora_rank: int = arg(0, "train adapters of this rank instead of all weights; 0: all weights")
+    lr: float = arg(1e-5, "the learning rate of the policy; falls linearly to 0", at_least=0)
+    warmup_steps: int = arg(0, "the first steps, in which learning rates rise linearly; their number", at_least=0)
+    max_grad_norm: float = arg(1.0, "the norm to which gradients are clipped", at_least=1e-6)
+    lora_rank: int = arg(
+        0, "the rank of LoRA adapters, which are trained instead of all weights; 0: all weights", at_least=0
+    )
     # run
-    out: str = arg("", "run folder; empty: runs/<script>-<time>")
-    resume: bool = arg(False, "go on from the newest checkpoint in --out (from the start if there is none)")
-    seed: int = arg(0, "of prompts, sampling, minibatches and new weights")
-    device: str = arg("auto", "auto, cpu or cuda")
-    dtype: str = arg("float32", "of the computation: float32 or bfloat16; master weights are fp32")
+    out: str = arg("", "the run folder; empty: runs/<script>-<time>")
+    resume: bool = arg(False, "continue from the newest checkpoint in --out (from the start if there is none)")
+    seed: int = arg(0, "the seed of data order, sampling and new weights", at_least=0)
+    device: Literal["auto", "cpu", "cuda"] = arg("auto", "where the run takes place; auto: on a GPU if there is one")
+    dtype: Literal["float32", "bfloat16"] = arg(
+        "float32", "the dtype of the computation; master weights stay in float32"
+    )
     activation_checkpointing: bool = arg(False, "recompute activations in the backward pass: less memory, more time")
-    rollout_rows: int = arg(256, "sequences that a rank generates at once")
-    eval_every: int = arg(20, "steps between evaluations; there is one before the first step and after the last")
-    save_every: int = arg(50, "steps between checkpoints; there is one after the last")
-    check: bool = arg(False, "pre-flight: test this script with this model and task, train nothing")
+    rollout_rows: int = arg(256, "the number of sequences that each rank generates at once", at_least=1)
+    eval_every: int = arg(
+        20, "the steps between evaluations; there is one before the first step and after the last", at_least=1
+    )
+    save_every: int = arg(50, "the steps between checkpoints; there is one after the last step", at_least=1)
     wandb: bool = arg(False, "also log to Weights & Biases")
 
 
@@ -217,16 +245,6 @@ def buckets(logp, top):
 # ---- models and batches to losses ------------------------------------------------------------------------------------
 
 
-# same in: dckd.py adpa.py seft.py
-def policy_logprobs(policy, batch, args):
-    """log-probabilities of the completion tokens, and entropies: [B, T], 0 where masked. Alike for pi and pi_ref."""
-    mask = batch["mask"]
-    hidden = common.completion_hidden(policy, batch)[mask]  # [N, H]
-    weight = common.head_weight(policy)
-    flat = common.token_logprobs(hidden, weight, batch["completion_ids"][mask], args.temperature)
-    return tuple(torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, x) for x in flat)
-
-
 # same in: dckd.py adpa.py
 def make_step(rows, args, pad_id: int, device) -> dict:
     """This rank's share of the pairs of a step as a batch: for each, its answers in the order of sides(args).
@@ -275,9 +293,9 @@ def score(models, heads, cache, batch, args) -> None:
 def start_logprobs(models, micro, args):
     """Log-probabilities [B, T] of the model that the policy started from."""
     if "start" in models:
-        return policy_logprobs(models["start"], micro, args)[0]
+        return common.policy_logprobs(models["start"], micro, args.temperature)[0]
     with common.adapters_off(models["policy"]):  # LoRA
-        return policy_logprobs(models["policy"], micro, args)[0]
+        return common.policy_logprobs(models["policy"], micro, args.temperature)[0]
 
 
 def start_hidden(models, heads, micro):
@@ -356,7 +374,7 @@ def objective(models, heads, micro, counts, args):
     """The loss of one micro-batch, and {what: {name: sum over it}}, `what` being a side of the pairs or `pairs`."""
     if args.loss != "dpo":
         return teacher_sums(models, heads, micro, counts, args)
-    logprobs, entropy = policy_logprobs(models["policy"], micro, args)
+    logprobs, entropy = common.policy_logprobs(models["policy"], micro, args.temperature)
     loss, metrics = dpo_loss(logprobs, micro["ref_logprobs"], micro["mask"], args.dpo_beta)
     chosen = {"loss/nll": -logprobs[0::2].sum(), "policy/entropy": entropy[0::2].sum()}
     sums = {"pairs": {"loss/dpo": loss} | metrics, "chosen": chosen}
@@ -457,7 +475,7 @@ def open_cache(models, heads, rows, tokenizer, args, folder, device):
         cache = common.RowCache(args.cache_dir or folder / "cache", key)
     if cache is None or not cache.whole:
         for name, model in teachers(args).items():
-            options = dict(dtype=args.dtype, device=device, trust_remote_code=args.trust_remote_code)
+            options = dict(dtype=args.dtype, device=device)
             models[name] = common.load_model(model, trainable=False, **options)
     if cache and not cache.whole:
         fill_cache(cache, models, rows, sequences, tokenizer.pad_token_id, args)
@@ -545,20 +563,8 @@ def read_cache(cache, batch, args) -> dict[str, torch.Tensor]:
 # ---- the run ---------------------------------------------------------------------------------------------------------
 
 
-def validate(args) -> None:
-    """One clear sentence for each wrong value, before anything is loaded."""
-    common.one_of(
-        loss=(args.loss, ("adpa", "sft", "dpo")),
-        advantage=(args.advantage, ("contrast", "dpo")),
-        states=(args.states, ("student", "chosen", "rejected")),
-        objective=(args.objective, ("linear", "kl")),
-        stage=(args.stage, ("student", "teacher", "all")),
-        cache=(args.cache, ("none", "hidden", "topk")),
-        dtype=(args.dtype, ("float32", "bfloat16")),
-    )
-    common.at_least(0, gamma=args.gamma, adv_topk=args.adv_topk, ref_topk=args.ref_topk)
-    common.at_least(0, state_temperature=args.state_temperature, refresh_every=args.refresh_every)
-    common.at_least(1e-6, beta=args.beta)
+def check_combinations(args) -> None:
+    """Values that are legal alone and not together."""
     ordered = not args.adv_clip or (len(args.adv_clip) == 2 and args.adv_clip[0] < args.adv_clip[1])
     require(ordered, f"--adv_clip takes the lowest and the highest A, found {args.adv_clip}")
     fixed = args.cache == "none" or not args.refresh_every
@@ -569,17 +575,8 @@ def validate(args) -> None:
     require(
         known, f"--cache topk knows {args.cache_topk} tokens of pi_dpo: --adv_topk must be at most that, --ref_topk 0"
     )
-    common.at_least(0, lr=args.lr, warmup_steps=args.warmup_steps, lora_rank=args.lora_rank)
-    common.at_least(0, sft_steps=args.sft_steps, sft_lr=args.sft_lr, dpo_lr=args.dpo_lr, dpo_nll=args.dpo_nll)
-    common.at_least(1e-6, temperature=args.temperature, max_grad_norm=args.max_grad_norm, dpo_beta=args.dpo_beta)
-    common.at_least(1, steps=args.steps, dpo_steps=args.dpo_steps, cache_topk=args.cache_topk)
-    common.at_least(1, prompts_per_step=args.prompts_per_step, micro_batch=args.micro_batch)
-    common.at_least(1, max_prompt=args.max_prompt, max_new_tokens=args.max_new_tokens, eval_every=args.eval_every)
-    common.at_least(1, save_every=args.save_every, test_rows=args.test_rows, rollout_rows=args.rollout_rows)
-    common.at_least(1, builtin_pairs=args.builtin_pairs)
     slip = args.builtin_slip
     require(0 < slip < 1, f"--builtin_slip must be between 0 and 1, found {slip}")
-    require(args.seed >= 0, f"--seed {args.seed}: expected 0 or more")
     needed = bool(teachers(args)) or args.stage != "student"
     require(args.teacher or not needed, f"--teacher is empty: --stage {args.stage} --loss {args.loss} needs one")
     needed = bool(teachers(args)) and args.stage == "student"
@@ -628,13 +625,13 @@ def load_data(args, tokenizer):
 
 def prepare(args):
     """Data and tokenizer; every wrong argument and file is refused here, before a model is loaded."""
-    validate(args)
-    tokenizer = common.load_tokenizer(args.model, args.trust_remote_code)
+    check_combinations(args)
+    tokenizer = common.load_tokenizer(args.model)
     asked = teachers(args).values() if args.stage == "student" else [args.teacher]
     for name in (args.model, *asked):
-        common.fits_context(name, args.max_prompt + args.max_new_tokens, args.trust_remote_code)
+        common.fits_context(name, args.max_prompt + args.max_new_tokens)
     for name in asked:
-        common.same_tokenizer(args.model, tokenizer, name, common.load_tokenizer(name, args.trust_remote_code))
+        common.same_tokenizer(args.model, tokenizer, name, common.load_tokenizer(name))
     if teachers(args) and args.stage == "student":
         check_reference(args.teacher, args.ref_teacher)
     return *load_data(args, tokenizer), tokenizer
@@ -642,7 +639,7 @@ def prepare(args):
 
 def build(args, device):
     """The models by name, and one optimizer for all that is trained."""
-    shared = dict(dtype=args.dtype, device=device, trust_remote_code=args.trust_remote_code, seed=args.seed)
+    shared = dict(dtype=args.dtype, device=device, seed=args.seed)
     trained = shared | dict(lora_rank=args.lora_rank, activation_checkpointing=args.activation_checkpointing)
     models = torch.nn.ModuleDict({"policy": common.load_model(args.model, **trained)})
     if args.loss in ("adpa", "dpo") and not args.lora_rank:  # with LoRA, the policy without its adapters is the start
@@ -725,7 +722,7 @@ def evaluate(sampling, task, pairs, args):
             answers = [row[side] for row in some for side in ("chosen_ids", "rejected_ids")]
             prompts = [row["prompt_ids"] for row in some for _ in range(2)]
             batch = common.make_batch(prompts, answers, tokenizer.pad_token_id, device)
-            total = policy_logprobs(policy, batch, args)[0].sum(1)
+            total = common.policy_logprobs(policy, batch, args.temperature)[0].sum(1)
             sums["n"] += len(some)
             sums["tokens"] += batch["mask"][0::2].sum().item()
             sums["nll"] -= total[0::2].sum().item()
@@ -782,75 +779,6 @@ def record_start(folder: Path, model: str) -> None:
         common.write_whole(folder / "aligned_from.json", json.dumps(start) + "\n")
 
 
-# ---- pre-flight ------------------------------------------------------------------------------------------------------
-
-
-def check(args) -> None:
-    """--check: is this script right with these models and these data? Ten seconds with the built-in models."""
-    device = common.local_device(args.device)
-    small = replace(args, stage="student", prompts_per_step=4 * common.world(), steps=2, micro_batch=8, test_rows=4)
-    if args.stage != "student":  # the reference teacher is not there yet: --teacher is what it will start from
-        small = replace(small, ref_teacher=args.teacher)
-    small = replace(small, builtin_pairs=64, cache="none", wandb=False, warmup_steps=0)
-    pairs, _, _, tokenizer = prepare(small)
-    models, _ = build(small, device)
-    policy, heads = models["policy"], {}
-    limits = small.max_prompt, min(32, small.max_new_tokens), small.temperature, small.rollout_rows
-    with tempfile.TemporaryDirectory() as folder:
-        answer_states(common.Sampling(policy, tokenizer, *limits), pairs, 0, small, Path(folder))
-    open_cache(models, heads, pairs, tokenizer, small, None, device)
-    rows = tasks.walk(pairs)(args.seed, 0, small.prompts_per_step)
-    batch = make_step(rows, small, tokenizer.pad_token_id, device)
-    score(models, heads, None, batch, small)
-    tight = 1e-4 if args.dtype == "float32" else 0.1
-    ids = [row[mask].tolist() for row, mask in zip(batch["completion_ids"], batch["mask"])]
-    ends = set(common.stop_ids(policy, tokenizer))
-
-    @torch.no_grad()
-    def logprobs(batch):
-        return policy_logprobs(policy, batch, args)[0]
-
-    @torch.no_grad()
-    def at_start():
-        """A model is at distance 0 from itself: asked about its own start, DPO's margin and every KL vanish."""
-        twin = replace(small, teacher=small.model) if teachers(small) else replace(small, loss="dpo")
-        same = torch.nn.ModuleDict({"policy": policy, "start": policy} | dict.fromkeys(teachers(twin), policy))
-        probe, kept = make_step(rows, twin, tokenizer.pad_token_id, device), {}
-        score(same, kept, None, probe, twin)
-        _, sums = objective(same, kept, probe, count(probe, twin), twin)
-        sums = {k: abs(x.item()) for each in sums.values() for k, x in each.items()}
-        gaps = {k: x / len(ids) for k, x in sums.items() if k.startswith("kl/") or k == "dpo/margin"}
-        asked = torch.tensor([side in scored_sides(twin) for side in sides(twin)], device=device)[probe["side"]]
-        asked = asked[:, None] & probe["mask"]
-        for name in teachers(twin):  # two that err alike would not show in their difference
-            hidden, answer = probe[f"{name}_hidden"][asked], probe["completion_ids"][asked]
-            said = common.token_logprobs(hidden, kept[name], answer, args.temperature)[0]
-            gaps[name] = (said - policy_logprobs(policy, probe, args)[0][asked]).abs().max().item()
-        return max(gaps.values()) < tight, ", ".join(f"{k} {v:.1e}" for k, v in gaps.items())
-
-    def backward(size):
-        accumulate(models, heads, batch, replace(small, micro_batch=size))
-
-    sizes = [8, 4, 2] if args.loss == "dpo" else [8, 1, 3]
-    limits = {name: getattr(args, name) for name in ("micro_batch", "max_prompt", "max_new_tokens", "dtype")}
-    finished = [side == 0 or answer[-1] in ends for side, answer in zip(batch["side"].tolist(), ids)]
-    share = args.prompts_per_step * len(sides(args)) // common.world()
-    common.preflight(
-        ("tokenizer and vocabularies agree", lambda: common.check_vocabulary(models, tokenizer)),
-        ("dropout is off", lambda: common.check_dropout(models)),
-        ("EOS is inside the loss", lambda: common.check_end_of_sequence(batch, ids, finished, ends)),
-        ("log-probs ignore padding and batch size", lambda: common.check_padding(logprobs, batch, tight)),
-        ("a model is at KL = 0 from itself", at_start),
-        ("gradient ignores micro-batches", lambda: common.check_micro_batches(backward, models, sizes, tight)),
-        ("resuming changes nothing", lambda: common.check_resume(train, small)),
-        ("peak memory", lambda: common.estimate_memory(models, rows=share, rollout_rows=args.rollout_rows, **limits)),
-    )
-
-
-def main() -> None:
-    (check if args.check else run_stages)(args)
-
-
 if __name__ == "__main__":
     args = common.parse_args(Args, BUILTIN)
-    common.launch(main, args.device)
+    common.launch(lambda: run_stages(args), args.device)

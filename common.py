@@ -10,7 +10,6 @@ Contents
     7. vocabulary    losses over [N, V] logits that never exist at once
     8. run folder    metrics, samples, plot, report
     9. checkpoints   atomic, resumable on any number of ranks, exported in Hugging Face format
-    10. pre-flight   what --check and --diagnose look at
 
 Shapes: B sequences, P prompt positions, T completion positions, H hidden width, V vocabulary, N unmasked tokens.
 
@@ -22,12 +21,15 @@ try:
 except ModuleNotFoundError:  # delete cpu.py and only speed changes
     cpu = None
 
+import argparse
 import contextlib
 import hashlib
 import importlib.util
+import inspect
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -37,8 +39,9 @@ import threading
 import time
 import traceback
 import types
+import typing
 from collections import Counter
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -204,7 +207,7 @@ def stop_unless_on_policy(gap: float, dtype: str) -> None:
     if gap > limit:
         raise RuntimeError(
             f"the first minibatch of a rollout differs from the rollout policy by {gap:.2g} (limit {limit}, {dtype}): "
-            "log-probabilities depend on padding, batch size or dropout, or weights changed in between; try --check"
+            "log-probabilities depend on padding, batch size or dropout, or weights changed in between; try check.py"
         )
 
 
@@ -217,34 +220,85 @@ class BadInput(ValueError):
     """A wrong argument or file. Its message is one sentence: what, where, what was found, what was expected."""
 
 
-def arg(default, help: str):
-    """A dataclass field whose help sentence is the manual of the argument."""
-    return field(default=default, metadata={"help": help})
+def arg(default, help: str, at_least: float | None = None, at_most: float | None = None):
+    """A field of Args: its default, the sentence that is its manual, and the values that are legal."""
+    metadata = {"help": help, "at_least": at_least, "at_most": at_most}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def parse_args(cls, builtin: dict, argv: list[str] | None = None):
-    """An instance of the dataclass `cls` from the command line.
+    """An instance of the dataclass `cls` from the command line, with legal values.
 
     The defaults of `cls` are for real models. With a built-in model, and --model is one by default, `builtin` replaces
     the defaults of the arguments that are not given.
     """
-    from transformers import HfArgumentParser
-
-    parser = HfArgumentParser(cls, allow_abbrev=False)
-
-    def parse():
-        args, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
-        if unknown:
-            parser.error(f"unknown arguments: {' '.join(unknown)}")
-        return args
-
-    args = parse()
+    parser = _Parser(usage="%(prog)s [--name value ...]", allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    groups, types = {}, typing.get_type_hints(cls)
+    for f in fields(cls):
+        comment = _comments(cls).get(f.name, "arguments")
+        group = groups[comment] if comment in groups else groups.setdefault(comment, parser.add_argument_group(comment))
+        default = f.default if f.default is not MISSING else f.default_factory()
+        legal = [f"default: {default!r}"] if default not in ("", []) else []
+        legal += [f"{word} {f.metadata[key]}" for key, word in _LIMITS.items() if f.metadata[key] is not None]
+        kind, options = types[f.name], {"metavar": ""}
+        if typing.get_origin(kind) is typing.Literal:
+            legal[:0] = [", ".join(map(str, typing.get_args(kind)))]
+            kind = type(default)
+        elif typing.get_origin(kind) is list:
+            kind, options["nargs"] = typing.get_args(kind)[0], "*"
+        elif kind is bool:
+            kind, options = _boolean, options | {"nargs": "?", "const": True}
+        help = f.metadata["help"] + f" ({'; '.join(legal)})" * bool(legal)
+        group.add_argument(f"--{f.name}", type=kind, help=help.replace("%", "%%"), **options)
+    given = vars(parser.parse_args(argv))
+    args = cls(**given)
     if args.model in BUILTIN:
-        parser.set_defaults(**builtin)
-        args = parse()
+        args = cls(**builtin | given)
     if args.model == "builtin" and f"builtin-{args.task}" in BUILTIN:  # each built-in task has its own alphabet
         args.model = f"builtin-{args.task}"
+    try:
+        return check_args(args)
+    except BadInput as error:
+        parser.error(str(error))
+
+
+def check_args(args):
+    """The same arguments, or an error that names the first one whose value is not legal."""
+    types = typing.get_type_hints(type(args))
+    for f in fields(args):
+        value = getattr(args, f.name)
+        if typing.get_origin(types[f.name]) is typing.Literal:
+            one_of(**{f.name: (value, typing.get_args(types[f.name]))})
+        for key, word in _LIMITS.items():
+            limit, sign = f.metadata[key], 1 if key == "at_least" else -1
+            inside = limit is None or (math.isfinite(value) and sign * value >= sign * limit)
+            require(inside, f"--{f.name} must be {word} {limit}, found {value}")
     return args
+
+
+_LIMITS = {"at_least": "at least", "at_most": "at most"}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def _boolean(word: str) -> bool:
+    return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[word.lower()]
+
+
+def _comments(cls) -> dict[str, str]:
+    """The comment that each field of a dataclass stands under."""
+    comment, found = "", {}
+    for line in inspect.getsource(cls).splitlines():
+        if match := re.fullmatch(r"    # (.+)", line):
+            comment = match[1]
+        elif match := re.match(r"    (\w+): ", line):
+            found[match[1]] = comment
+    return found
 
 
 def require(condition: bool, message: str) -> None:
@@ -252,21 +306,14 @@ def require(condition: bool, message: str) -> None:
         raise BadInput(message)
 
 
-def at_least(least: float, **values) -> None:
-    """Every value is a finite number and not below `least`, or an error that names the argument."""
-    for name, value in values.items():
-        require(math.isfinite(value) and value >= least, f"--{name} must be at least {least}, found {value}")
-
-
 def one_of(**choices) -> None:
     """one_of(loss=(value, allowed)): the value is one of those allowed."""
     for name, (value, allowed) in choices.items():
-        require(value in allowed, f"--{name} must be one of {', '.join(allowed)}; found {value!r}")
+        require(value in allowed, f"--{name} must be one of {', '.join(map(str, allowed))}; found {value!r}")
 
 
 def split_evenly(prompts: int, samples: int, minibatches: int, micro_batch: int) -> str:
     """The derived sizes of a step in words, or an error that names what does not divide."""
-    at_least(1, prompts_per_step=prompts, samples_per_prompt=samples, minibatches=minibatches, micro_batch=micro_batch)
     require(prompts % world() == 0, f"--prompts_per_step {prompts} does not divide among {world()} ranks")
     rows = prompts * samples // world()
     require(
@@ -363,9 +410,13 @@ def _convert_gguf(file: Path) -> Path:
     return target
 
 
+# Code that comes with a model from the Hub runs with all rights of the user, so it is refused unless this is set to 1.
+TRUST_REMOTE_CODE = os.environ.get("TRUST_REMOTE_CODE") == "1"
+
+
 def _from_pretrained(cls, what: str, name: str, **options):
     try:
-        return cls.from_pretrained(model_path(name), **options)
+        return cls.from_pretrained(model_path(name), trust_remote_code=TRUST_REMOTE_CODE, **options)
     except (OSError, ValueError) as error:
         if isinstance(error, BadInput):
             raise
@@ -391,26 +442,26 @@ def fingerprint(name: str) -> str:
     return from_rank_0(digest() if rank() == 0 else None)
 
 
-def load_tokenizer(name: str, trust_remote_code: bool = False):
+def load_tokenizer(name: str):
     """The tokenizer of a model, with a padding token (whose identity never matters: masks come from lengths)."""
     from transformers import AutoTokenizer
 
-    tokenizer = _from_pretrained(AutoTokenizer, "tokenizer", name, trust_remote_code=trust_remote_code)
+    tokenizer = _from_pretrained(AutoTokenizer, "tokenizer", name)
     require(tokenizer.eos_token_id is not None, f"--model {name}: its tokenizer has no end-of-sequence token")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def load_config(name: str, trust_remote_code: bool = False):
+def load_config(name: str):
     from transformers import AutoConfig
 
-    return _from_pretrained(AutoConfig, "configuration", name, trust_remote_code=trust_remote_code)
+    return _from_pretrained(AutoConfig, "configuration", name)
 
 
-def fits_context(name: str, tokens: int, trust_remote_code: bool = False) -> None:
+def fits_context(name: str, tokens: int) -> None:
     """Raise when the model has fewer positions than `tokens`, those of the longest prompt and completion."""
-    config = load_config(name, trust_remote_code)
+    config = load_config(name)
     limit = getattr(config.get_text_config(), "max_position_embeddings", None) or tokens
     require(tokens <= limit, f"--max_prompt + --max_new_tokens is {tokens}: {name} has {limit} positions")
 
@@ -435,7 +486,6 @@ def load_model(
     lora_rank: int = 0,
     trainable: bool = True,
     activation_checkpointing: bool = False,
-    trust_remote_code: bool = False,
     seed: int = 0,
 ):
     """A model in fp32 master weights, dropout off, sharded with FSDP2 where that changes anything.
@@ -447,7 +497,7 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
-    config = load_config(name, trust_remote_code)
+    config = load_config(name)
     head = ("scalar" if has_scalar_head(config) else "lm") if head == "saved" else head
     for key, value in vars(config).items():
         if isinstance(value, float) and ("dropout" in key or "pdrop" in key):
@@ -459,7 +509,7 @@ def load_model(
         )
 
     torch.manual_seed(seed)  # new weights (adapters, heads) are the same on every rank
-    options = dict(config=config, dtype=torch.float32, trust_remote_code=trust_remote_code, use_safetensors=True)
+    options = dict(config=config, dtype=torch.float32, use_safetensors=True)
     if head == "scalar":
         new = not has_scalar_head(config)
         config.num_labels, config.classifier_dropout = 1, 0.0
@@ -725,6 +775,14 @@ def completion_scalars(model, batch: dict, after: bool = False) -> torch.Tensor:
     """[B, T], fp32: the scalar head at the state before completion token t; after: at the token itself."""
     scalars = _read(model, lambda **inputs: model(**inputs, use_cache=False).logits, batch)[..., 0].float()
     return scalars[:, 1:] if after else scalars[:, :-1]
+
+
+def policy_logprobs(model, batch: dict, temperature: float = 1.0):
+    """log-probabilities of the completion tokens, and entropies: [B, T], 0 where masked. Alike for pi, pi_old, ref."""
+    mask = batch["mask"]
+    hidden, ids = completion_hidden(model, batch)[mask], batch["completion_ids"][mask]  # [N, H], [N]
+    flat = token_logprobs(hidden, head_weight(model), ids, temperature)
+    return tuple(torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, x) for x in flat)
 
 
 def _read(model, forward, batch: dict) -> torch.Tensor:
@@ -1046,7 +1104,7 @@ class _TokenLogprobs(torch.autograd.Function):
 # ======================================================================================================================
 
 ON_SCREEN = ("reward/mean", "loss/", "kl/", "policy/kl_old", "policy/logit_gap", "length/mean", "revise/", "eval/")
-FREE_TO_CHANGE = {"out", "resume", "check", "device", "micro_batch", "rollout_rows", "save_every", "wandb"}
+FREE_TO_CHANGE = {"out", "resume", "device", "micro_batch", "rollout_rows", "save_every", "wandb"}
 
 
 def from_rank_0(value):
@@ -1408,100 +1466,6 @@ class RowCache:
         part.replace(file)
 
 
-# ======================================================================================================================
-# 10. pre-flight
-# ======================================================================================================================
-
-
-def preflight(*checks) -> None:
-    """Run (name, function) in order and print a table; function() -> (ok, detail). The first failure exits with 1."""
-    for name, function in checks:
-        started = time.perf_counter()
-        ok, detail = function()
-        ok = not all_max(float(not ok), torch.device("cpu"))
-        say(f"{'pass' if ok else 'FAIL'}  {name:<44} {detail}  ({time.perf_counter() - started:.1f} s)")
-        if not ok:
-            raise SystemExit(1)
-    say("all checks passed")
-
-
-def check_vocabulary(models: dict, tokenizer) -> tuple[bool, str]:
-    """Every id of the tokenizer has a row in each model's embeddings."""
-    rows = {name: m.config.vocab_size for name, m in models.items()}
-    top = max(tokenizer.get_vocab().values())
-    return all(top < n for n in rows.values()), f"largest id {top}, rows {rows}"
-
-
-def check_dropout(models: dict) -> tuple[bool, str]:
-    left = [
-        key
-        for m in models.values()
-        for key, value in [*vars(m.config).items(), *((n, getattr(s, "p", 0)) for n, s in m.named_modules())]
-        if isinstance(value, float) and value > 0 and ("drop" in key)
-    ]
-    return not left, f"{len(models)} model(s)" if not left else f"still on: {left}"
-
-
-def check_end_of_sequence(batch: dict, completion_ids, finished, stops) -> tuple[bool, str]:
-    """A finished completion ends with exactly one stop token, and the mask includes it."""
-    ok = batch["mask"].sum(1).tolist() == [len(c) for c in completion_ids]
-    for done, ids in zip(finished, completion_ids):
-        ok &= sum(i in stops for i in ids) == int(done) and (ids[-1] in stops) == done
-    return ok, f"{sum(finished)} of {len(finished)} completions ended by themselves, their EOS is in the loss"
-
-
-def check_padding(per_token, batch: dict, tolerance: float) -> tuple[bool, str]:
-    """per_token(batch) -> [B, T] is the same for rows alone, and with more padding on both sides."""
-    B, T = batch["mask"].shape
-    whole = per_token(batch)
-    alone = map_rows(lambda micro: {"x": per_token(micro)}, batch, 1)["x"]
-    wide = {
-        k: F.pad(v, (5, 0) if k.startswith("prompt") else (0, 5))
-        for k, v in batch.items()
-        if k in ("prompt_ids", "prompt_mask", "completion_ids", "mask")
-    }
-    padded = per_token(wide)[:, :T]
-    error = max(((x - whole) * batch["mask"]).abs().max().item() for x in (alone, padded))
-    return error < tolerance, f"largest difference {error:.1e} nats"
-
-
-def check_micro_batches(backward, models, sizes: list[int], tolerance: float) -> tuple[bool, str]:
-    """backward(size) leaves the same gradients for any micro-batch size."""
-    gradients = []
-    for size in sizes:
-        models.zero_grad(set_to_none=True)
-        backward(size)
-        parts = [p.grad for p in trainable_parameters(models) if p.grad is not None]
-        gradients.append(torch.cat([getattr(g, "full_tensor", lambda g=g: g)().flatten() for g in parts]))
-    models.zero_grad(set_to_none=True)
-    norm = gradients[0].norm()
-    error = max(((g - gradients[0]).norm() / norm).item() for g in gradients[1:])
-    return norm > 0 and error < tolerance, f"gradient norm {norm:.3g}, relative difference {error:.1e} for {sizes}"
-
-
-def check_resume(train, args) -> tuple[bool, str]:
-    """train(args): two steps at once = one step, and another from its checkpoint, to the last bit."""
-    import tempfile
-
-    home = Path(from_rank_0(tempfile.mkdtemp() if rank() == 0 else None))
-    runs = {}
-    with contextlib.redirect_stdout(None):
-        train(replace(args, out=str(home / "whole")))
-        Run.stop_after = 1
-        train(replace(args, out=str(home / "parts")))
-        Run.stop_after = None
-        train(replace(args, out=str(home / "parts"), resume=True))
-    for name in ("whole", "parts"):
-        lines = [json.loads(line) for line in (home / name / "metrics.jsonl").read_text().splitlines()]
-        metrics = [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines]
-        runs[name] = metrics, [file.read_bytes() for file in sorted((home / name / "model").glob("*.safetensors"))]
-    dist.barrier()
-    if rank() == 0:
-        shutil.rmtree(home)
-    count = sum(len(line) for line in runs["whole"][0])
-    return runs["whole"] == runs["parts"], f"{count} logged numbers and all weights are compared bit by bit"
-
-
 def estimate_memory(
     models: dict, *, rows: int, micro_batch: int, rollout_rows: int, max_prompt: int, max_new_tokens: int, dtype: str
 ) -> tuple[bool, str]:
@@ -1523,45 +1487,3 @@ def estimate_memory(
         f"about {peak / gib:.1f} GiB a rank: weights and Adam {state / gib:.1f}, KV cache {cache / gib:.1f}, "
         f"activations {activations / gib:.1f}, logits {logits / gib:.1f}, kept states {kept / gib:.1f}"
     )
-
-
-@torch.no_grad()
-def probe_logits(policy, micro: dict, temperature: float, most: int = 256) -> torch.Tensor:
-    """fp64 logits [N, V] of the first completion tokens of a micro-batch; `most` bounds N.
-
-    Where a token is all but certain, the slope of a loss in fp32 is rounding noise and points anywhere.
-    """
-    hidden = completion_hidden(policy, micro)[micro["mask"]][:most]
-    return F.linear(hidden, head_weight(policy)).double() / temperature
-
-
-def diagnose(loss_of, logits, target_logits, states: int = 16, entries: int = 32) -> dict[str, float]:
-    """The shape of a loss at `logits` [N, V]: its slope towards target_logits [N, V], and its curvature.
-
-    loss_of(logits, i) -> the summed loss of the tokens in slice i, as a function of their logits alone.
-    Curvature is that of the `entries` likeliest tokens of the first `states` states: a principal minor of the Hessian,
-    so a negative eigenvalue here proves one of the whole.
-    """
-    n = len(logits)
-    z = logits.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(loss_of(z, slice(0, n)), z)
-    moving = gradient.abs().amax(-1) > 0
-    cosine = F.cosine_similarity(-gradient[moving], (target_logits - logits)[moving], dim=-1)
-    least = []
-    for i in range(min(states, n)):
-        top = logits[i].topk(min(entries, logits.shape[1]))
-
-        def part(x, i=i, top=top):
-            return loss_of(logits[i].scatter(-1, top.indices, x)[None], slice(i, i + 1))
-
-        least.append(torch.linalg.eigvalsh(torch.autograd.functional.hessian(part, top.values))[0].item())
-    sums = {"n": n, "moving": moving.sum(), "away": (cosine < -1e-4).sum(), "cosine": cosine.sum()}
-    sums |= {"states": len(least), "concave": sum(x < -1e-6 for x in least)}
-    sums = all_sum(sums, logits.device)
-    return {
-        "diagnose/zero_gradient": 1 - sums["moving"] / sums["n"],
-        "diagnose/away_from_target": sums["away"] / max(sums["moving"], 1),
-        "diagnose/cosine": sums["cosine"] / max(sums["moving"], 1),
-        "diagnose/not_convex": sums["concave"] / sums["states"],
-        "diagnose/least_eigenvalue": -all_max(-min(least), logits.device),
-    }

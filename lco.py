@@ -29,6 +29,7 @@ More in docs/lco.md. Shapes: B sequences, T completion positions, N unmasked tok
 """
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import math
 
@@ -43,66 +44,94 @@ from common import arg, require
 @dataclass
 class Args:
     # model and data
-    model: str = arg("builtin", "Hub name, or a folder (also one with a single GGUF file); builtin: the one here")
-    dataset: str = arg("", "Hub name or .jsonl/.json/.parquet file; empty: the built-in task")
-    task: str = arg("auto", "auto (by columns), chains, strings, words, gsm8k, math or prompts")
-    test_dataset: str = arg("", "held-out rows; empty: the Hub's test split, else the last rows of --dataset")
-    test_rows: int = arg(256, "held-out prompts in an evaluation")
-    reward_file: str = arg("", "a Python file with reward(prompts, completions, rows) -> list of floats")
-    max_prompt: int = arg(512, "longest prompt in tokens")
-    long_prompts: str = arg("drop", "what happens to longer ones: drop, truncate (keeps the end) or error")
-    trust_remote_code: bool = arg(False, "allow code that comes with a model from the Hub")
+    model: str = arg("builtin", "the model: a Hub name, a folder, or builtin, which comes with this repository")
+    dataset: str = arg("", "the data: a Hub name or a .jsonl, .json or .parquet file; empty: the built-in task")
+    task: tasks.Name = arg("auto", "what the data are; auto: their columns decide")
+    test_dataset: str = arg("", "the held-out rows; empty: the test split of the Hub, or the last rows of --dataset")
+    test_rows: int = arg(256, "the number of held-out prompts of an evaluation", at_least=1)
+    reward_file: str = arg(
+        "", "a Python file with reward(prompts, completions, rows) -> one number per completion, or per token"
+    )
+    max_prompt: int = arg(512, "the longest prompt, in tokens", at_least=1)
+    long_prompts: Literal["drop", "truncate", "error"] = arg(
+        "drop", "what happens to longer prompts; truncate keeps their end"
+    )
     # rollout
-    prompts_per_step: int = arg(64, "prompts in a step, over all ranks")
-    samples_per_prompt: int = arg(8, "completions of each prompt")
-    max_new_tokens: int = arg(512, "longest completion in tokens, its EOS included")
-    temperature: float = arg(1.0, "of sampling, and of every log-probability that is taken")
-    missing_eos_penalty: float = arg(0.0, "subtracted from the reward of a completion that was cut")
+    prompts_per_step: int = arg(64, "the number of prompts per step, over all ranks", at_least=1)
+    samples_per_prompt: int = arg(8, "the number of completions per prompt", at_least=1)
+    max_new_tokens: int = arg(512, "the longest completion, in tokens, EOS included", at_least=1)
+    temperature: float = arg(1.0, "the temperature of sampling and of every log-probability", at_least=1e-6)
+    missing_eos_penalty: float = arg(0.0, "the reward of a completion without an end is reduced by this", at_least=0)
     # method
-    loss: str = arg("kld", "kld (LCO-3), mse (LCO-4) or lch (LCO-5); which one, and for which model: docs/lco.md")
-    advantage: str = arg("group", "gae, reward, group; dpo: log pi_dpo - log pi_ref; qrm: Z of a Q-RM, standardised; "
-                         "dpo and qrm with an LM head are known for the whole vocabulary")  # fmt: skip
+    loss: Literal["kld", "mse", "lch"] = arg(
+        "kld", "LCO-3, LCO-4 or LCO-5; docs/lco.md says which one suits which model"
+    )
+    advantage: Literal["gae", "reward", "group", "dpo", "qrm"] = arg(
+        "group", "the advantage: as in ppo_baseline.py, or dense: log pi_dpo - log pi_ref, or Z of a Q-RM"
+    )
     dpo_model: str = arg("", "pi_dpo of --advantage dpo")
     dpo_ref: str = arg("", "pi_ref of --advantage dpo: the model that pi_dpo was aligned from")
-    qrm_model: str = arg("", "of --advantage qrm: a model that qrm.py --stage reward made")
-    beta: float = arg(1.0, "size of the step: pi* = pi_old exp(A / beta); tune it by lco/target_kl")
-    negative_beta_scale: float = arg(100.0, "factor on beta where a sampled A < 0 (authors' code: 100; LCO-1: 1)")
-    target: str = arg("exp", "exp (LCO-1) or linear: pi_old (1 + (A - E[A]) / beta), clipped to the simplex")
-    fill: str = arg("zero", "the advantage of unsampled tokens: zero, or balanced: the value that makes E[A] = 0")
-    moving_target: bool = arg(False, "authors' code: the target starts from the current logits, not the rollout's")
-    old_topk: int = arg(0, "authors' code: 5, the old logits that are kept (fp16), the rest is -100; 0: all, exact")
-    token_mean: str = arg("global", "global, or signed (authors' code): tokens with A > 0 and A <= 0 averaged apart")
-    gamma: float = arg(1.0, "discount")
-    lam: float = arg(0.95, "lambda of GAE")
-    vf_coef: float = arg(0.1, "weight of the value loss")
-    value_clip: float = arg(0.2, "a value moves at most so far from the rollout's before its loss goes flat; 0: free")
-    critic_warmup: int = arg(0, "first steps that train the critic alone")
-    kl_coef: float = arg(0.0, "KL penalty per token inside the reward, against the starting policy; 0 loads no copy")
-    kl_estimator: str = arg("k1", "k1: log pi/ref; k2: half its square; k3: ref/pi - 1 - log ref/pi")
-    # optimisation
-    steps: int = arg(200, "rollouts")
-    epochs: int = arg(1, "passes over a rollout")
-    minibatches: int = arg(2, "optimizer steps in a pass")
-    micro_batch: int = arg(8, "sequences in one forward and backward of a rank; changes memory, never the result")
-    lr: float = arg(1e-6, "learning rate of the policy; falls linearly to 0")
-    critic_lr: float = arg(1e-5, "learning rate of the critic; falls likewise")
-    warmup_steps: int = arg(
-        0, "first steps in which learning rates rise linearly: Adam's very first updates are the largest"
+    qrm_model: str = arg("", "the model of --advantage qrm, made by qrm.py")
+    beta: float = arg(
+        1.0, "the size of a step: pi* = pi_old exp(A / beta); lco/target_kl is the number to tune it by", at_least=1e-6
     )
-    max_grad_norm: float = arg(1.0, "gradients are clipped to this norm")
-    lora_rank: int = arg(0, "train adapters of this rank instead of all weights; 0: all weights")
+    negative_beta_scale: float = arg(
+        100.0, "the factor on beta for a sampled A < 0 (authors' code: 100; LCO-1: 1)", at_least=1e-6
+    )
+    target: Literal["exp", "linear"] = arg(
+        "exp", "pi* is LCO-1, or pi_old (1 + (A - E[A]) / beta) clipped to the simplex"
+    )
+    fill: Literal["zero", "balanced"] = arg(
+        "zero", "the advantage of unsampled tokens: 0, or the value that makes E[A] = 0"
+    )
+    moving_target: bool = arg(False, "authors' code: the target starts from the current logits, not the rollout's")
+    old_topk: int = arg(
+        0, "authors' code: 5 old logits are kept (in fp16), the others count as -100; 0: all, exact", at_least=0
+    )
+    token_mean: Literal["global", "signed"] = arg(
+        "global", "one mean over all tokens, or (authors' code) one over those with A > 0 and one over the others"
+    )
+    gamma: float = arg(1.0, "the discount", at_least=0)
+    lam: float = arg(0.95, "the lambda of GAE", at_least=0)
+    vf_coef: float = arg(0.1, "the coefficient of the value loss", at_least=0)
+    value_clip: float = arg(
+        0.2, "the distance from the rollout's value at which the loss of a value goes flat; 0: none", at_least=0
+    )
+    critic_warmup: int = arg(0, "the first steps train the critic alone; their number", at_least=0)
+    kl_coef: float = arg(
+        0.0, "the coefficient of the KL penalty per token inside the reward; 0 loads no reference", at_least=0
+    )
+    kl_estimator: Literal["k1", "k2", "k3"] = arg(
+        "k1", "the estimator of that KL: log pi/ref, half its square, or ref/pi - 1 - log ref/pi"
+    )
+    # optimisation
+    steps: int = arg(200, "the number of rollouts", at_least=1)
+    epochs: int = arg(1, "the number of passes over each rollout", at_least=1)
+    minibatches: int = arg(2, "the number of optimizer steps per pass", at_least=1)
+    micro_batch: int = arg(
+        8, "the number of sequences per forward pass on each rank; changes memory, never the result", at_least=1
+    )
+    lr: float = arg(1e-6, "the learning rate of the policy; falls linearly to 0", at_least=0)
+    critic_lr: float = arg(1e-5, "the learning rate of the critic; falls linearly to 0", at_least=0)
+    warmup_steps: int = arg(0, "the first steps, in which learning rates rise linearly; their number", at_least=0)
+    max_grad_norm: float = arg(1.0, "the norm to which gradients are clipped", at_least=1e-6)
+    lora_rank: int = arg(
+        0, "the rank of LoRA adapters, which are trained instead of all weights; 0: all weights", at_least=0
+    )
     # run
-    out: str = arg("", "run folder; empty: runs/<script>-<time>")
-    resume: bool = arg(False, "go on from the newest checkpoint in --out (from the start if there is none)")
-    seed: int = arg(0, "of prompts, sampling, minibatches and new weights")
-    device: str = arg("auto", "auto, cpu or cuda")
-    dtype: str = arg("float32", "of the computation: float32 or bfloat16; master weights are fp32")
+    out: str = arg("", "the run folder; empty: runs/<script>-<time>")
+    resume: bool = arg(False, "continue from the newest checkpoint in --out (from the start if there is none)")
+    seed: int = arg(0, "the seed of data order, sampling and new weights", at_least=0)
+    device: Literal["auto", "cpu", "cuda"] = arg("auto", "where the run takes place; auto: on a GPU if there is one")
+    dtype: Literal["float32", "bfloat16"] = arg(
+        "float32", "the dtype of the computation; master weights stay in float32"
+    )
     activation_checkpointing: bool = arg(False, "recompute activations in the backward pass: less memory, more time")
-    rollout_rows: int = arg(256, "sequences that a rank generates at once")
-    eval_every: int = arg(20, "steps between evaluations; there is one before the first step and after the last")
-    save_every: int = arg(50, "steps between checkpoints; there is one after the last")
-    check: bool = arg(False, "pre-flight: test this script with this model and task, train nothing")
-    diagnose: bool = arg(False, "log the shape of the loss on the first micro-batch of each update")
+    rollout_rows: int = arg(256, "the number of sequences that each rank generates at once", at_least=1)
+    eval_every: int = arg(
+        20, "the steps between evaluations; there is one before the first step and after the last", at_least=1
+    )
+    save_every: int = arg(50, "the steps between checkpoints; there is one after the last step", at_least=1)
     wandb: bool = arg(False, "also log to Weights & Biases")
 
 
@@ -274,16 +303,6 @@ def estimate_advantages(batch, args) -> None:
 
 
 # same in: ppo_baseline.py lco.py qrm.py
-def policy_logprobs(policy, batch, args):
-    """log-probabilities of the completion tokens, and entropies: [B, T], 0 where masked. Alike for pi, pi_old, ref."""
-    mask = batch["mask"]
-    hidden = common.completion_hidden(policy, batch)[mask]  # [N, H]
-    weight = common.head_weight(policy)
-    flat = common.token_logprobs(hidden, weight, batch["completion_ids"][mask], args.temperature)
-    return tuple(torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, x) for x in flat)
-
-
-# same in: ppo_baseline.py lco.py qrm.py
 def one_update(args) -> bool:
     """Whether a rollout serves a single update: while its gradient is taken pi is pi_old, which is not asked before."""
     return args.epochs * args.minibatches == 1 and not args.kl_coef
@@ -312,14 +331,14 @@ def score(models, batch, args) -> dict[str, torch.Tensor]:
             if name not in heads:
                 heads[name] = common.head_weight(models[name]).clone()
             if name == "qrm":
-                out["scores"] = policy_logprobs(models[name], micro, replace(args, temperature=1.0))[0]
+                out["scores"] = common.policy_logprobs(models[name], micro)[0]
         if args.kl_coef:
-            out["old_logprobs"] = policy_logprobs(models["policy"], micro, args)[0]
+            out["old_logprobs"] = common.policy_logprobs(models["policy"], micro, args.temperature)[0]
         if "ref" in models:
-            out["ref_logprobs"] = policy_logprobs(models["ref"], micro, args)[0]
+            out["ref_logprobs"] = common.policy_logprobs(models["ref"], micro, args.temperature)[0]
         elif args.kl_coef:
             with common.adapters_off(models["policy"]):
-                out["ref_logprobs"] = policy_logprobs(models["policy"], micro, args)[0]
+                out["ref_logprobs"] = common.policy_logprobs(models["policy"], micro, args.temperature)[0]
         if "critic" in models:
             out["values"] = common.completion_scalars(models["critic"], micro) * micro["mask"]
         return out
@@ -396,69 +415,12 @@ def update(models, heads, optimizer, batch, rows, args, train_policy: bool = Tru
     return sums | {"grad_norm": norm.item() * tokens}, tokens
 
 
-def diagnose_update(policy, micro, old_logits, args) -> dict[str, float]:
-    """--diagnose: is the loss flat, or uphill, on the way to pi*? By construction it should be neither."""
-    logits = common.probe_logits(policy, micro, args.temperature)
-    n, mask = len(logits), micro["mask"]
-    ids, advantages = (micro[k][mask][:n] for k in ("completion_ids", "advantages"))
-    beta, chosen = scaled_beta(advantages, args), ids[:, None]
-
-    def loss_of(z, i):
-        if args.loss == "kld":
-            dense = fill_advantages(advantages[i], ids[i], old_logits[i], args.fill)
-            return vocabulary_loss(z, old_logits[i], dense, args)[0].sum()
-        z, old = (x.gather(-1, chosen[i])[:, 0] for x in (z, old_logits[i]))
-        return sampled_loss(z, old, advantages[i], args)[0].sum()
-
-    target = old_logits.scatter_add(-1, chosen, (advantages / beta)[:, None].to(old_logits.dtype))
-    return common.diagnose(loss_of, logits, target)
-
-
 # ---- the run ---------------------------------------------------------------------------------------------------------
-
-
-def validate(args) -> None:
-    """One clear sentence for each wrong value, before anything is loaded."""
-    common.one_of(
-        loss=(args.loss, ("kld", "mse", "lch")),
-        advantage=(args.advantage, ("gae", "reward", "group", "dpo", "qrm")),
-        target=(args.target, ("exp", "linear")),
-        fill=(args.fill, ("zero", "balanced")),
-        token_mean=(args.token_mean, ("global", "signed")),
-        kl_estimator=(args.kl_estimator, ("k1", "k2", "k3")),
-        long_prompts=(args.long_prompts, ("drop", "truncate", "error")),
-        dtype=(args.dtype, ("float32", "bfloat16")),
-    )
-    common.at_least(0, lr=args.lr, critic_lr=args.critic_lr, kl_coef=args.kl_coef, value_clip=args.value_clip)
-    common.at_least(0, gamma=args.gamma, lam=args.lam, vf_coef=args.vf_coef, critic_warmup=args.critic_warmup)
-    common.at_least(0, warmup_steps=args.warmup_steps, missing_eos_penalty=args.missing_eos_penalty)
-    common.at_least(0, lora_rank=args.lora_rank)
-    common.at_least(1e-6, temperature=args.temperature, max_grad_norm=args.max_grad_norm)
-    common.at_least(1e-6, beta=args.beta, negative_beta_scale=args.negative_beta_scale)
-    common.at_least(0, old_topk=args.old_topk)
-    sampled = args.advantage not in ("dpo", "qrm")
-    for name, given in (("target linear", args.target == "linear"), ("old_topk", args.old_topk > 0)):
-        require(not given or args.loss == "kld", f"--{name} describes a target distribution: it needs --loss kld")
-    fills = args.fill == "zero" or (sampled and args.loss == "kld")
-    require(fills, "--fill balanced needs --loss kld and one advantage a token (not --advantage dpo or qrm)")
-    lopsided = args.fill == "balanced" and args.negative_beta_scale != 1
-    require(not lopsided, "--fill balanced and --negative_beta_scale exclude each other: a balanced A has both signs")
-    signed = args.token_mean == "signed"
-    require(sampled or not signed, "--token_mean signed needs one advantage a token (not --advantage dpo or qrm)")
-    require(sampled or not args.diagnose, f"--diagnose needs one advantage a token (not --advantage {args.advantage})")
-    given = args.dpo_model and args.dpo_ref
-    require(args.advantage != "dpo" or given, "--advantage dpo needs --dpo_model and --dpo_ref")
-    require(args.advantage != "qrm" or args.qrm_model, "--advantage qrm needs --qrm_model")
-    common.at_least(1, steps=args.steps, epochs=args.epochs, max_prompt=args.max_prompt, eval_every=args.eval_every)
-    common.at_least(1, max_new_tokens=args.max_new_tokens, save_every=args.save_every, test_rows=args.test_rows)
-    common.at_least(1, rollout_rows=args.rollout_rows)
-    one_sample = args.advantage == "group" and args.samples_per_prompt < 2
-    require(not one_sample, "--advantage group compares samples of one prompt: --samples_per_prompt must be at least 2")
 
 
 def build(args, device):
     """The models by name, and one optimizer for all that is trained."""
-    shared = dict(dtype=args.dtype, device=device, trust_remote_code=args.trust_remote_code, seed=args.seed)
+    shared = dict(dtype=args.dtype, device=device, seed=args.seed)
     trained = shared | dict(lora_rank=args.lora_rank, activation_checkpointing=args.activation_checkpointing)
     models = torch.nn.ModuleDict({"policy": common.load_model(args.model, **trained)})
     groups = [{"params": common.trainable_parameters(models["policy"]), "name": "lr"}]
@@ -497,14 +459,27 @@ def token_rewards(scores, batch, finished, args):
 
 def prepare(args):
     """Task and tokenizer; every wrong argument and file is refused here, before a model is loaded."""
-    validate(args)
+    sampled = args.advantage not in ("dpo", "qrm")
+    for name, given in (("target linear", args.target == "linear"), ("old_topk", args.old_topk > 0)):
+        require(not given or args.loss == "kld", f"--{name} describes a target distribution: it needs --loss kld")
+    fills = args.fill == "zero" or (sampled and args.loss == "kld")
+    require(fills, "--fill balanced needs --loss kld and one advantage a token (not --advantage dpo or qrm)")
+    lopsided = args.fill == "balanced" and args.negative_beta_scale != 1
+    require(not lopsided, "--fill balanced and --negative_beta_scale exclude each other: a balanced A has both signs")
+    signed = args.token_mean == "signed"
+    require(sampled or not signed, "--token_mean signed needs one advantage a token (not --advantage dpo or qrm)")
+    given = args.dpo_model and args.dpo_ref
+    require(args.advantage != "dpo" or given, "--advantage dpo needs --dpo_model and --dpo_ref")
+    require(args.advantage != "qrm" or args.qrm_model, "--advantage qrm needs --qrm_model")
+    one_sample = args.advantage == "group" and args.samples_per_prompt < 2
+    require(not one_sample, "--advantage group compares samples of one prompt: --samples_per_prompt must be at least 2")
     geometry = common.split_evenly(args.prompts_per_step, args.samples_per_prompt, args.minibatches, args.micro_batch)
     task = tasks.load_task(args.task, args.dataset, args.reward_file, args.seed, args.test_rows, args.test_dataset)
-    tokenizer = common.load_tokenizer(args.model, args.trust_remote_code)
-    common.fits_context(args.model, args.max_prompt + args.max_new_tokens, args.trust_remote_code)
+    tokenizer = common.load_tokenizer(args.model)
+    common.fits_context(args.model, args.max_prompt + args.max_new_tokens)
     others = {"dpo": (args.dpo_model, args.dpo_ref), "qrm": (args.qrm_model,)}
     for name in others.get(args.advantage, ()):
-        common.same_tokenizer(args.model, tokenizer, name, common.load_tokenizer(name, args.trust_remote_code))
+        common.same_tokenizer(args.model, tokenizer, name, common.load_tokenizer(name))
     length = lambda prompt: len(common.encode_prompt(tokenizer, prompt))  # noqa: E731
     task = tasks.fit_prompts(task, length, args.max_prompt, args.long_prompts)
     common.say(f"{geometry}\n{task.note}")
@@ -541,9 +516,6 @@ def train(args) -> None:
         estimate_advantages(batch, args)
 
         # ---- 5. update: a few passes over the rollout in minibatches
-        if args.diagnose:
-            probe = common.take(batch, list(range(min(args.micro_batch, len(rows)))))
-            old_logits = common.probe_logits(policy, probe, args.temperature)
         for group in optimizer.param_groups:
             rise, fall = (step + 1) / (args.warmup_steps + 1), 1 - step / args.steps
             group["lr"] = getattr(args, group["name"]) * min(1, rise) * fall
@@ -560,8 +532,6 @@ def train(args) -> None:
         # ---- 6. log; evaluate and save when it is time
         metrics = {k: v / tokens for k, v in sums.items()} | rollout_metrics(batch, scores, finished, args)
         metrics["lr"] = optimizer.param_groups[0]["lr"]
-        if args.diagnose:
-            metrics |= diagnose_update(policy, probe, old_logits, args)
         if metrics["reward/spread"] == 0:
             common.say("  no prompt of this step has two different rewards: there is no signal to learn from")
         shown = zip(rows[:4], completions, batch["rewards"].sum(1).tolist())
@@ -600,58 +570,6 @@ def rollout_metrics(batch, scores, finished, args) -> dict[str, float]:
     return metrics
 
 
-# ---- pre-flight ------------------------------------------------------------------------------------------------------
-
-
-def check(args) -> None:
-    """--check: is this script right with this model and this task? Ten seconds with the built-in model."""
-    device = common.local_device(args.device)
-    # Two epochs: with a single update pi_old would not be asked, and there were nothing to compare.
-    small = replace(args, prompts_per_step=2 * common.world(), samples_per_prompt=4, minibatches=1, epochs=2, steps=2)
-    small = replace(small, micro_batch=8, max_new_tokens=min(args.max_new_tokens, 32), test_rows=4, wandb=False)
-    task, tokenizer = prepare(small)
-    models, _ = build(small, device)
-    sampling = common.Sampling(models["policy"], tokenizer, args.max_prompt, small.max_new_tokens, args.temperature, 8)
-    rows = task.rows(args.seed, 0, small.prompts_per_step)
-    rows, prompt_ids, completion_ids, finished = sampling.rollout(rows, small.samples_per_prompt, args.seed, 0)
-    batch = common.make_batch(prompt_ids, completion_ids, tokenizer.pad_token_id, device)
-    heads = score(models, batch, small)
-    batch["rewards"] = batch["mask"] * torch.sin(torch.arange(len(rows), device=device))[:, None]  # something to learn
-    estimate_advantages(batch, small)
-    everything, tight = list(range(len(rows))), 1e-4 if args.dtype == "float32" else 0.1
-    ends = set(common.stop_ids(models["policy"], tokenizer))
-
-    def at_start():
-        sums, tokens = accumulate(models, heads, batch, everything, small)
-        names = [k for k in sums if k.endswith(("ratio_gap", "logit_gap", "kl_old"))]
-        gaps = {k: abs(sums[k]) / tokens for k in names}
-        return max(gaps.values()) < tight, ", ".join(f"{k} {v:.1e}" for k, v in gaps.items())
-
-    def backward(size):
-        accumulate(models, heads, batch, everything, replace(small, micro_batch=size))
-
-    @torch.no_grad()
-    def logprobs(batch):
-        return policy_logprobs(models["policy"], batch, args)[0]
-
-    sizes = ("micro_batch", "rollout_rows", "max_prompt", "max_new_tokens", "dtype")
-    share = args.prompts_per_step * args.samples_per_prompt // common.world()
-    common.preflight(
-        ("tokenizer and vocabularies agree", lambda: common.check_vocabulary(models, tokenizer)),
-        ("dropout is off", lambda: common.check_dropout(models)),
-        ("EOS is inside the loss", lambda: common.check_end_of_sequence(batch, completion_ids, finished, ends)),
-        ("log-probs ignore padding and batch size", lambda: common.check_padding(logprobs, batch, tight)),
-        ("ratio = 1 and KL = 0 at the start", at_start),
-        ("gradient ignores micro-batches", lambda: common.check_micro_batches(backward, models, [8, 1, 3], tight)),
-        ("resuming changes nothing", lambda: common.check_resume(train, small)),
-        ("peak memory", lambda: common.estimate_memory(models, rows=share, **{k: getattr(args, k) for k in sizes})),
-    )
-
-
-def main() -> None:
-    (check if args.check else train)(args)
-
-
 if __name__ == "__main__":
     args = common.parse_args(Args, BUILTIN)
-    common.launch(main, args.device)
+    common.launch(lambda: train(args), args.device)

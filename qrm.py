@@ -38,6 +38,7 @@ import time
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import common  # before torch: it sets how OpenMP threads wait
 import tasks
@@ -50,82 +51,123 @@ from common import arg, require
 @dataclass
 class Args:
     # stages
-    stage: str = arg("all", "pairs, reward or policy; all: one after the other, in folders of --out")
-    pairs: str = arg("", "of --stage reward: Hub name or file with prompt, chosen, rejected, or prompt, steps, labels")
-    reward_model: str = arg("", "of --stage policy: what --stage reward made of the objective that --reward names")
+    stage: Literal["all", "pairs", "reward", "policy"] = arg(
+        "all", "pairs, reward or policy; all: one after the other, in folders of --out"
+    )
+    pairs: str = arg(
+        "", "the data of --stage reward: a Hub name or file with prompt, chosen, rejected, or prompt, steps, labels"
+    )
+    reward_model: str = arg(
+        "", "the reward model of --stage policy: what --stage reward made of the objective that --reward names"
+    )
     reward_ref: str = arg("", "the model that a --reward_model of --reward dpo was trained from; empty: --model")
     # model and data
-    model: str = arg("builtin", "Hub name, or a folder (also one with a single GGUF file); builtin: the one here")
-    dataset: str = arg("", "Hub name or .jsonl/.json/.parquet file; empty: the built-in task")
-    task: str = arg("auto", "auto (by columns), chains, strings, words, gsm8k, math or prompts")
-    test_dataset: str = arg("", "held-out rows; empty: the Hub's test split, else the last rows of --dataset")
-    test_rows: int = arg(256, "held-out prompts in an evaluation")
-    reward_file: str = arg("", "a Python file with reward(prompts, completions, rows) -> list of floats")
-    max_prompt: int = arg(512, "longest prompt in tokens")
-    long_prompts: str = arg("drop", "what happens to longer ones: drop, truncate (keeps the end) or error")
-    trust_remote_code: bool = arg(False, "allow code that comes with a model from the Hub")
-    # rollout
-    prompts_per_step: int = arg(64, "prompts in a step, over all ranks")
-    samples_per_prompt: int = arg(8, "completions of each prompt")
-    max_new_tokens: int = arg(512, "longest completion in tokens, its EOS included")
-    temperature: float = arg(1.0, "of sampling, and of every log-probability that is taken")
-    missing_eos_penalty: float = arg(0.0, "subtracted from the reward of a completion that was cut")
-    # pairs
-    pair_prompts: int = arg(4096, "prompts from which --stage pairs makes at most one pair each")
-    pair_samples: int = arg(8, "completions of each of them")
-    step_separator: str = arg("\n", "what ends a step of an answer, for step_prm")
-    # reward model
-    objective: str = arg("qrm", "qrm (QRM-1), orm (QRM-3), step_prm (QRM-4) or dpo (QRM-5)")
-    head: str = arg("scalar", "Z is a scalar head at the token, or lm: the log-probability of the token (qrm, dpo)")
-    beta: float = arg(0.2, "of QRM-1 (paper: 0.2)")
-    margin: float = arg(2.0, "of QRM-1 (gamma in the paper: 2)")
-    dpo_beta: float = arg(0.1, "beta of DPO (recipe of DCKD's authors: 0.01)")
-    ce_weight: float = arg(1.0, "weight of the cross-entropy on the chosen answer beside QRM-1 with --head lm")
-    reward_epochs: int = arg(1, "passes over the pairs")
-    pairs_per_step: int = arg(64, "pairs in an optimizer step, over all ranks")
-    reward_lr: float = arg(1e-5, "learning rate of the reward model; falls linearly to 0")
-    test_pairs: int = arg(128, "held-out pairs, the last of the file; no other pair with one of their prompts is used")
-    # method
-    reward: str = arg("qrm", "what the policy is trained on: qrm, orm, step_prm, dpo, or rule: the task's own reward")
-    center: bool = arg(True, "standardise scores to mean 0 (authors' code: only to variance 1)")
-    eos_reward: str = arg("own", "the score of the last token: its own, or mean: of its completion (authors' code)")
-    orm_credit: str = arg("last", "where the score of an orm goes: last token, or broadcast to all tokens")
-    loss: str = arg("ppo", "ppo (PPO-1) or reinforce: -A_t log pi(a_t|s_t), the same trunk without ratio and clip")
-    advantage: str = arg("auto", "token (QRM-2), gae, return (to go), reward, group; auto: token for qrm and dpo, else "
-                         "gae with ppo and return with reinforce")  # fmt: skip
-    critic: bool = arg(True, "a critic for --advantage gae, and for token with --loss ppo; False: V = 0")
-    value_baseline_weight: float = arg(1.0, "of V in QRM-2 (authors' code: 0.01)")
-    clip: float = arg(0.2, "eps of PPO-1")
-    gamma: float = arg(1.0, "discount")
-    lam: float = arg(0.95, "lambda of GAE")
-    vf_coef: float = arg(0.1, "weight of the value loss")
-    value_clip: float = arg(0.2, "a value moves at most so far from the rollout's before its loss goes flat; 0: free")
-    critic_warmup: int = arg(0, "first steps that train the critic alone")
-    kl_coef: float = arg(0.0, "KL penalty per token inside the reward, against the starting policy; 0 loads no copy")
-    kl_estimator: str = arg("k1", "k1: log pi/ref; k2: half its square; k3: ref/pi - 1 - log ref/pi; abs: |log pi/ref|")
-    # optimisation
-    steps: int = arg(200, "rollouts")
-    epochs: int = arg(1, "passes over a rollout")
-    minibatches: int = arg(2, "optimizer steps in a pass")
-    micro_batch: int = arg(8, "sequences in one forward and backward of a rank; changes memory, never the result")
-    lr: float = arg(1e-6, "learning rate of the policy; falls linearly to 0")
-    critic_lr: float = arg(1e-5, "learning rate of the critic; falls likewise")
-    warmup_steps: int = arg(
-        0, "first steps in which learning rates rise linearly: Adam's very first updates are the largest"
+    model: str = arg("builtin", "the model: a Hub name, a folder, or builtin, which comes with this repository")
+    dataset: str = arg("", "the data: a Hub name or a .jsonl, .json or .parquet file; empty: the built-in task")
+    task: tasks.Name = arg("auto", "what the data are; auto: their columns decide")
+    test_dataset: str = arg("", "the held-out rows; empty: the test split of the Hub, or the last rows of --dataset")
+    test_rows: int = arg(256, "the number of held-out prompts of an evaluation", at_least=1)
+    reward_file: str = arg(
+        "", "a Python file with reward(prompts, completions, rows) -> one number per completion, or per token"
     )
-    max_grad_norm: float = arg(1.0, "gradients are clipped to this norm")
-    lora_rank: int = arg(0, "train adapters of this rank instead of all weights; 0: all weights")
+    max_prompt: int = arg(512, "the longest prompt, in tokens", at_least=1)
+    long_prompts: Literal["drop", "truncate", "error"] = arg(
+        "drop", "what happens to longer prompts; truncate keeps their end"
+    )
+    # rollout
+    prompts_per_step: int = arg(64, "the number of prompts per step, over all ranks", at_least=1)
+    samples_per_prompt: int = arg(8, "the number of completions per prompt", at_least=1)
+    max_new_tokens: int = arg(512, "the longest completion, in tokens, EOS included", at_least=1)
+    temperature: float = arg(1.0, "the temperature of sampling and of every log-probability", at_least=1e-6)
+    missing_eos_penalty: float = arg(0.0, "the reward of a completion without an end is reduced by this", at_least=0)
+    # pairs
+    pair_prompts: int = arg(
+        4096, "the prompts from which --stage pairs makes at most one pair each; their number", at_least=1
+    )
+    pair_samples: int = arg(8, "the number of completions per such prompt", at_least=2)
+    step_separator: str = arg("\n", "the text that ends a step of an answer, for step_prm")
+    # reward model
+    objective: Literal["qrm", "orm", "step_prm", "dpo"] = arg("qrm", "QRM-1, QRM-3, QRM-4 or QRM-5")
+    head: Literal["scalar", "lm"] = arg(
+        "scalar", "where Z comes from: a scalar head at the token, or the log-probability of the token (qrm, dpo)"
+    )
+    beta: float = arg(0.2, "the beta of QRM-1 (paper: 0.2)", at_least=1e-6)
+    margin: float = arg(2.0, "the margin of QRM-1 (gamma in the paper: 2)", at_least=0)
+    dpo_beta: float = arg(0.1, "the beta of DPO (recipe of DCKD's authors: 0.01)", at_least=1e-6)
+    ce_weight: float = arg(
+        1.0, "the coefficient of the cross-entropy on the chosen answer beside QRM-1 with --head lm", at_least=0
+    )
+    reward_epochs: int = arg(1, "the number of passes over the pairs", at_least=1)
+    pairs_per_step: int = arg(64, "the number of pairs per optimizer step, over all ranks", at_least=1)
+    reward_lr: float = arg(1e-5, "the learning rate of the reward model; falls linearly to 0", at_least=0)
+    test_pairs: int = arg(
+        128,
+        "the number of held-out pairs, the last of the file; no other pair with one of their prompts is used",
+        at_least=1,
+    )
+    # method
+    reward: Literal["qrm", "orm", "step_prm", "dpo", "rule"] = arg(
+        "qrm", "the reward of the policy: a reward model's, or the task's own"
+    )
+    center: bool = arg(True, "standardise scores to mean 0 (authors' code: only to variance 1)")
+    eos_reward: Literal["own", "mean"] = arg(
+        "own", "the score of the last token: its own, or the mean of its completion (authors' code)"
+    )
+    orm_credit: Literal["last", "broadcast"] = arg(
+        "last", "the tokens that get the score of an orm: the last one or all"
+    )
+    loss: Literal["ppo", "reinforce"] = arg(
+        "ppo", "PPO-1, or -A_t log pi(a_t|s_t): the same trunk without ratio and clip"
+    )
+    advantage: Literal["auto", "token", "gae", "return", "reward", "group"] = arg(
+        "auto",
+        "QRM-2, GAE, the return to go, the return of the answer, or that minus the mean of its prompt; auto: "
+        "token for qrm and dpo, else gae with ppo and return with reinforce",
+    )
+    critic: bool = arg(True, "train a critic for --advantage gae, and for token with --loss ppo; False: V = 0")
+    value_baseline_weight: float = arg(1.0, "the weight of V in QRM-2 (authors' code: 0.01)", at_least=0)
+    clip: float = arg(0.2, "the eps of PPO-1", at_least=1e-6)
+    gamma: float = arg(1.0, "the discount", at_least=0)
+    lam: float = arg(0.95, "the lambda of GAE", at_least=0)
+    vf_coef: float = arg(0.1, "the coefficient of the value loss", at_least=0)
+    value_clip: float = arg(
+        0.2, "the distance from the rollout's value at which the loss of a value goes flat; 0: none", at_least=0
+    )
+    critic_warmup: int = arg(0, "the first steps train the critic alone; their number", at_least=0)
+    kl_coef: float = arg(
+        0.0, "the coefficient of the KL penalty per token inside the reward; 0 loads no reference", at_least=0
+    )
+    kl_estimator: Literal["k1", "k2", "k3", "abs"] = arg(
+        "k1", "the estimator of that KL: log pi/ref, half its square, ref/pi - 1 - log ref/pi, or |log pi/ref|"
+    )
+    # optimisation
+    steps: int = arg(200, "the number of rollouts", at_least=1)
+    epochs: int = arg(1, "the number of passes over each rollout", at_least=1)
+    minibatches: int = arg(2, "the number of optimizer steps per pass", at_least=1)
+    micro_batch: int = arg(
+        8, "the number of sequences per forward pass on each rank; changes memory, never the result", at_least=1
+    )
+    lr: float = arg(1e-6, "the learning rate of the policy; falls linearly to 0", at_least=0)
+    critic_lr: float = arg(1e-5, "the learning rate of the critic; falls linearly to 0", at_least=0)
+    warmup_steps: int = arg(0, "the first steps, in which learning rates rise linearly; their number", at_least=0)
+    max_grad_norm: float = arg(1.0, "the norm to which gradients are clipped", at_least=1e-6)
+    lora_rank: int = arg(
+        0, "the rank of LoRA adapters, which are trained instead of all weights; 0: all weights", at_least=0
+    )
     # run
-    out: str = arg("", "run folder; empty: runs/<script>-<time>")
-    resume: bool = arg(False, "go on from the newest checkpoint in --out (from the start if there is none)")
-    seed: int = arg(0, "of prompts, sampling, minibatches and new weights")
-    device: str = arg("auto", "auto, cpu or cuda")
-    dtype: str = arg("float32", "of the computation: float32 or bfloat16; master weights are fp32")
+    out: str = arg("", "the run folder; empty: runs/<script>-<time>")
+    resume: bool = arg(False, "continue from the newest checkpoint in --out (from the start if there is none)")
+    seed: int = arg(0, "the seed of data order, sampling and new weights", at_least=0)
+    device: Literal["auto", "cpu", "cuda"] = arg("auto", "where the run takes place; auto: on a GPU if there is one")
+    dtype: Literal["float32", "bfloat16"] = arg(
+        "float32", "the dtype of the computation; master weights stay in float32"
+    )
     activation_checkpointing: bool = arg(False, "recompute activations in the backward pass: less memory, more time")
-    rollout_rows: int = arg(256, "sequences that a rank generates at once")
-    eval_every: int = arg(20, "steps between evaluations; there is one before the first step and after the last")
-    save_every: int = arg(50, "steps between checkpoints; there is one after the last")
-    check: bool = arg(False, "pre-flight: test this script with this model and task, train nothing")
+    rollout_rows: int = arg(256, "the number of sequences that each rank generates at once", at_least=1)
+    eval_every: int = arg(
+        20, "the steps between evaluations; there is one before the first step and after the last", at_least=1
+    )
+    save_every: int = arg(50, "the steps between checkpoints; there is one after the last step", at_least=1)
     wandb: bool = arg(False, "also log to Weights & Biases")
 
 
@@ -182,22 +224,13 @@ def token_scores(models, micro, objective: str):
     model, mask = models["reward"], micro["mask"]
     if common.has_scalar_head(model.config):
         return common.completion_scalars(model, micro, after=True) * mask
-    scores = answer_logprobs(model, micro)
+    scores = common.policy_logprobs(model, micro)[0]
     if objective == "dpo":
         ref = models["reward_ref"] if "reward_ref" in models else model  # noqa: SIM401 (a ModuleDict has no get)
         with torch.no_grad(), contextlib.nullcontext() if ref is not model else common.adapters_off(model):
-            ref_scores = answer_logprobs(ref, micro)
+            ref_scores = common.policy_logprobs(ref, micro)[0]
         scores = scores - ref_scores
     return scores
-
-
-# same in: qrm.py evaluate.py
-def answer_logprobs(model, micro):
-    """log-probabilities of the completion tokens at temperature 1, [B, T]; 0 where masked."""
-    mask = micro["mask"]
-    hidden, weight = common.completion_hidden(model, micro)[mask], common.head_weight(model)
-    logprobs, _ = common.token_logprobs(hidden, weight, micro["completion_ids"][mask])
-    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, logprobs)
 
 
 def reward_objective(models, micro, args):
@@ -335,16 +368,6 @@ def estimate_advantages(batch, args) -> None:
 
 
 # same in: ppo_baseline.py lco.py qrm.py
-def policy_logprobs(policy, batch, args):
-    """log-probabilities of the completion tokens, and entropies: [B, T], 0 where masked. Alike for pi, pi_old, ref."""
-    mask = batch["mask"]
-    hidden = common.completion_hidden(policy, batch)[mask]  # [N, H]
-    weight = common.head_weight(policy)
-    flat = common.token_logprobs(hidden, weight, batch["completion_ids"][mask], args.temperature)
-    return tuple(torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, x) for x in flat)
-
-
-# same in: ppo_baseline.py lco.py qrm.py
 def one_update(args) -> bool:
     """Whether a rollout serves a single update: while its gradient is taken pi is pi_old, which is not asked before."""
     return args.epochs * args.minibatches == 1 and not args.kl_coef
@@ -357,12 +380,12 @@ def score(models, batch, args) -> None:
     def one(micro):
         out = {}
         if not one_update(args):
-            out["old_logprobs"] = policy_logprobs(models["policy"], micro, args)[0]
+            out["old_logprobs"] = common.policy_logprobs(models["policy"], micro, args.temperature)[0]
         if "ref" in models:
-            out["ref_logprobs"] = policy_logprobs(models["ref"], micro, args)[0]
+            out["ref_logprobs"] = common.policy_logprobs(models["ref"], micro, args.temperature)[0]
         elif args.kl_coef:
             with common.adapters_off(models["policy"]):
-                out["ref_logprobs"] = policy_logprobs(models["policy"], micro, args)[0]
+                out["ref_logprobs"] = common.policy_logprobs(models["policy"], micro, args.temperature)[0]
         if "critic" in models:
             out["values"] = common.completion_scalars(models["critic"], micro) * micro["mask"]
         if "reward" in models:
@@ -375,7 +398,7 @@ def score(models, batch, args) -> None:
 def objective(models, micro, args, train_policy: bool = True):
     """The loss of one micro-batch, summed over its tokens, and metric sums."""
     mask = micro["mask"]
-    logprobs, entropy = policy_logprobs(models["policy"], micro, args)
+    logprobs, entropy = common.policy_logprobs(models["policy"], micro, args.temperature)
     old_logprobs = logprobs.detach() if one_update(args) else micro["old_logprobs"]
     loss, metrics = policy_loss(logprobs[mask], old_logprobs[mask], micro["advantages"][mask], args.loss, args.clip)
     loss = loss * train_policy
@@ -413,34 +436,8 @@ def update(models, optimizer, batch, rows, args, train_policy: bool = True):
 # ---- the run ---------------------------------------------------------------------------------------------------------
 
 
-def validate(args) -> None:
-    """One clear sentence for each wrong value, before anything is loaded."""
-    common.one_of(
-        stage=(args.stage, ("all", "pairs", "reward", "policy")),
-        objective=(args.objective, ("qrm", "orm", "step_prm", "dpo")),
-        head=(args.head, ("scalar", "lm")),
-        reward=(args.reward, ("qrm", "orm", "step_prm", "dpo", "rule")),
-        eos_reward=(args.eos_reward, ("own", "mean")),
-        orm_credit=(args.orm_credit, ("last", "broadcast")),
-        loss=(args.loss, ("ppo", "reinforce")),
-        advantage=(args.advantage, ("auto", "token", "gae", "return", "reward", "group")),
-        kl_estimator=(args.kl_estimator, ("k1", "k2", "k3", "abs")),
-        long_prompts=(args.long_prompts, ("drop", "truncate", "error")),
-        dtype=(args.dtype, ("float32", "bfloat16")),
-    )
-    common.at_least(0, lr=args.lr, critic_lr=args.critic_lr, kl_coef=args.kl_coef, value_clip=args.value_clip)
-    common.at_least(0, gamma=args.gamma, lam=args.lam, vf_coef=args.vf_coef, critic_warmup=args.critic_warmup)
-    common.at_least(0, warmup_steps=args.warmup_steps, missing_eos_penalty=args.missing_eos_penalty)
-    common.at_least(0, lora_rank=args.lora_rank)
-    common.at_least(1e-6, temperature=args.temperature, max_grad_norm=args.max_grad_norm, clip=args.clip)
-    common.at_least(1, steps=args.steps, epochs=args.epochs, max_prompt=args.max_prompt, eval_every=args.eval_every)
-    common.at_least(1, max_new_tokens=args.max_new_tokens, save_every=args.save_every, test_rows=args.test_rows)
-    common.at_least(1, rollout_rows=args.rollout_rows)
-    common.at_least(1, pair_prompts=args.pair_prompts, reward_epochs=args.reward_epochs, test_pairs=args.test_pairs)
-    common.at_least(2, pair_samples=args.pair_samples)
-    common.at_least(0, margin=args.margin, ce_weight=args.ce_weight, reward_lr=args.reward_lr)
-    common.at_least(0, value_baseline_weight=args.value_baseline_weight)
-    common.at_least(1e-6, beta=args.beta, dpo_beta=args.dpo_beta)
+def check_combinations(args) -> None:
+    """Values that are legal alone and not together."""
     require(args.step_separator != "", "--step_separator is empty; expected the text that ends a step")
     scalar = args.objective in ("orm", "step_prm")
     require(not scalar or args.head == "scalar", f"--objective {args.objective} needs --head scalar")
@@ -470,7 +467,7 @@ def has_critic(args) -> bool:
 
 def build(args, device):
     """The models by name, and one optimizer for all that is trained."""
-    shared = dict(dtype=args.dtype, device=device, trust_remote_code=args.trust_remote_code, seed=args.seed)
+    shared = dict(dtype=args.dtype, device=device, seed=args.seed)
     trained = shared | dict(lora_rank=args.lora_rank, activation_checkpointing=args.activation_checkpointing)
     models = torch.nn.ModuleDict({"policy": common.load_model(args.model, **trained)})
     groups = [{"params": common.trainable_parameters(models["policy"]), "name": "lr"}]
@@ -488,7 +485,7 @@ def build(args, device):
 
 def build_reward(args, device):
     """The reward model (and for dpo the model it starts from), and its optimizer."""
-    shared = dict(dtype=args.dtype, device=device, trust_remote_code=args.trust_remote_code, seed=args.seed)
+    shared = dict(dtype=args.dtype, device=device, seed=args.seed)
     trained = shared | dict(lora_rank=args.lora_rank, activation_checkpointing=args.activation_checkpointing)
     models = torch.nn.ModuleDict({"reward": common.load_model(args.model, head=args.head, **trained)})
     models["reward"].config.reward_objective = args.objective  # goes into the exported config.json
@@ -520,19 +517,19 @@ def token_rewards(scores, batch, finished, args):
 
 def prepare(args):
     """Task and tokenizer; every wrong argument and file is refused here, before a model is loaded."""
-    validate(args)
+    check_combinations(args)
     geometry = common.split_evenly(args.prompts_per_step, args.samples_per_prompt, args.minibatches, args.micro_batch)
     task = tasks.load_task(
         args.task, args.dataset, args.reward_file, args.seed, args.test_rows, args.test_dataset,
         graded=args.stage == "pairs" or args.reward == "rule",
     )  # fmt: skip
-    tokenizer = common.load_tokenizer(args.model, args.trust_remote_code)
-    common.fits_context(args.model, args.max_prompt + args.max_new_tokens, args.trust_remote_code)
+    tokenizer = common.load_tokenizer(args.model)
+    common.fits_context(args.model, args.max_prompt + args.max_new_tokens)
     if args.stage == "policy" and args.reward != "rule":
         for name in [args.reward_model] + [args.reward_ref] * (args.reward == "dpo" and args.reward_ref != ""):
-            common.same_tokenizer(args.model, tokenizer, name, common.load_tokenizer(name, args.trust_remote_code))
-            common.fits_context(name, args.max_prompt + args.max_new_tokens, args.trust_remote_code)
-        config = common.load_config(args.reward_model, args.trust_remote_code)
+            common.same_tokenizer(args.model, tokenizer, name, common.load_tokenizer(name))
+            common.fits_context(name, args.max_prompt + args.max_new_tokens)
+        config = common.load_config(args.reward_model)
         found = getattr(config, "reward_objective", args.reward)
         require(found == args.reward, f"--reward {args.reward}: {args.reward_model} was trained as {found}")
         scalar = common.has_scalar_head(config) or args.reward in ("qrm", "dpo")
@@ -556,7 +553,7 @@ def make_pairs(args) -> None:
     prompts = min(args.pair_prompts, len(task.train) or args.pair_prompts)  # each prompt once
     args = replace(args, steps=max(1, prompts // args.prompts_per_step))
     run = common.RunFolder(args, __file__)
-    shared = dict(dtype=args.dtype, device=device, trust_remote_code=args.trust_remote_code)
+    shared = dict(dtype=args.dtype, device=device)
     policy = common.load_model(args.model, trainable=False, **shared)
     sampling = common.Sampling(
         policy, tokenizer, args.max_prompt, args.max_new_tokens, args.temperature, args.rollout_rows
@@ -603,8 +600,7 @@ def pick_pair(scores: list[float], lengths: list[int], finished: list[bool]) -> 
 
 def prepare_reward(args):
     """Tokenizer, training and held-out rows with the ids of their answers (`sides`), all checked."""
-    validate(args)
-    common.at_least(1, pairs_per_step=args.pairs_per_step, micro_batch=args.micro_batch)
+    check_combinations(args)
     divides = args.pairs_per_step % common.world() == 0
     require(divides, f"--pairs_per_step {args.pairs_per_step} does not divide among {common.world()} ranks")
     rows, sides = tasks.load_answers(args.pairs, args.step_separator)
@@ -612,8 +608,8 @@ def prepare_reward(args):
     require(labelled, f"{args.pairs}: step_prm needs labels: columns prompt, steps, labels (or *_labels beside a pair)")
     paired = args.objective == "step_prm" or len(sides) == 2
     require(paired, f"{args.pairs}: --objective {args.objective} needs the columns prompt, chosen, rejected")
-    tokenizer = common.load_tokenizer(args.model, args.trust_remote_code)
-    common.fits_context(args.model, args.max_prompt + args.max_new_tokens, args.trust_remote_code)
+    tokenizer = common.load_tokenizer(args.model)
+    common.fits_context(args.model, args.max_prompt + args.max_new_tokens)
     rows, note = common.encode_pairs(tokenizer, rows, args.max_prompt, args.max_new_tokens, sides)
     for side in sides if args.objective == "step_prm" else ():
         for row, ends in zip(rows, find_steps([row[f"{side}_ids"] for row in rows], tokenizer, args.step_separator)):
@@ -864,116 +860,9 @@ def rollout_metrics(batch, scores, finished, args) -> dict[str, float]:
     return metrics
 
 
-# ---- pre-flight ------------------------------------------------------------------------------------------------------
-
-
-def check(args) -> None:
-    """--check: are the stages right with this model and data? A reward model that is not there yet is a random one."""
-    home = Path(common.from_rank_0(tempfile.mkdtemp() if common.rank() == 0 else None))
-    if args.stage in ("all", "reward"):
-        check_reward(args, home)
-    if args.stage != "reward":
-        check_policy(settled(args), home)
-
-
-def check_reward(args, home: Path) -> None:
-    device, world = common.local_device(args.device), common.world()
-    if args.pairs:
-        raw, (loaded, _) = tasks.read_rows(args.pairs), tasks.load_answers(args.pairs, args.step_separator)
-        rows = list({json.dumps(row["prompt"]): line for row, line in zip(loaded, raw)}.values())  # one a prompt
-    else:
-        rows = tasks.chain_pairs(4 * world + 2, args.seed)
-    if common.rank() == 0:
-        (home / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[: 4 * world + 2]))
-    small = replace(args, stage="reward", pairs=str(home / "pairs.jsonl"), pairs_per_step=2 * world, test_pairs=2)
-    small = replace(small, reward_epochs=1, micro_batch=2, wandb=False)
-    tokenizer, sides, rows, _ = prepare_reward(small)
-    models, _ = build_reward(small, device)
-    randomise(models["reward"])
-    batch, tight = answer_batch(rows, sides, tokenizer, small, device), 1e-4 if args.dtype == "float32" else 0.1
-
-    def backward(size):
-        accumulate_reward(models, batch, len(rows), replace(small, micro_batch=size))
-
-    @torch.no_grad()
-    def scores(batch):
-        return token_scores(models, batch, args.objective)
-
-    sizes = ("micro_batch", "max_prompt", "max_new_tokens", "dtype")
-    common.preflight(
-        ("tokenizer and vocabularies agree", lambda: common.check_vocabulary(models, tokenizer)),
-        ("dropout is off", lambda: common.check_dropout(models)),
-        ("scores ignore padding and batch size", lambda: common.check_padding(scores, batch, 10 * tight)),
-        ("gradient ignores micro-batches", lambda: common.check_micro_batches(backward, models, [8, 2, 6], tight)),
-        ("resuming changes nothing", lambda: common.check_resume(train_reward, small)),
-        ("peak memory", lambda: common.estimate_memory(
-            models, rows=2 * args.pairs_per_step // world, rollout_rows=0, **{k: getattr(args, k) for k in sizes}
-        )),
-    )  # fmt: skip
-
-
-def randomise(model) -> None:
-    """A scalar head that starts at 0 would make every test of it pass."""
-    if common.has_scalar_head(model.config):
-        torch.manual_seed(0)
-        for parameter in common.scalar_head(model).parameters():
-            torch.nn.init.normal_(parameter, std=0.1)
-
-
-def check_policy(args, home: Path) -> None:
-    device = common.local_device(args.device)
-    small = replace(args, stage="policy", prompts_per_step=2 * common.world(), samples_per_prompt=4, minibatches=1)
-    # Two epochs: with a single update pi_old would not be asked, and there were nothing to compare.
-    small = replace(small, epochs=2, steps=2, micro_batch=8, max_new_tokens=min(args.max_new_tokens, 32), test_rows=4)
-    small = replace(small, wandb=False)
-    if args.reward != "rule" and not args.reward_model:
-        head = {"dpo": "lm", "qrm": args.head}.get(args.reward, "scalar")
-        new, _ = build_reward(replace(small, objective=args.reward, head=head, lora_rank=0), device)
-        randomise(new["reward"])
-        common.export_model(home / "reward", new["reward"], common.load_tokenizer(args.model, args.trust_remote_code))
-        small = replace(small, reward_model=str(home / "reward"))
-    task, tokenizer = prepare(small)
-    models, _ = build(small, device)
-    sampling = common.Sampling(models["policy"], tokenizer, args.max_prompt, small.max_new_tokens, args.temperature, 8)
-    rows = task.rows(args.seed, 0, small.prompts_per_step)
-    rows, prompt_ids, completion_ids, finished = sampling.rollout(rows, small.samples_per_prompt, args.seed, 0)
-    batch = common.make_batch(prompt_ids, completion_ids, tokenizer.pad_token_id, device)
-    score(models, batch, small)
-    batch["rewards"] = batch["mask"] * torch.sin(torch.arange(len(rows), device=device))[:, None]  # something to learn
-    estimate_advantages(batch, small)
-    everything, tight = list(range(len(rows))), 1e-4 if args.dtype == "float32" else 0.1
-    ends = set(common.stop_ids(models["policy"], tokenizer))
-
-    def at_start():
-        sums, tokens = accumulate(models, batch, everything, small)
-        names = ("policy/ratio_gap", "policy/kl_old")
-        gaps = {k: abs(sums[k]) / tokens for k in names}
-        return max(gaps.values()) < tight, ", ".join(f"{k} {v:.1e}" for k, v in gaps.items())
-
-    def backward(size):
-        accumulate(models, batch, everything, replace(small, micro_batch=size))
-
-    @torch.no_grad()
-    def logprobs(batch):
-        return policy_logprobs(models["policy"], batch, args)[0]
-
-    sizes = ("micro_batch", "rollout_rows", "max_prompt", "max_new_tokens", "dtype")
-    share = args.prompts_per_step * args.samples_per_prompt // common.world()
-    common.preflight(
-        ("tokenizer and vocabularies agree", lambda: common.check_vocabulary(models, tokenizer)),
-        ("dropout is off", lambda: common.check_dropout(models)),
-        ("EOS is inside the loss", lambda: common.check_end_of_sequence(batch, completion_ids, finished, ends)),
-        ("log-probs ignore padding and batch size", lambda: common.check_padding(logprobs, batch, tight)),
-        ("ratio = 1 and KL = 0 at the start", at_start),
-        ("gradient ignores micro-batches", lambda: common.check_micro_batches(backward, models, [8, 1, 3], tight)),
-        ("resuming changes nothing", lambda: common.check_resume(train, small)),
-        ("peak memory", lambda: common.estimate_memory(models, rows=share, **{k: getattr(args, k) for k in sizes})),
-    )
-
-
 def run_stages(args) -> None:
     """--stage all: pairs, reward and policy, each in its own folder of --out; --resume skips what is whole."""
-    validate(args)
+    check_combinations(args)
     require(not args.resume or args.out, "--resume needs --out, the folder of the run to go on with")
     own = not args.pairs and not args.reward_model
     require(own, "--stage all makes its own: --pairs goes with --stage reward, --reward_model with --stage policy")
@@ -993,11 +882,10 @@ def run_stages(args) -> None:
             run(replace(args, stage=name, out=str(home / name), pairs=str(pairs), reward_model=str(model)))
 
 
-def main() -> None:
-    stages = {"pairs": make_pairs, "reward": train_reward, "policy": train, "all": run_stages}
-    (check if args.check else stages[args.stage])(args)
+def run_stage(args) -> None:
+    {"pairs": make_pairs, "reward": train_reward, "policy": train, "all": run_stages}[args.stage](args)
 
 
 if __name__ == "__main__":
     args = common.parse_args(Args, BUILTIN)
-    common.launch(main, args.device)
+    common.launch(lambda: run_stage(args), args.device)

@@ -34,10 +34,14 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from typing import Literal
 
 import numpy as np
 
 from common import BadInput
+
+
+Name = Literal["auto", "chains", "strings", "words", "gsm8k", "math", "prompts"]  # of a task
 
 
 @dataclass
@@ -728,7 +732,6 @@ def checked_reward(reward: Callable, name: str) -> Callable:
 # 7. load_task
 # ---------------------------------------------------------------------------------------------------------------
 
-TASKS = ("auto", "chains", "strings", "words", "gsm8k", "math", "prompts")
 GSM8K_ASK = "\n\nReason step by step, and end with a line '#### ' followed by the final number alone."
 MATH_ASK = "\n\nReason step by step, and put the final answer in \\boxed{}."
 
@@ -797,11 +800,6 @@ def load_task(
     allows prompts that nobody can grade; then Task.reward is None. `train` False allows a task without training rows,
     such as a `test_dataset` alone.
     """
-    if task not in TASKS:
-        raise BadInput(f"--task {task}: unknown; expected one of {', '.join(TASKS)}")
-    for name, value in (("seed", seed), ("test_rows", test_rows)):
-        if value < 0:
-            raise BadInput(f"--{name} {value}: expected 0 or more")
     reward = load_reward(reward_file) if reward_file else None
     dataset = dataset or (test_dataset if not train else "")
     if task == "auto" and not dataset:
@@ -891,8 +889,6 @@ def fit_prompts(task: Task, length: Callable, max_prompt: int, long_prompts: str
     "drop" leaves them out of train and test, "error" refuses them, and "truncate" keeps them all, for it is the
     tokens that are cut, where they are made. The task's note says how many there were.
     """
-    if long_prompts not in ("drop", "truncate", "error"):
-        raise BadInput(f"--long_prompts {long_prompts}: unknown; expected drop, truncate or error")
     fits = {name: [length(r["prompt"]) <= max_prompt for r in getattr(task, name)] for name in ("train", "test")}
     too_long = {name: len(kept) - sum(kept) for name, kept in fits.items()}
     if not any(too_long.values()):

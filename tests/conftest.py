@@ -20,6 +20,7 @@ from unittest import mock
 import pytest
 
 import common  # before torch: it sets how OpenMP threads wait
+import check
 
 import torch
 import torch.distributed as dist
@@ -147,8 +148,13 @@ def assert_same_metrics(a: list[dict], b: list[dict], relative: float = 1e-5, fl
 def run_here(script, stop_after: int | None = None, **settings) -> Path:
     """script.train in this process, without the plot, which takes longer than the run; returns the run folder."""
     with mock.patch.object(common.RunFolder, "report"), mock.patch.object(common.Run, "stop_after", stop_after):
-        script.train(script.Args(**settings))
+        script.train(common.check_args(script.Args(**settings)))
     return Path(settings["out"])
+
+
+def check_here(script, **settings) -> None:
+    """check.py on a script, in this process."""
+    check.Checks(script, common.check_args(script.Args(**settings))).run()
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ def refused(base, monkeypatch):
     def check(script, parts, **changes):
         monkeypatch.setattr(common, "load_model", lambda *a, **k: pytest.fail("a model was loaded"))
         with pytest.raises(common.BadInput) as error:
-            script.train(script.Args(**base | changes))
+            script.train(common.check_args(script.Args(**base | changes)))
         message = str(error.value)
         assert all(part in message for part in parts), message
         assert "\n" not in message and len(message) < 500
@@ -62,7 +62,7 @@ def refused(base, monkeypatch):
         ("eval_every", 0, "at least 1"),
         ("save_every", 0, "at least 1"),
         ("test_rows", 0, "at least 1"),
-        ("seed", -1, "expected 0 or more"),
+        ("seed", -1, "at least 0"),
         ("device", "tpu", "auto, cpu"),
         ("lora_rank", -1, "at least 0"),
         ("rollout_rows", 0, "at least 1"),

@@ -1,4 +1,4 @@
-"""DCKD and ADPA end to end: command lines, stages, every loss and switch, ranks, resume, --check, bad input."""
+"""DCKD and ADPA end to end: command lines, stages, every loss and switch, ranks, resume, check.py, bad input."""
 
 import json
 import math
@@ -6,10 +6,11 @@ import re
 from unittest import mock
 
 import adpa
+import check
 import common
 import dckd
 import pytest
-from conftest import assert_same_metrics, flags, read_metrics, run_here, run_script
+from conftest import assert_same_metrics, check_here, flags, read_metrics, run_here, run_script
 
 SCRIPTS = {"dckd": dckd, "adpa": adpa}
 FILES = ["args.json", "checkpoint", "metrics.jsonl", "model", "plot.png", "report.html", "samples.jsonl", "source.py"]
@@ -102,8 +103,7 @@ def test_finished_stages_are_left(bare):
 @pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
 def test_check_on_the_built_in_task(script, capsys):
     args = common.parse_args(script.Args, script.BUILTIN, [])
-    with mock.patch.object(common.RunFolder, "report"):
-        script.check(args)
+    check.Checks(script, args).run()
     assert "all checks passed" in capsys.readouterr().out
 
 
@@ -219,7 +219,7 @@ def test_resume_is_bit_equal(name, base, tmp_path):
     assert weights[0] == weights[1]
 
 
-# ---- --check finds what is broken ------------------------------------------------------------------------------------
+# ---- check.py finds what is broken ----------------------------------------------------------------------------------
 
 
 def mean_a_micro_batch(script, monkeypatch):
@@ -250,14 +250,14 @@ def leave_out_eos(script, monkeypatch):
     "damage, name",
     [
         (mean_a_micro_batch, "gradient ignores micro-batches"),
-        (shift_the_teacher, "a model is at KL = 0 from itself"),
+        (shift_the_teacher, "a model is at distance 0 from itself"),
         (leave_out_eos, "EOS is inside the loss"),
     ],
 )
 def test_check_finds(script, damage, name, base, monkeypatch, capsys):
     damage(script, monkeypatch)
-    with pytest.raises(SystemExit) as stop, mock.patch.object(common.RunFolder, "report"):
-        script.check(script.Args(**settings_of(script, base)))
+    with pytest.raises(SystemExit) as stop:
+        check_here(script, **settings_of(script, base))
     screen = capsys.readouterr().out
     assert stop.value.code == 1 and re.search(rf"FAIL +{name}", screen), screen
 
@@ -272,7 +272,7 @@ def refused(base, out, monkeypatch):
     def check(script, parts, **changes):
         monkeypatch.setattr(common, "load_model", lambda *a, **k: pytest.fail("a model was loaded"))
         with pytest.raises(common.BadInput) as error:
-            script.run_stages(script.Args(**settings_of(script, base) | dict(out=out) | changes))
+            script.run_stages(common.check_args(script.Args(**settings_of(script, base) | dict(out=out) | changes)))
         message = str(error.value)
         assert all(part in message for part in parts) and "\n" not in message, message
 
@@ -292,11 +292,11 @@ def refused(base, out, monkeypatch):
         (dict(dpo_beta=0.0), ["--dpo_beta", "at least"]),
         (dict(dpo_steps=0), ["--dpo_steps", "at least 1"]),
         (dict(builtin_pairs=0), ["--builtin_pairs", "at least 1"]),
-        (dict(builtin_slip=1.5), ["--builtin_slip", "1.5", "between 0 and 1"]),
+        (dict(builtin_slip=1.5), ["--builtin_slip", "1.5", "at most 1"]),
         (dict(micro_batch=3), ["--micro_batch 3 does not divide", "8 sequences"]),
         (dict(loss="dpo", micro_batch=1), ["--micro_batch 1", "must be even"]),
         (dict(task="gsm8k"), ["--task gsm8k", "--dataset is needed"]),
-        (dict(seed=-1), ["--seed -1"]),
+        (dict(seed=-1), ["--seed", "at least 0"]),
         (dict(max_prompt=2), ["no pair is left", "are too long"]),
         (dict(max_new_tokens=60), ["--max_prompt + --max_new_tokens is 84", "64 positions"]),
     ],

@@ -6,6 +6,7 @@ import json
 import math
 from pathlib import Path
 
+import check
 import common
 import evaluate
 import lco
@@ -53,7 +54,7 @@ def read(path: Path) -> list[dict]:
 
 def run(out, **settings) -> dict:
     """An evaluation in this process; returns its result.json."""
-    evaluate.evaluate(evaluate.Args(**settings, out=str(out)))
+    evaluate.evaluate(common.check_args(evaluate.Args(**settings, out=str(out))))
     return json.loads((Path(out) / "result.json").read_text())
 
 
@@ -428,6 +429,6 @@ def test_long_prompts_are_refused(base, tmp_path):
 
 
 def test_check(base, reward_run, capsys):
-    evaluate.evaluate(evaluate.Args(**base, check=True))
-    evaluate.evaluate(evaluate.Args(**reward_run("orm")[0], check=True))
+    for settings in (base, reward_run("orm")[0]):
+        check.Checks(evaluate, common.check_args(evaluate.Args(**settings))).run()
     assert capsys.readouterr().out.count("all checks passed") == 2

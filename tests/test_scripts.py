@@ -1,4 +1,4 @@
-"""Every script end to end: its command line, every loss with every advantage, every switch, its run folder, --check."""
+"""Every script end to end: its command line, every loss with every advantage, every switch, its run folder, check.py."""
 
 import dataclasses
 import inspect
@@ -13,7 +13,7 @@ import ppo_baseline
 import pytest
 import qrm
 import tasks
-from conftest import REWARD, TINY, assert_same_metrics, flags, read_metrics, run_here, run_script
+from conftest import REWARD, TINY, assert_same_metrics, check_here, flags, read_metrics, run_here, run_script
 
 import torch
 
@@ -115,22 +115,25 @@ def test_exported_model_can_be_trained_on(bare, out):
 
 
 def test_check_on_the_command_line():
-    """--check passes for the built-in model, and says what it looked at."""
-    screen = run_script("lco.py", "--check").stdout
+    """check.py passes for the built-in model, and says what it looked at."""
+    screen = run_script("check.py", "lco.py").stdout
     assert "all checks passed" in screen and "FAIL" not in screen
-    for word in ("vocabular", "dropout", "EOS", "padding", "KL = 0", "micro-batches", "resuming", "GiB"):
+    for word in ("vocabular", "dropout", "EOS", "padding", "sampler", "KL = 0", "micro-batches", "resuming", "GiB"):
         assert word in screen, word
 
 
 @pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
-def test_help(script, capsys):
-    """--help prints every argument with its sentence."""
+def test_help(script, capsys, monkeypatch):
+    """--help prints every argument with its sentence, default and legal values, under the comments of Args."""
+    monkeypatch.setenv("COLUMNS", "400")
     with pytest.raises(SystemExit) as stop:
         common.parse_args(script.Args, script.BUILTIN, ["--help"])
     assert stop.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     for field in dataclasses.fields(script.Args):
         assert f"--{field.name}" in text and " ".join(field.metadata["help"].split()) in text, field.name
+    assert "optimisation: --steps" in text and "(kld, mse, lch; default: 'kld')" in text or script is not lco
+    assert "(default: 0.95; at least 0)" in text
 
 
 def test_builtin_defaults_are_for_the_built_in_model():
@@ -229,11 +232,9 @@ LCO_SWITCHES = [
     dict(loss="kld", fill="balanced", negative_beta_scale=1.0),
     dict(loss="kld", target="linear"),
     dict(loss="kld", target="linear", fill="balanced", beta=0.5, negative_beta_scale=1.0),
-    dict(loss="kld", kl_coef=0.1, lora_rank=4, diagnose=True),
-    dict(diagnose=True, loss="mse"),
+    dict(loss="kld", kl_coef=0.1, lora_rank=4),
 ]
 COMMON_SWITCHES = [
-    dict(diagnose=True),
     dict(kl_coef=0.1, kl_estimator="k1"),
     dict(kl_coef=0.1, kl_estimator="k2"),
     dict(kl_coef=0.1, kl_estimator="k3"),
@@ -254,8 +255,6 @@ def test_switches(script, switches, base, out):
     lines = trained(SCRIPTS[script], base, out, **switches)
     if "kl_coef" in switches:
         assert lines[1]["kl/ref"] == pytest.approx(0, abs=1e-5) and lines[2]["kl/ref"] != 0
-    if switches.get("diagnose"):
-        assert 0 <= lines[1]["diagnose/zero_gradient"] <= 1 and -1 <= lines[1]["diagnose/cosine"] <= 1
     if "critic_warmup" in switches:
         assert lines[1]["policy/kl_old"] == pytest.approx(0, abs=1e-6) and lines[2]["policy/kl_old"] > 1e-6
 
@@ -357,26 +356,20 @@ def test_gsm8k_columns(base, gpt2_model, tmp_path, out):
     assert 0 <= lines[0]["eval/pass@1"] <= 1
 
 
-# ---- --check fails when something is broken --------------------------------------------------------------------------
-
-
-def check(script, base, **changes) -> None:
-    """--check in this process; its resumed runs draw no plots."""
-    with mock.patch.object(common.RunFolder, "report"):
-        script.check(script.Args(**base | changes))
+# ---- check.py fails when something is broken -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
 @pytest.mark.parametrize("changes", [dict(advantage="gae", kl_coef=0.1), dict(lora_rank=4, dtype="bfloat16")])
 def test_check_passes(script, changes, base, capsys):
-    check(script, base, **changes)
+    check_here(script, **base | changes)
     assert "all checks passed" in capsys.readouterr().out
 
 
 def test_check_passes_for_every_loss(base, capsys, tiny_model, other_model):
-    check(ppo_baseline, base, loss="reinforce", advantage="reward")
-    check(lco, base, loss="mse")
-    check(lco, base, loss="lch", advantage="dpo", dpo_model=other_model, dpo_ref=tiny_model)
+    check_here(ppo_baseline, **base, loss="reinforce", advantage="reward")
+    check_here(lco, **base, loss="mse")
+    check_here(lco, **base, loss="lch", advantage="dpo", dpo_model=other_model, dpo_ref=tiny_model)
     assert capsys.readouterr().out.count("all checks passed") == 3
 
 
@@ -431,6 +424,12 @@ def mean_a_micro_batch(monkeypatch):
     monkeypatch.setattr(lco, "objective", mean)
 
 
+def sample_from_the_top(monkeypatch):
+    pick = common._pick
+    top = lambda logits: logits.masked_fill(logits < logits.topk(3).values[:, -1:], -1e9)  # noqa: E731
+    monkeypatch.setattr(common, "_pick", lambda logits, *rest: pick(top(logits), *rest))
+
+
 def forget_the_optimizer(monkeypatch):
     def load(path, model, optimizer):
         state = {"model": common.get_model_state_dict(model)}
@@ -454,19 +453,20 @@ def remember_other_logits(monkeypatch):
     "model, damage, name",
     [
         ("gpt2_model", keep_dropout, "dropout is off"),
-        ("gpt2_model", count_from_the_padding, "log-probs ignore padding"),
-        ("tiny_model", ignore_the_mask, "log-probs ignore padding"),
+        ("gpt2_model", count_from_the_padding, "policy: padding and batch size"),
+        ("tiny_model", ignore_the_mask, "policy: padding and batch size"),
         ("tiny_model", leave_out_eos, "EOS is inside the loss"),
+        ("tiny_model", sample_from_the_top, "the sampler is the policy"),
         ("tiny_model", mean_a_micro_batch, "gradient ignores micro-batches"),
         ("tiny_model", forget_the_optimizer, "resuming changes nothing"),
         ("tiny_model", remember_other_logits, ".*KL = 0 at the start"),
     ],
 )
 def test_check_finds(model, damage, name, base, request, monkeypatch, capsys):
-    """--check leaves with 1 at the first thing that is broken, and names it."""
+    """check.py leaves with 1 at the first thing that is broken, and names it."""
     damage(monkeypatch)
     with pytest.raises(SystemExit) as stop:
-        check(lco, base, model=request.getfixturevalue(model))
+        check_here(lco, **base | dict(model=request.getfixturevalue(model)))
     screen = capsys.readouterr().out
     assert stop.value.code == 1 and "all checks passed" not in screen
     assert re.search(rf"FAIL +{name}", screen), screen
