@@ -494,9 +494,14 @@ def load_model(
             scalar_head(model).requires_grad_(True)
     if trainable and activation_checkpointing:
         model.activation_checkpointing_enable()
+    return wrap(model.train(trainable), dtype, device)
+
+
+def wrap(model, dtype: str, device: torch.device):
+    """A transformers model as scripts know it: final_hidden, pack_limit, sharded."""
     model.final_hidden = types.MethodType(_final_hidden, model)
     model.pack_limit = _pack_limit(model.config)
-    return _shard(model.to(device).train(trainable), dtype)
+    return _shard(model.to(device), dtype)
 
 
 def _is_linear(module) -> bool:
@@ -524,9 +529,13 @@ def _pack_limit(config) -> float:
     return min((layer.sliding_window for layer in layers if layer.is_sliding), default=math.inf)
 
 
-def _final_hidden(self, input_ids, attention_mask, position_ids):
+def _final_hidden(self, input_ids, attention_mask, position_ids, past_key_values=None):
     return self.base_model(
-        input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        past_key_values=past_key_values,
+        use_cache=past_key_values is not None,
     ).last_hidden_state
 
 
@@ -588,6 +597,13 @@ def quiet_transformers():
 def head_weight(model) -> torch.Tensor:
     """W of the LM head [V, H]: logits are hidden @ W.T. Take it after each forward: FSDP2 makes it whole there."""
     return model.get_output_embeddings().weight
+
+
+def logits_of(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """hidden [N, H] @ weight.T as fp32 [N, V]; on CUDA bfloat16 products are summed in fp32 and never rounded."""
+    if hidden.is_cuda and hidden.dtype == torch.bfloat16:
+        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
+    return F.linear(hidden, weight).float()
 
 
 def trainable_parameters(model) -> list[torch.nn.Parameter]:
@@ -786,25 +802,51 @@ def generate(
     stop_ids: list[int],
     pad_id: int,
     rows_at_once: int = 256,
-) -> list[list[int]]:
+    return_logprobs: bool = False,
+):
     """`samples` completions of each prompt, in the order of the prompts; each ends with a stop token or is cut.
 
-    noise: uniforms [len(prompt_ids) * samples, max_new_tokens], one a token; None decodes greedily.
+    noise: uniforms [len(prompt_ids) * samples, max_new_tokens], one per token; None decodes greedily.
+    return_logprobs: also the log-probability of each token in the distribution that it was drawn from, as lists.
     Sampling inverts the whole distribution at `temperature`: no top-k, no top-p, no banned token, so the policy that
     samples is the policy that is trained.
     """
     order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))
     at_once = max(1, rows_at_once // samples)
-    completions: list[list[int]] = [[]] * (len(prompt_ids) * samples)
-    with gathered(model), _packed(model), _threads(model, min(at_once, len(order)) * samples), torch.no_grad():
+    completions, logprobs = ([[]] * (len(prompt_ids) * samples) for _ in range(2))
+    most = min(at_once, len(order)) * samples
+    with gathered(model), _sampling(model), _packed(model), _threads(model, most):
+        limits = max_new_tokens, temperature, stop_ids, pad_id
+        decode = _decoder(model, most, max(map(len, prompt_ids), default=0) + max_new_tokens, *limits)
         for i in range(0, len(order), at_once):
             piece = order[i : i + at_once]
             rows = [p * samples + s for p in piece for s in range(samples)]
             u, prompts = None if noise is None else noise[rows], [prompt_ids[p] for p in piece]
-            done = _generate(model, prompts, samples, max_new_tokens, temperature, u, stop_ids, pad_id)
-            for row, completion in zip(rows, done):
-                completions[row] = completion
-    return completions
+            done = decode(prompts, samples, u)
+            for row, completion, logprob in zip(rows, *done):
+                completions[row], logprobs[row] = completion, logprob
+    return (completions, logprobs) if return_logprobs else completions
+
+
+def _decoder(model, rows, length, max_new_tokens, temperature, stop_ids, pad_id):
+    """decode(prompt_ids, samples, noise): with CUDA graphs on a GPU (gpu.py), else the reference."""
+    if next(model.parameters()).is_cuda and model.pack_limit >= length and importlib.util.find_spec("gpu"):
+        import gpu
+
+        return gpu.Decoder(model, rows, length, max_new_tokens, temperature, stop_ids, pad_id)
+    return partial(_generate, model, max_new_tokens, temperature, stop_ids, pad_id)
+
+
+@contextlib.contextmanager
+def _sampling(model):
+    """No gradients, and evaluation mode: in training mode transformers drops the cache of layers that recompute."""
+    before = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(before)
 
 
 @contextlib.contextmanager
@@ -872,25 +914,25 @@ def _cache(config):
     return cache
 
 
-def _generate(model, prompt_ids, samples, max_new_tokens, temperature, noise, stop_ids, pad_id) -> list[list[int]]:
+def _generate(model, max_new_tokens, temperature, stop_ids, pad_id, prompt_ids, samples, noise):
+    """The readable reference of decoding: completions and the log-probabilities of their tokens, as lists."""
     device = next(model.parameters()).device
+    head = model.get_output_embeddings() if device.type == "cpu" else lambda h: logits_of(h, head_weight(model))
     batch = make_batch(prompt_ids, [[pad_id]] * len(prompt_ids), pad_id, device)
     attention = batch["prompt_mask"].long()
     position = attention.cumsum(1) - 1
     stop = torch.tensor(stop_ids, device=device)
     cache = _cache(model.config)
-    out = model(
+    hidden = model.final_hidden(
         input_ids=batch["prompt_ids"],
         attention_mask=attention,
         position_ids=position.clamp_min(0),
         past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
     )
     # The prompt of a group is read once; its cache is then repeated for each sample.
     if samples > 1:
         cache.batch_repeat_interleave(samples)
-    logits = out.logits[:, -1].repeat_interleave(samples, 0)
+    logits = head(hidden[:, -1]).repeat_interleave(samples, 0)
     attention = attention.repeat_interleave(samples, 0)
     position = position[:, -1:].repeat_interleave(samples, 0)
     noise = None if noise is None else noise.to(device)
@@ -898,10 +940,11 @@ def _generate(model, prompt_ids, samples, max_new_tokens, temperature, noise, st
     rows = torch.arange(len(logits), device=device)  # the rows still in the cache
     alive = torch.ones(len(logits), dtype=torch.bool, device=device)
     tokens = torch.full((len(logits), max_new_tokens), pad_id, device=device)
+    logprobs = torch.zeros(tokens.shape, device=device)
     lengths = torch.full((len(logits),), max_new_tokens, device=device)
     for t in range(max_new_tokens):
-        token = _pick(logits, temperature, None if noise is None else noise[rows, t])
-        tokens[rows[alive], t] = token[alive]
+        token, logprob = _pick(logits, temperature, None if noise is None else noise[rows, t])
+        tokens[rows, t], logprobs[rows, t] = token, logprob  # what follows an ended row is cut off at the end
         ended = alive & torch.isin(token, stop)
         lengths[rows[ended]] = t + 1
         alive &= ~ended
@@ -914,26 +957,31 @@ def _generate(model, prompt_ids, samples, max_new_tokens, temperature, noise, st
             rows, alive, token, attention, position = (x[keep] for x in (rows, alive, token, attention, position))
         attention = torch.cat([attention, attention.new_ones(len(attention), 1)], 1)
         position = position + 1
-        logits = model(
-            input_ids=token[:, None],
-            attention_mask=attention,
-            position_ids=position,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
-    return [row[:n] for row, n in zip(tokens.tolist(), lengths.tolist())]
+        hidden = model.final_hidden(
+            input_ids=token[:, None], attention_mask=attention, position_ids=position, past_key_values=cache
+        )
+        logits = head(hidden[:, -1])
+    return _cut(tokens, lengths), _cut(logprobs, lengths)
 
 
-def _pick(logits: torch.Tensor, temperature: float, u: torch.Tensor | None) -> torch.Tensor:
-    """One token a row, [B]: the largest logit, or the inverse of the cumulative distribution at u (in [0, 1))."""
+def _cut(rows: torch.Tensor, lengths: torch.Tensor) -> list[list]:
+    return [row[:n] for row, n in zip(rows.tolist(), lengths.tolist())]
+
+
+def _pick(logits: torch.Tensor, temperature: float, u: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """One token per row and its log-probability, [B] each: the inverse of the cumulative distribution at u in [0, 1).
+
+    Without u the largest logit, whose log-probability is 0: greedy decoding always takes it.
+    """
     if u is None:
-        return logits.argmax(-1)
-    cumulative = (logits.float() / temperature).softmax(-1).cumsum_(-1)
+        return logits.argmax(-1), logits.new_zeros(len(logits), dtype=torch.float32)
+    probability = (logits.float() / temperature).softmax(-1)
+    cumulative = probability.cumsum(-1)
     total = cumulative[:, -1:]
     # Strictly below the total, so that a token of probability 0 is never chosen.
     target = torch.minimum(u[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, target, right=True)[:, 0]
+    token = torch.searchsorted(cumulative, target, right=True)
+    return token[:, 0], probability.gather(-1, token)[:, 0].log()
 
 
 @dataclass
@@ -1033,7 +1081,7 @@ def over_vocabulary(fn, heads, columns, temperature: float = 1.0, chunk_mib: int
     gradients = {i: [torch.zeros_like(x) if x.requires_grad else None for x in heads[i]] for i in needed}
 
     def piece(n: slice):
-        logits = [F.linear(h.detach()[n], w.detach()).float().div_(temperature) for h, w in heads]
+        logits = [logits_of(h.detach()[n], w.detach()).div_(temperature) for h, w in heads]
         leaves = [logits[i].requires_grad_() for i in needed]
         out = fn(*logits, *(x[n] for x in columns))
         for i, slope in zip(needed, torch.autograd.grad(out[0], leaves) if needed else []):
@@ -1084,7 +1132,7 @@ class _TokenLogprobs(torch.autograd.Function):
         logprobs, entropy, total = hidden.new_empty(3, len(hidden), dtype=torch.float32)
         for i in range(0, len(hidden), rows):
             n = slice(i, i + rows)
-            z = F.linear(hidden[n], weight).float().div_(temperature)
+            z = logits_of(hidden[n], weight).div_(temperature)
             total[n] = z.logsumexp(-1)
             logprobs[n] = z.gather(-1, ids[n, None])[:, 0] - total[n]
             p = (z - total[n, None]).exp_()
@@ -1101,7 +1149,7 @@ class _TokenLogprobs(torch.autograd.Function):
         to_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None  # LoRA trains no head
         for i in range(0, len(hidden), ctx.rows):
             n = slice(i, i + ctx.rows)
-            p = F.linear(hidden[n], weight).float().div_(ctx.temperature).sub_(total[n, None]).exp_()
+            p = logits_of(hidden[n], weight).div_(ctx.temperature).sub_(total[n, None]).exp_()
             to_z = p.mul_(-slope[n, None]).scatter_add_(-1, ids[n, None], slope[n, None]).div_(ctx.temperature)
             to_z = to_z.to(weight.dtype)
             to_hidden[n] = to_z @ weight
