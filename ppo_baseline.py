@@ -369,8 +369,11 @@ def train(args, stop_after: int | None = None) -> None:
 
         # ---- 1. roll out: samples_per_prompt completions of each prompt from pi_old = pi
         rows = task.rows(args.seed, step, args.prompts_per_step)
-        rows, prompt_ids, completion_ids, finished = sampling.rollout(rows, args.samples_per_prompt, args.seed, step)
+        rollout = sampling.rollout(rows, args.samples_per_prompt, args.seed, step)
+        rows, prompt_ids, completion_ids, finished, sampled = rollout
         batch = common.make_batch(prompt_ids, completion_ids, tokenizer.pad_token_id, device)
+        logprobs = lambda micro: policy_logprobs(policy, micro, args)[0]  # noqa: E731
+        gap = common.sampler_gap(logprobs, batch, sampled, args.dtype)  # the sampler is the policy
         completions = common.decode(tokenizer, completion_ids)
         clock.lap("rollout")
 
@@ -403,7 +406,7 @@ def train(args, stop_after: int | None = None) -> None:
 
         # ---- 6. log, evaluate, save
         metrics = {k: v / tokens for k, v in sums.items()} | rollout_metrics(batch, scores, finished, args)
-        metrics["lr"] = optimizer.param_groups[0]["lr"]
+        metrics |= {"lr": optimizer.param_groups[0]["lr"], "policy/sampler_gap": gap}
         if args.diagnose:
             metrics |= diagnose_update(policy, probe, old_logits, args)
         if metrics["reward/spread"] == 0:
@@ -470,7 +473,7 @@ def check(args) -> None:
     models, _ = build(small, device)
     sampling = common.Sampling(models["policy"], tokenizer, args.max_prompt, small.max_new_tokens, args.temperature, 8)
     rows = task.rows(args.seed, 0, small.prompts_per_step)
-    rows, prompt_ids, completion_ids, finished = sampling.rollout(rows, small.samples_per_prompt, args.seed, 0)
+    rows, prompt_ids, completion_ids, finished, _ = sampling.rollout(rows, small.samples_per_prompt, args.seed, 0)
     batch = common.make_batch(prompt_ids, completion_ids, tokenizer.pad_token_id, device)
     score(models, batch, small)
     batch["rewards"] = batch["mask"] * torch.sin(torch.arange(len(rows), device=device))[:, None]  # something to learn
@@ -498,6 +501,7 @@ def check(args) -> None:
         ("dropout is off", lambda: common.check_dropout(models)),
         ("EOS is inside the loss", lambda: common.check_end_of_sequence(batch, completion_ids, finished, ends)),
         ("log-probs ignore padding and batch size", lambda: common.check_padding(logprobs, batch, tight)),
+        ("the sampler is the policy", lambda: common.check_sampler(logprobs, sampling, prompt_ids, args.dtype)),
         ("ratio = 1 and KL = 0 at the start", at_start),
         ("gradient ignores micro-batches", lambda: common.check_micro_batches(backward, models, [8, 1, 3], tight)),
         ("resuming changes nothing", lambda: common.check_resume(train, small)),

@@ -582,7 +582,7 @@ def make_pairs(args) -> None:
     pairs, K = [], args.pair_samples
     for step in range(args.steps):
         rows = task.rows(args.seed, step, args.prompts_per_step)
-        rows, _, completion_ids, finished = sampling.rollout(rows, K, args.seed, step)
+        rows, _, completion_ids, finished, _ = sampling.rollout(rows, K, args.seed, step)
         texts = common.decode(tokenizer, completion_ids)
         scores = task.reward([row["prompt"] for row in rows], texts, rows)
         scores = [sum(x) if isinstance(x, list) else x for x in scores]
@@ -812,8 +812,11 @@ def train(args, stop_after: int | None = None) -> None:
 
         # ---- 1. roll out: samples_per_prompt completions of each prompt from pi_old = pi
         rows = task.rows(args.seed, step, args.prompts_per_step)
-        rows, prompt_ids, completion_ids, finished = sampling.rollout(rows, args.samples_per_prompt, args.seed, step)
+        rollout = sampling.rollout(rows, args.samples_per_prompt, args.seed, step)
+        rows, prompt_ids, completion_ids, finished, sampled = rollout
         batch = common.make_batch(prompt_ids, completion_ids, tokenizer.pad_token_id, device)
+        logprobs = lambda micro: policy_logprobs(policy, micro, args)[0]  # noqa: E731
+        gap = common.sampler_gap(logprobs, batch, sampled, args.dtype)  # the sampler is the policy
         completions = common.decode(tokenizer, completion_ids)
         clock.lap("rollout")
 
@@ -845,7 +848,7 @@ def train(args, stop_after: int | None = None) -> None:
 
         # ---- 6. log, evaluate, save
         metrics = {k: v / tokens for k, v in sums.items()} | rollout_metrics(batch, scores, finished, args)
-        metrics["lr"] = optimizer.param_groups[0]["lr"]
+        metrics |= {"lr": optimizer.param_groups[0]["lr"], "policy/sampler_gap": gap}
         train_rows = zip(rows[:4], completions, batch["rewards"].sum(1).tolist())
         run.samples(
             step + 1, [{"kind": "train", "prompt": r["prompt"], "completion": c, "reward": x} for r, c, x in train_rows]
@@ -988,7 +991,7 @@ def check_policy(args, home: Path) -> None:
     models, _ = build(small, device)
     sampling = common.Sampling(models["policy"], tokenizer, args.max_prompt, small.max_new_tokens, args.temperature, 8)
     rows = task.rows(args.seed, 0, small.prompts_per_step)
-    rows, prompt_ids, completion_ids, finished = sampling.rollout(rows, small.samples_per_prompt, args.seed, 0)
+    rows, prompt_ids, completion_ids, finished, _ = sampling.rollout(rows, small.samples_per_prompt, args.seed, 0)
     batch = common.make_batch(prompt_ids, completion_ids, tokenizer.pad_token_id, device)
     score(models, batch, small)
     batch["rewards"] = batch["mask"] * torch.sin(torch.arange(len(rows), device=device))[:, None]  # something to learn
@@ -1016,6 +1019,7 @@ def check_policy(args, home: Path) -> None:
         ("dropout is off", lambda: common.check_dropout(models)),
         ("EOS is inside the loss", lambda: common.check_end_of_sequence(batch, completion_ids, finished, ends)),
         ("log-probs ignore padding and batch size", lambda: common.check_padding(logprobs, batch, tight)),
+        ("the sampler is the policy", lambda: common.check_sampler(logprobs, sampling, prompt_ids, args.dtype)),
         ("ratio = 1 and KL = 0 at the start", at_start),
         ("gradient ignores micro-batches", lambda: common.check_micro_batches(backward, models, [8, 1, 3], tight)),
         ("resuming changes nothing", lambda: common.check_resume(train, small)),

@@ -1045,6 +1045,7 @@ def check(args) -> None:
     def backward(size):
         accumulate(models, batch, replace(small, micro_batch=size))
 
+    sampling, prompts = samplings["policy"], [row["prompt_ids"] for row in data.pairs[:8]]
     limits = {name: getattr(args, name) for name in ("micro_batch", "max_new_tokens", "dtype")}
     limits |= {"rows": args.prompts_per_step // world, "max_prompt": args.max_prompt + args.max_new_tokens}
     common.preflight(
@@ -1052,6 +1053,7 @@ def check(args) -> None:
         ("dropout is off", lambda: common.check_dropout(models)),
         ("EOS is inside the loss", lambda: common.check_end_of_sequence(batch, ids, [True] * len(ids), ends)),
         ("log-probs ignore padding and batch size", lambda: common.check_padding(logprobs, batch, tight)),
+        ("the sampler is the policy", lambda: common.check_sampler(logprobs, sampling, prompts, args.dtype)),
         ("labels are scored as a distribution", labels_are_scored),
         ("No keeps an answer as it is", kept_as_they_are),
         ("gradient ignores micro-batches", lambda: common.check_micro_batches(backward, models, [8, 1, 3], tight)),
