@@ -12,6 +12,7 @@ import contextlib
 import importlib
 import inspect
 import json
+import math
 import shutil
 import sys
 import tempfile
@@ -33,6 +34,9 @@ LESS = dict(
 )  # fmt: skip
 
 
+SAMPLER = "the sampler is the policy"
+
+
 class Checks:
     """Runs a script with spies in the place of some functions: they call the real ones and look at what goes through."""
 
@@ -40,7 +44,7 @@ class Checks:
         self.module, self.args = module, args
         self.tight = 1e-4 if args.dtype == "float32" else 0.1
         self.looking, self.answers, self.sampled, self.rollout, self.told = False, {}, set(), None, set()
-        self.screen = sys.stdout
+        self.screen, self.complete, self.sampler_gap = sys.stdout, common.Sampling.complete, common.sampler_gap
         names = ("train", "update", "judge", "revise") if hasattr(module, "train") else ("token_scores",)
         self.real = {name: getattr(module, name) for name in names if hasattr(module, name)}
 
@@ -58,8 +62,9 @@ class Checks:
             for name in self.real:
                 stack.enter_context(mock.patch.object(self.module, name, getattr(self, name)))
             stack.enter_context(mock.patch.object(common, "make_batch", self.make_batch(common.make_batch)))
-            complete = self.complete(common.Sampling.complete)
+            complete = lambda *given, **more: self.spied_complete(*given, **more)  # noqa: E731
             stack.enter_context(mock.patch.object(common.Sampling, "complete", complete))
+            stack.enter_context(mock.patch.object(common, "sampler_gap", self.spied_gap))
             stack.enter_context(mock.patch.object(common.RunFolder, "report"))
             stack.enter_context(contextlib.redirect_stdout(None))  # the script's own lines are not shown
             start = next(name for name in ("run_stages", "train", "evaluate") if hasattr(self.module, name))
@@ -95,18 +100,26 @@ class Checks:
 
         return spy
 
-    def complete(self, real):
-        def spy(sampling, prompt_ids, samples, noise):
-            done = real(sampling, prompt_ids, samples, noise)
-            self.sampled.update(map(tuple, done))
-            if noise is not None and prompt_ids and not self.rollout:
-                self.rollout = sampling, [p for p in prompt_ids for _ in range(samples)], done, noise
-                if "train" not in self.real:
-                    device = next(sampling.policy.parameters()).device
-                    self.look_at_models({"policy": sampling.policy}, common.make_batch(*self.rollout[1:3], 0, device))
-            return done
+    def spied_complete(self, sampling, prompt_ids, samples, noise, return_logprobs=False):
+        out = self.complete(sampling, prompt_ids, samples, noise, return_logprobs)
+        done = out[0] if return_logprobs else out
+        self.sampled.update(map(tuple, done))
+        if noise is not None and prompt_ids and not self.rollout:
+            self.rollout = sampling, [p for p in prompt_ids for _ in range(samples)][:16], noise[:16]
+            if "train" not in self.real:
+                device = next(sampling.policy.parameters()).device
+                batch = common.make_batch(self.rollout[1], done[:16], 0, device)
+                self.look_at_models({"policy": sampling.policy}, batch)
+        return out
 
-        return spy
+    def spied_gap(self, per_token, batch, sampled, dtype):
+        """common.sampler_gap(): the training forward gives tokens the log-probabilities with which they were drawn."""
+        try:
+            gap, detail = self.sampler_gap(per_token, batch, sampled, dtype), "mean |ratio - 1| {:.1e}"
+        except RuntimeError as error:
+            gap, detail = math.inf, str(error)
+        self.once(SAMPLER, math.isfinite(gap), detail.format(gap))
+        return gap
 
     def train(self, args) -> None:
         """The script's train(), and whether it can be resumed."""
@@ -163,8 +176,8 @@ class Checks:
             self.report("EOS is inside the loss", self.end_of_sequence, batch, stops)
         for name, model in models.items():
             self.report(f"{name}: padding and batch size do not matter", self.padding, model, batch)
-        if self.rollout:
-            self.report("the sampler is the policy", self.sampler)
+        if self.rollout and SAMPLER not in self.told:
+            self.look_at_sampler()
         rows, small = len(batch["mask"]) / (4 * common.world()), getattr(args, "samples_per_prompt", 4) / 4
         rows = int(rows * small * getattr(args, "prompts_per_step", getattr(args, "pairs_per_step", 4)))
         sizes = {name: getattr(args, name) for name in ("micro_batch", "max_prompt", "max_new_tokens", "dtype")}
@@ -173,7 +186,8 @@ class Checks:
 
     def look_at_gradients(self, bound) -> None:
         gradient, metrics = self.gradient(bound, 8)
-        gaps = {k: abs(v) for k, v in metrics.items() if k.endswith(("ratio_gap", "logit_gap", "kl_old"))}
+        known = ("ratio_gap", "kl_old") + (() if self.args.dtype == "bfloat16" else ("logit_gap",))
+        gaps = {k: abs(v) for k, v in metrics.items() if k.endswith(known)}  # noise of raw logits grows with their size
         if gaps:
             self.report("ratio = 1 and KL = 0 at the start", lambda: (max(gaps.values()) < self.tight, told(gaps)))
         self.report("gradient ignores micro-batches", self.micro_batches, bound, gradient)
@@ -213,25 +227,15 @@ class Checks:
         if scalar:
             for parameter, old in zip(head.parameters(), before):
                 parameter.copy_(old)
-        return error < self.tight * (10 if scalar else 1), f"largest difference {error:.1e}"
+        return error < self.tight * (10 if scalar else 1), f"mean difference {error:.1e}"
 
-    @torch.no_grad()
-    def sampler(self) -> tuple[bool, str]:
-        """Each token lies where the noise that chose it falls in the distribution that the loss sees."""
-        sampling, prompt_ids, completion_ids, noise = self.rollout
-        policy, device = sampling.policy, next(sampling.policy.parameters()).device
-        batch = common.make_batch(prompt_ids, completion_ids, 0, device)
-        mask, u = batch["mask"], noise[:, : batch["mask"].shape[1]].to(device)
-        hidden, columns = common.completion_hidden(policy, batch)[mask], [batch["completion_ids"][mask], u[mask]]
-        near = 1e-3 if self.args.dtype == "float32" else 0.05  # rounding moves the edges
-
-        def inside(logits, ids, u):
-            p = logits.softmax(-1)
-            upper, own = (x.gather(-1, ids[:, None])[:, 0] for x in (p.cumsum(-1), p))
-            return (u > upper - own - near) & (u < upper + near)
-
-        found = common.over_vocabulary(inside, [(hidden, common.head_weight(policy))], columns, sampling.temperature)
-        return found.float().mean().item() > 0.99, f"{found.sum()} of {len(found)} tokens"
+    def look_at_sampler(self) -> None:
+        """For scripts whose loop does not compare: the log-probabilities of fresh samples."""
+        sampling, prompt_ids, noise = self.rollout
+        completion_ids, sampled = self.complete(sampling, prompt_ids, 1, noise, return_logprobs=True)
+        batch = common.make_batch(prompt_ids, completion_ids, 0, next(sampling.policy.parameters()).device)
+        per_token = lambda micro: common.policy_logprobs(sampling.policy, micro, sampling.temperature)[0]  # noqa: E731
+        self.spied_gap(per_token, batch, sampled, self.args.dtype)
 
     def gradient(self, bound, size: int):
         """(gradient, metrics) of an update() in micro-batches of `size` that changes no weight."""
@@ -272,7 +276,7 @@ class Checks:
                 own = common.map_rows(lambda m: {"x": common.completion_hidden(policy, m)}, batch, 8)["x"]
             for name in [k for k in batch if k.endswith("_hidden")]:
                 evaluated = (batch[name].abs().amax((1, 2)) > 0)[:, None] & batch["mask"]
-                gaps[name] = (batch[name] - own)[evaluated].abs().max().item()
+                gaps[name] = (batch[name] - own)[evaluated].abs().mean().item()
             raise StopIteration
 
         with mock.patch.object(self.module, "update", first_update), contextlib.suppress(StopIteration):
@@ -306,12 +310,15 @@ def dropout_is_off(models) -> tuple[bool, str]:
 
 
 def padding_error(per_token, batch) -> float:
-    """How far per_token(batch) [B, T] is from the same for rows alone, and with more padding on both sides."""
+    """How far per_token(batch) [B, T] is from the same for rows alone, and with more padding on both sides.
+
+    The mean counts: in bfloat16 single tokens differ by half a nat between healthy kernels.
+    """
     whole = per_token(batch)
     alone = common.map_rows(lambda micro: {"x": per_token(micro)}, batch, 1)["x"]
     wide = {k: F.pad(v, (5, 0) if k.startswith("prompt") else (0, 5)) for k, v in batch.items()}
     padded = per_token(wide)[:, : batch["mask"].shape[1]]
-    return max(((x - whole) * batch["mask"]).abs().max().item() for x in (alone, padded))
+    return max((x - whole)[batch["mask"]].abs().mean().item() for x in (alone, padded))
 
 
 def told(gaps: dict[str, float]) -> str:

@@ -43,6 +43,7 @@ import typing
 from collections import Counter
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -201,14 +202,35 @@ def stop_unless_finite(values: dict) -> None:
         raise FloatingPointError(f"not finite: {bad}")
 
 
-def stop_unless_on_policy(gap: float, dtype: str) -> None:
-    """Raise when the first minibatch does not see the policy that made the rollout. gap: mean |pi / pi_old - 1|."""
-    limit = {"float32": 1e-3, "bfloat16": 2e-2}[dtype]
-    if gap > limit:
+# The largest mean |ratio - 1| of two evaluations of one policy. Healthy kernels in bfloat16 reach .02 on an H200 and .037
+# on a CPU; sampling at a temperature of 0.9 instead of 1 gives .14 there, dropout of 0.05 gives .8 (docs/gpu.md).
+ON_POLICY = {"float32": 1e-3, "bfloat16": 0.1}
+
+
+def stop_unless_on_policy(gap: float, dtype: str, who: str = "the first minibatch of a rollout") -> None:
+    """Raise when `who` does not see the policy that made the rollout. gap: mean |pi / pi_old - 1|."""
+    if not gap <= ON_POLICY[dtype]:
         raise RuntimeError(
-            f"the first minibatch of a rollout differs from the rollout policy by {gap:.2g} (limit {limit}, {dtype}): "
+            f"{who} differs from the rollout policy by {gap:.2g} (limit {ON_POLICY[dtype]}, {dtype}): "
             "log-probabilities depend on padding, batch size or dropout, or weights changed in between; try check.py"
         )
+
+
+def sampler_gap(per_token, batch: dict, sampled: list[list[float]], dtype: str, rows: int = 8) -> float:
+    """Mean |pi / sampler - 1| over the tokens of the first rows of each rank: is the sampler the policy?
+
+    per_token(batch) returns the log-probabilities [B, T] of the training forward; sampled: those of the sampler, per
+    row. Raises when the gap is larger than rounding explains.
+    """
+    some = take(batch, list(range(min(rows, len(sampled)))))
+    drawn = torch.zeros_like(some["mask"], dtype=torch.float32)
+    drawn[some["mask"]] = torch.tensor([x for row in sampled[:rows] for x in row], device=drawn.device)
+    with torch.no_grad():
+        ratio = (per_token(some) - drawn).exp()[some["mask"]]
+    sums = all_sum({"n": ratio.numel(), "gap": (ratio - 1).abs().sum()}, drawn.device)
+    gap = sums["gap"] / sums["n"]
+    stop_unless_on_policy(gap, dtype, "the training forward")
+    return gap
 
 
 # ======================================================================================================================
@@ -537,9 +559,14 @@ def load_model(
             scalar_head(model).requires_grad_(True)
     if trainable and activation_checkpointing:
         model.activation_checkpointing_enable()
+    return wrap(model.train(trainable), dtype, device)
+
+
+def wrap(model, dtype: str, device: torch.device):
+    """A transformers model as scripts know it: final_hidden, pack_limit, sharded."""
     model.final_hidden = types.MethodType(_final_hidden, model)
     model.pack_limit = _pack_limit(model.config)
-    return _shard(model.to(device).train(trainable), dtype)
+    return _shard(model.to(device), dtype)
 
 
 def _is_linear(module) -> bool:
@@ -567,9 +594,13 @@ def _pack_limit(config) -> float:
     return min((layer.sliding_window for layer in layers if layer.is_sliding), default=math.inf)
 
 
-def _final_hidden(self, input_ids, attention_mask, position_ids):
+def _final_hidden(self, input_ids, attention_mask, position_ids, past_key_values=None):
     return self.base_model(
-        input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        past_key_values=past_key_values,
+        use_cache=past_key_values is not None,
     ).last_hidden_state
 
 
@@ -631,6 +662,13 @@ def quiet_transformers():
 def head_weight(model) -> torch.Tensor:
     """W of the LM head [V, H]: logits are hidden @ W.T. Take it after each forward: FSDP2 makes it whole there."""
     return model.get_output_embeddings().weight
+
+
+def logits_of(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """hidden [N, H] @ weight.T as fp32 [N, V]; on CUDA bfloat16 products are summed in fp32 and never rounded."""
+    if hidden.is_cuda and hidden.dtype == torch.bfloat16:
+        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
+    return F.linear(hidden, weight).float()
 
 
 def trainable_parameters(model) -> list[torch.nn.Parameter]:
@@ -837,49 +875,74 @@ def generate(
     stop_ids: list[int],
     pad_id: int,
     rows_at_once: int = 256,
-) -> list[list[int]]:
+    return_logprobs: bool = False,
+):
     """`samples` completions of each prompt, in the order of the prompts; each ends with a stop token or is cut.
 
-    noise: uniforms [len(prompt_ids) * samples, max_new_tokens], one a token; None decodes greedily.
+    noise: uniforms [len(prompt_ids) * samples, max_new_tokens], one per token; None decodes greedily.
+    return_logprobs: also the log-probability of each token in the distribution that it was drawn from, as lists.
     Sampling inverts the whole distribution at `temperature`: no top-k, no top-p, no banned token, so the policy that
     samples is the policy that is trained.
     """
     order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))
     at_once = max(1, rows_at_once // samples)
-    completions: list[list[int]] = [[]] * (len(prompt_ids) * samples)
-    fast = cpu.fast_decoding(model, min(at_once, len(order)) * samples) if cpu else contextlib.nullcontext()
-    with gathered(model), fast, torch.no_grad():
+    completions, logprobs = ([[]] * (len(prompt_ids) * samples) for _ in range(2))
+    most = min(at_once, len(order)) * samples
+    with gathered(model), _sampling(model), cpu.fast_decoding(model, most) if cpu else contextlib.nullcontext():
+        limits = max_new_tokens, temperature, stop_ids, pad_id
+        decode = _decoder(model, most, max(map(len, prompt_ids), default=0) + max_new_tokens, *limits)
         for i in range(0, len(order), at_once):
             piece = order[i : i + at_once]
             rows = [p * samples + s for p in piece for s in range(samples)]
             u, prompts = None if noise is None else noise[rows], [prompt_ids[p] for p in piece]
-            done = _generate(model, prompts, samples, max_new_tokens, temperature, u, stop_ids, pad_id)
-            for row, completion in zip(rows, done):
-                completions[row] = completion
-    return completions
+            done = decode(prompts, samples, u)
+            for row, completion, logprob in zip(rows, *done):
+                completions[row], logprobs[row] = completion, logprob
+    return (completions, logprobs) if return_logprobs else completions
 
 
-def _generate(model, prompt_ids, samples, max_new_tokens, temperature, noise, stop_ids, pad_id) -> list[list[int]]:
+def _decoder(model, rows, length, max_new_tokens, temperature, stop_ids, pad_id):
+    """decode(prompt_ids, samples, noise): with CUDA graphs on a GPU (gpu.py), else the reference."""
+    if next(model.parameters()).is_cuda and model.pack_limit >= length and importlib.util.find_spec("gpu"):
+        import gpu
+
+        return gpu.Decoder(model, rows, length, max_new_tokens, temperature, stop_ids, pad_id)
+    return partial(_generate, model, max_new_tokens, temperature, stop_ids, pad_id)
+
+
+@contextlib.contextmanager
+def _sampling(model):
+    """No gradients, and evaluation mode: in training mode transformers drops the cache of layers that recompute."""
+    before = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(before)
+
+
+def _generate(model, max_new_tokens, temperature, stop_ids, pad_id, prompt_ids, samples, noise):
+    """The readable reference of decoding: completions and the log-probabilities of their tokens, as lists."""
     from transformers.cache_utils import DynamicCache
 
     device = next(model.parameters()).device
+    head = model.get_output_embeddings() if device.type == "cpu" else lambda h: logits_of(h, head_weight(model))
     batch = make_batch(prompt_ids, [[pad_id]] * len(prompt_ids), pad_id, device)
     attention = batch["prompt_mask"].long()
     position = attention.cumsum(1) - 1
     stop = torch.tensor(stop_ids, device=device)
     cache = (cpu.roomy_cache if cpu else DynamicCache)(config=model.config)
-    out = model(
+    hidden = model.final_hidden(
         input_ids=batch["prompt_ids"],
         attention_mask=attention,
         position_ids=position.clamp_min(0),
         past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
     )
     # The prompt of a group is read once; its cache is then repeated for each sample.
     if samples > 1:
         cache.batch_repeat_interleave(samples)
-    logits = out.logits[:, -1].repeat_interleave(samples, 0)
+    logits = head(hidden[:, -1]).repeat_interleave(samples, 0)
     attention = attention.repeat_interleave(samples, 0)
     position = position[:, -1:].repeat_interleave(samples, 0)
     noise = None if noise is None else noise.to(device)
@@ -887,10 +950,11 @@ def _generate(model, prompt_ids, samples, max_new_tokens, temperature, noise, st
     rows = torch.arange(len(logits), device=device)  # the rows still in the cache
     alive = torch.ones(len(logits), dtype=torch.bool, device=device)
     tokens = torch.full((len(logits), max_new_tokens), pad_id, device=device)
+    logprobs = torch.zeros(tokens.shape, device=device)
     lengths = torch.full((len(logits),), max_new_tokens, device=device)
     for t in range(max_new_tokens):
-        token = _pick(logits, temperature, None if noise is None else noise[rows, t])
-        tokens[rows[alive], t] = token[alive]
+        token, logprob = _pick(logits, temperature, None if noise is None else noise[rows, t])
+        tokens[rows, t], logprobs[rows, t] = token, logprob  # what follows an ended row is cut off at the end
         ended = alive & torch.isin(token, stop)
         lengths[rows[ended]] = t + 1
         alive &= ~ended
@@ -903,26 +967,31 @@ def _generate(model, prompt_ids, samples, max_new_tokens, temperature, noise, st
             rows, alive, token, attention, position = (x[keep] for x in (rows, alive, token, attention, position))
         attention = torch.cat([attention, attention.new_ones(len(attention), 1)], 1)
         position = position + 1
-        logits = model(
-            input_ids=token[:, None],
-            attention_mask=attention,
-            position_ids=position,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
-    return [row[:n] for row, n in zip(tokens.tolist(), lengths.tolist())]
+        hidden = model.final_hidden(
+            input_ids=token[:, None], attention_mask=attention, position_ids=position, past_key_values=cache
+        )
+        logits = head(hidden[:, -1])
+    return _cut(tokens, lengths), _cut(logprobs, lengths)
 
 
-def _pick(logits: torch.Tensor, temperature: float, u: torch.Tensor | None) -> torch.Tensor:
-    """One token a row, [B]: the largest logit, or the inverse of the cumulative distribution at u (in [0, 1))."""
+def _cut(rows: torch.Tensor, lengths: torch.Tensor) -> list[list]:
+    return [row[:n] for row, n in zip(rows.tolist(), lengths.tolist())]
+
+
+def _pick(logits: torch.Tensor, temperature: float, u: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """One token per row and its log-probability, [B] each: the inverse of the cumulative distribution at u in [0, 1).
+
+    Without u the largest logit, whose log-probability is 0: greedy decoding always takes it.
+    """
     if u is None:
-        return logits.argmax(-1)
-    cumulative = (logits.float() / temperature).softmax(-1).cumsum_(-1)
+        return logits.argmax(-1), logits.new_zeros(len(logits), dtype=torch.float32)
+    probability = (logits.float() / temperature).softmax(-1)
+    cumulative = probability.cumsum(-1)
     total = cumulative[:, -1:]
     # Strictly below the total, so that a token of probability 0 is never chosen.
     target = torch.minimum(u[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, target, right=True)[:, 0]
+    token = torch.searchsorted(cumulative, target, right=True)
+    return token[:, 0], probability.gather(-1, token)[:, 0].log()
 
 
 @dataclass
@@ -939,7 +1008,7 @@ class Sampling:
     def encode(self, row: dict) -> list[int]:
         return encode_prompt(self.tokenizer, row["prompt"])[-self.max_prompt :]
 
-    def complete(self, prompt_ids, samples: int, noise) -> list[list[int]]:
+    def complete(self, prompt_ids, samples: int, noise, return_logprobs: bool = False):
         return generate(
             self.policy,
             prompt_ids,
@@ -950,22 +1019,24 @@ class Sampling:
             stop_ids=stop_ids(self.policy, self.tokenizer),
             pad_id=self.tokenizer.pad_token_id,
             rows_at_once=self.rows_at_once,
+            return_logprobs=return_logprobs,
         )
 
     def rollout(self, rows: list[dict], samples: int, seed: int, step: int):
         """This rank's share of `rows` (those of the whole step), `samples` completions each, one after the other.
 
-        Returns rows, prompt ids, completion ids (lists of equal length) and whether each completion ended by itself.
+        Returns lists of equal length: rows, prompt ids, completion ids, whether each completion ended by itself, and
+        the log-probabilities that the sampler gave its tokens.
         """
         share = len(rows) // world()
         rows = rows[rank() * share : (rank() + 1) * share]
         prompt_ids = [self.encode(row) for row in rows]
         first = rank() * share * samples
         noise = uniforms(seed, TRAIN, step, range(first, first + share * samples), self.max_new_tokens)
-        completion_ids = self.complete(prompt_ids, samples, noise)
+        completion_ids, sampled = self.complete(prompt_ids, samples, noise, return_logprobs=True)
         ends = set(stop_ids(self.policy, self.tokenizer))
         finished = [c[-1] in ends for c in completion_ids]
-        return _repeat(rows, samples), _repeat(prompt_ids, samples), completion_ids, finished
+        return _repeat(rows, samples), _repeat(prompt_ids, samples), completion_ids, finished, sampled
 
     def evaluate(self, task, seed: int) -> tuple[dict[str, float], list[dict]]:
         """Held-out metrics, greedy and sampled (with the same noise each time), and some of this rank's samples.
@@ -1007,7 +1078,35 @@ def _repeat(rows: list, times: int) -> list:
 # ======================================================================================================================
 
 
-def over_vocabulary(fn, heads, columns, temperature: float = 1.0, chunk_mib: int = 64):
+def _chunk(weight: torch.Tensor, mib: int | None) -> int:
+    """Tokens whose fp32 logits take `mib` MiB: 64 on CPUs (below 32 the C heap fragments), 256 on GPUs (docs/gpu.md)."""
+    mib = mib if mib is not None else 256 if weight.is_cuda else 64
+    return max(1, mib * 2**20 // (4 * weight.shape[0]))
+
+
+def _fused(fn, weight: torch.Tensor):
+    """fn compiled on CUDA, where a loss over the vocabulary is bound by its passes over memory; else fn."""
+    if weight.is_cuda and importlib.util.find_spec("gpu"):
+        import gpu
+
+        return gpu.fused(fn)
+    return fn
+
+
+def _sum_like(x: torch.Tensor) -> torch.Tensor:
+    """Zeros to which products of many chunks are added: fp32 on CUDA, so that bfloat16 is rounded to only once."""
+    return torch.zeros_like(x, dtype=torch.float32 if x.is_cuda else x.dtype)
+
+
+def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """total += a @ b."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+
+
+def over_vocabulary(fn, heads, columns, temperature: float = 1.0, chunk_mib: int | None = None):
     """fn(*logits, *columns) without ever holding [N, V]: tokens in chunks, and nothing of a chunk is kept.
 
     heads: pairs (hidden [N, H], W [V, H]); each gives fn one fp32 tensor of logits [n, V], divided by `temperature`.
@@ -1015,14 +1114,17 @@ def over_vocabulary(fn, heads, columns, temperature: float = 1.0, chunk_mib: int
     fn returns tensors (in tuples, lists, dicts); those with a token dimension are concatenated, scalars are summed.
     Where a head takes gradients, fn returns a pair (loss, such tensors). The loss is a scalar and alone differentiable;
     its gradients are taken on the way forward, chunk by chunk, so that no logits are computed twice.
-    chunk_mib: fp32 logits of one head in one chunk (below 32 MiB the C heap fragments and memory grows again).
+    chunk_mib: fp32 logits of one head in one chunk; None: by device.
     """
-    rows = max(1, chunk_mib * 2**20 // (4 * heads[0][1].shape[0]))
+    rows, fn = _chunk(heads[0][1], chunk_mib), _fused(fn, heads[0][1])
     needed = [i for i, head in enumerate(heads) if torch.is_grad_enabled() and any(x.requires_grad for x in head)]
-    gradients = {i: [torch.zeros_like(x) if x.requires_grad else None for x in heads[i]] for i in needed}
+    gradients = {
+        i: [zeros(x) if x.requires_grad else None for zeros, x in zip((torch.zeros_like, _sum_like), heads[i])]
+        for i in needed
+    }
 
     def piece(n: slice):
-        logits = [F.linear(h.detach()[n], w.detach()).float().div_(temperature) for h, w in heads]
+        logits = [logits_of(h.detach()[n], w.detach()).div_(temperature) for h, w in heads]
         leaves = [logits[i].requires_grad_() for i in needed]
         out = fn(*logits, *(x[n] for x in columns))
         for i, slope in zip(needed, torch.autograd.grad(out[0], leaves) if needed else []):
@@ -1031,7 +1133,7 @@ def over_vocabulary(fn, heads, columns, temperature: float = 1.0, chunk_mib: int
             if to_hidden is not None:
                 to_hidden[n] = slope @ weight.detach()
             if to_weight is not None:
-                to_weight.addmm_(slope.T, hidden.detach()[n])
+                _add_product(to_weight, slope.T, hidden.detach()[n])
         return tree_map(torch.Tensor.detach, out)
 
     parts = [piece(slice(i, i + rows)) for i in range(0, max(1, len(heads[0][0])), rows)]
@@ -1047,19 +1149,34 @@ class _WithGradients(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, value, *inputs_and_gradients):
-        ctx.save_for_backward(*inputs_and_gradients[len(inputs_and_gradients) // 2 :])
+        half = len(inputs_and_gradients) // 2
+        ctx.save_for_backward(*inputs_and_gradients[half:])
+        ctx.dtypes = [x.dtype for x in inputs_and_gradients[:half]]
         return value.clone()
 
     @staticmethod
     def backward(ctx, slope):  # scaled in fp32: a factor rounded to bfloat16 would bias every gradient alike
-        gradients = [(g.float() * slope).to(g.dtype) for g in ctx.saved_tensors]
+        gradients = [(g.float() * slope).to(dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes)]
         return None, *gradients, *[None] * len(gradients)
 
 
-def token_logprobs(hidden, weight, ids, temperature: float = 1.0, chunk_mib: int = 64):
+def token_logprobs(hidden, weight, ids, temperature: float = 1.0, chunk_mib: int | None = None):
     """log-probabilities of `ids` [N] and entropies (nats, no gradient) [N], fp32, exact over the whole vocabulary."""
-    rows = max(1, chunk_mib * 2**20 // (4 * weight.shape[0]))
-    return _TokenLogprobs.apply(hidden, weight, ids, temperature, rows)
+    return _TokenLogprobs.apply(hidden, weight, ids, temperature, _chunk(weight, chunk_mib))
+
+
+def _read_logits(z, ids):
+    """logsumexp, log-probability of `ids` and entropy of logits [n, V], [n] each."""
+    total = z.logsumexp(-1)
+    logprob = z.gather(-1, ids[:, None])[:, 0] - total
+    p = (z - total[:, None]).exp_()
+    return total, logprob, total - torch.linalg.vecdot(p, z)
+
+
+def _logprob_slope(z, ids, total, slope):
+    """slope * d log p(ids) / d z = slope * (onehot(ids) - p), [n, V]."""
+    p = z.sub_(total[:, None]).exp_()
+    return p.mul_(-slope[:, None]).scatter_add_(-1, ids[:, None], slope[:, None])
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -1071,13 +1188,10 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, ids, temperature, rows):
         logprobs, entropy, total = hidden.new_empty(3, len(hidden), dtype=torch.float32)
+        read = _fused(_read_logits, weight)
         for i in range(0, len(hidden), rows):
             n = slice(i, i + rows)
-            z = F.linear(hidden[n], weight).float().div_(temperature)
-            total[n] = z.logsumexp(-1)
-            logprobs[n] = z.gather(-1, ids[n, None])[:, 0] - total[n]
-            p = (z - total[n, None]).exp_()
-            entropy[n] = total[n] - torch.linalg.vecdot(p, z)
+            total[n], logprobs[n], entropy[n] = read(logits_of(hidden[n], weight).div_(temperature), ids[n])
         ctx.save_for_backward(hidden, weight, ids, total)
         ctx.temperature, ctx.rows = temperature, rows
         ctx.mark_non_differentiable(entropy)
@@ -1087,16 +1201,16 @@ class _TokenLogprobs(torch.autograd.Function):
     def backward(ctx, slope, _):
         hidden, weight, ids, total = ctx.saved_tensors
         to_hidden = torch.empty_like(hidden)
-        to_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None  # LoRA trains no head
+        to_weight = _sum_like(weight) if ctx.needs_input_grad[1] else None  # LoRA trains no head
+        slope_of = _fused(_logprob_slope, weight)
         for i in range(0, len(hidden), ctx.rows):
             n = slice(i, i + ctx.rows)
-            p = F.linear(hidden[n], weight).float().div_(ctx.temperature).sub_(total[n, None]).exp_()
-            to_z = p.mul_(-slope[n, None]).scatter_add_(-1, ids[n, None], slope[n, None]).div_(ctx.temperature)
-            to_z = to_z.to(weight.dtype)
+            z = logits_of(hidden[n], weight).div_(ctx.temperature)
+            to_z = slope_of(z, ids[n], total[n], slope[n]).div_(ctx.temperature).to(weight.dtype)
             to_hidden[n] = to_z @ weight
             if to_weight is not None:
-                to_weight.addmm_(to_z.T, hidden[n])
-        return to_hidden, to_weight, None, None, None
+                _add_product(to_weight, to_z.T, hidden[n])
+        return to_hidden, None if to_weight is None else to_weight.to(weight.dtype), None, None, None
 
 
 # ======================================================================================================================

@@ -499,8 +499,11 @@ def train(args) -> None:
     for step in run.steps(models, optimizer, lambda: sampling.evaluate(task, args.seed)):
         # ---- 1. roll out: samples_per_prompt completions of each prompt from pi_old = pi
         rows = task.rows(args.seed, step, args.prompts_per_step)
-        rows, prompt_ids, completion_ids, finished = sampling.rollout(rows, args.samples_per_prompt, args.seed, step)
+        rollout = sampling.rollout(rows, args.samples_per_prompt, args.seed, step)
+        rows, prompt_ids, completion_ids, finished, sampled = rollout
         batch = common.make_batch(prompt_ids, completion_ids, tokenizer.pad_token_id, device)
+        logprobs = lambda micro: common.policy_logprobs(policy, micro, args.temperature)[0]  # noqa: E731
+        gap = common.sampler_gap(logprobs, batch, sampled, args.dtype)  # the sampler is the policy
         completions = common.decode(tokenizer, completion_ids)
         run.lap("rollout")
 
@@ -523,15 +526,14 @@ def train(args) -> None:
         for epoch in range(args.epochs):
             for mine in common.minibatch_rows(args.seed, step, epoch, len(rows) * common.world(), args.minibatches):
                 new, n = update(models, heads, optimizer, batch, mine, args, train_policy=step >= args.critic_warmup)
-                if tokens == 0:
-                    gap = new["policy/ratio_gap" if "policy/ratio_gap" in new else "policy/logit_gap"]
-                    common.stop_unless_on_policy(gap / n, args.dtype)
+                if tokens == 0 and "policy/ratio_gap" in new:  # mse and lch know no ratio
+                    common.stop_unless_on_policy(new["policy/ratio_gap"] / n, args.dtype)
                 sums, tokens = {k: sums.get(k, 0.0) + v for k, v in new.items()}, tokens + n
         run.lap("update")
 
         # ---- 6. log; evaluate and save when it is time
         metrics = {k: v / tokens for k, v in sums.items()} | rollout_metrics(batch, scores, finished, args)
-        metrics["lr"] = optimizer.param_groups[0]["lr"]
+        metrics |= {"lr": optimizer.param_groups[0]["lr"], "policy/sampler_gap": gap}
         if metrics["reward/spread"] == 0:
             common.say("  no prompt of this step has two different rewards: there is no signal to learn from")
         shown = zip(rows[:4], completions, batch["rewards"].sum(1).tolist())

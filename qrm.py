@@ -562,7 +562,7 @@ def make_pairs(args) -> None:
     pairs, K = [], args.pair_samples
     for step in range(args.steps):
         rows = task.rows(args.seed, step, args.prompts_per_step)
-        rows, _, completion_ids, finished = sampling.rollout(rows, K, args.seed, step)
+        rows, _, completion_ids, finished, _ = sampling.rollout(rows, K, args.seed, step)
         texts = common.decode(tokenizer, completion_ids)
         scores = task.reward([row["prompt"] for row in rows], texts, rows)
         scores = [sum(x) if isinstance(x, list) else x for x in scores]
@@ -769,8 +769,11 @@ def train(args) -> None:
     for step in run.steps(models, optimizer, lambda: sampling.evaluate(task, args.seed)):
         # ---- 1. roll out: samples_per_prompt completions of each prompt from pi_old = pi
         rows = task.rows(args.seed, step, args.prompts_per_step)
-        rows, prompt_ids, completion_ids, finished = sampling.rollout(rows, args.samples_per_prompt, args.seed, step)
+        rollout = sampling.rollout(rows, args.samples_per_prompt, args.seed, step)
+        rows, prompt_ids, completion_ids, finished, sampled = rollout
         batch = common.make_batch(prompt_ids, completion_ids, tokenizer.pad_token_id, device)
+        logprobs = lambda micro: common.policy_logprobs(policy, micro, args.temperature)[0]  # noqa: E731
+        gap = common.sampler_gap(logprobs, batch, sampled, args.dtype)  # the sampler is the policy
         completions = common.decode(tokenizer, completion_ids)
         run.lap("rollout")
 
@@ -802,7 +805,7 @@ def train(args) -> None:
 
         # ---- 6. log; evaluate and save when it is time
         metrics = {k: v / tokens for k, v in sums.items()} | rollout_metrics(batch, scores, finished, args)
-        metrics["lr"] = optimizer.param_groups[0]["lr"]
+        metrics |= {"lr": optimizer.param_groups[0]["lr"], "policy/sampler_gap": gap}
         shown = zip(rows[:4], completions, batch["rewards"].sum(1).tolist())
         shown = [{"kind": "train", "prompt": r["prompt"], "completion": c, "reward": x} for r, c, x in shown]
         run.end_step(metrics, shown)

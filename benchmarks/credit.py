@@ -55,7 +55,7 @@ def spearman(x, y) -> float:
 def sample_answers(tokenizer, policy, n: int, seed: int):
     """Answers of the policy to n held-out prompts: rows {prompt, prompt_ids, ids, tokens, right}."""
     sampling = common.Sampling(policy, tokenizer, 24, 24, 1.0, 256)
-    rows, prompt_ids, ids, finished = sampling.rollout(tasks.chain_test_rows(n), 1, seed, 0)
+    rows, prompt_ids, ids, finished, _ = sampling.rollout(tasks.chain_test_rows(n), 1, seed, 0)
     answers = []
     for row, p, c, done in zip(rows, prompt_ids, ids, finished):
         tokens = [tokenizer.decode([t]) for t in c]

@@ -65,7 +65,7 @@ def write_pairs(out: Path, model_name: str, rows: list[dict], samples: int) -> N
         device, tokenizer = torch.device("cpu"), common.load_tokenizer(model_name)
         model = common.load_model(model_name, trainable=False, device=device)
         sampling = common.Sampling(model, tokenizer, 64, TOKENS, 1.0, 32)
-        _, _, ids, finished = sampling.rollout(rows, samples, 0, 0)
+        _, _, ids, finished, _ = sampling.rollout(rows, samples, 0, 0)
         texts, pairs = common.decode(tokenizer, ids), []
         for i, row in enumerate(rows):
             here = range(i * samples, (i + 1) * samples)

@@ -27,10 +27,10 @@ STOPS = [3, 7, 11, 19]  # several, so that random models stop at different times
 LIMIT = 16
 
 
-def build(name):
+def build(config):
     """A random model with strong preferences, its head untied (a tied one repeats its input); dropout is off."""
     torch.manual_seed(1)
-    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[name]()).eval()
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
     model.final_hidden = types.MethodType(common._final_hidden, model)
     model.pack_limit = common._pack_limit(model.config)
     return model
@@ -38,7 +38,7 @@ def build(name):
 
 @pytest.fixture(scope="module")
 def models():
-    return {name: build(name) for name in CONFIGS}
+    return {name: build(config()) for name, config in CONFIGS.items()}
 
 
 def prompts(count, seed=0):
@@ -78,9 +78,8 @@ def test_greedy_equals_hugging_face(models, name):
 @pytest.mark.parametrize("rows", [1, 5, 70])
 def test_packed_weights_change_nothing(monkeypatch, rows):
     """Large layers are packed for the time of a rollout: the same tokens, the weights of today, no trace afterwards."""
-    torch.manual_seed(2)
     shape = SHAPE | dict(hidden_size=512, intermediate_size=1024, num_hidden_layers=1, head_dim=128)
-    model = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**shape)).eval()
+    model = build(transformers.LlamaConfig(**shape))
     rows, used, found = prompts(rows), [], []
     real = torch.ops.mkldnn._linear_pointwise
     for _ in range(2):
@@ -123,7 +122,7 @@ def test_cache_with_room_is_a_dynamic_cache(name):
 def test_small_products_take_one_thread(models, rows, threads):
     """While a rollout lasts: the largest matrix has 2048 numbers, and 2048 rows are enough for two threads."""
     seen, model, before = [], models["llama"], torch.get_num_threads()
-    handle = model.register_forward_pre_hook(lambda *_: seen.append(torch.get_num_threads()))
+    handle = model.base_model.register_forward_pre_hook(lambda *_: seen.append(torch.get_num_threads()))
     torch.set_num_threads(2)
     try:
         generate(model, prompts(1), samples=rows, max_new_tokens=2, rows_at_once=rows)
@@ -179,7 +178,7 @@ def test_samples_share_the_prompt(models, name):
     """Four samples of a prompt are four rows with the same noise, and the prompt is read once."""
     model, prompt_ids, noise = models[name], prompts(5), noise_for(20)
     reads = []
-    handle = model.register_forward_pre_hook(lambda m, a, k: reads.append(k["input_ids"].shape), with_kwargs=True)
+    handle = model.base_model.register_forward_pre_hook(lambda m, a, k: reads.append(k["input_ids"].shape), with_kwargs=True)
     shared = generate(model, prompt_ids, noise, samples=4)
     handle.remove()
     assert reads[0] == (5, max(map(len, prompt_ids))) and all(shape[1] == 1 for shape in reads[1:])
@@ -199,6 +198,34 @@ def test_noise_is_a_function_of_the_row():
     assert all_rows.mean().item() == pytest.approx(0.5, abs=0.03) and all_rows.dtype == torch.float32
     for seed, stream, step in ((6, common.TRAIN, 2), (5, common.EVAL, 2), (5, common.TRAIN, 3)):
         assert not (common.uniforms(seed, stream, step, range(50), 40) == all_rows).any(1).all()
+
+
+# ---- the decoder of GPUs, whose graphs are plain calls here --------------------------------------------------------
+
+
+def static_decoder(model, rows, length, *limits):
+    import gpu
+
+    return gpu.Decoder(model, rows, length, *limits)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3"])
+@pytest.mark.parametrize("samples, rows_at_once", [(1, 256), (4, 256), (4, 16), (1, 3)])
+def test_static_decoder_equals_the_reference(monkeypatch, models, name, samples, rows_at_once):
+    """Greedy and sampled tokens and their log-probabilities, in pieces and in shrinking batches."""
+    model, prompt_ids, limit = models[name], prompts(13), 40
+    noise = common.uniforms(0, common.TRAIN, 0, range(13 * samples), limit)
+    settings = dict(samples=samples, rows_at_once=rows_at_once, max_new_tokens=limit, stop_ids=[3, 7])
+    settings |= dict(return_logprobs=True)
+    for u in (None, noise):
+        tokens, logprobs = generate(model, prompt_ids, u, **settings)
+        with monkeypatch.context() as patch:
+            patch.setattr(common, "_decoder", static_decoder)
+            found, found_logprobs = generate(model, prompt_ids, u, **settings)
+        assert found == tokens
+        for a, b in zip(found_logprobs, logprobs):
+            assert a == pytest.approx(b, abs=1e-4)
+    assert max(map(len, tokens)) > 17  # long enough for a second look
 
 
 # ---- frequencies -----------------------------------------------------------------------------------------------------
@@ -228,7 +255,7 @@ def test_tokens_of_probability_zero_are_never_chosen():
     below = torch.nextafter(edges, torch.tensor(0.0))
     u = torch.cat([torch.tensor([0.0, 1e-45, 1e-30, last]), edges, below, edges + 1e-7])
     u = u[u < 1]
-    chosen = common._pick(logits.expand(len(u), -1), 1.0, u)
+    chosen, _ = common._pick(logits.expand(len(u), -1), 1.0, u)
     assert set(chosen.tolist()) == {1, 4, 6}
     assert chosen[0] == 1 and chosen[3] == 6
 
@@ -236,7 +263,7 @@ def test_tokens_of_probability_zero_are_never_chosen():
     wide = torch.randn(8, V, generator=torch.Generator().manual_seed(0))
     wide[:, :1000], wide[:, -1000:] = -torch.inf, -torch.inf
     for value in (0.0, last.item()):
-        chosen = common._pick(wide, 1.0, torch.full((8,), value))
+        chosen, _ = common._pick(wide, 1.0, torch.full((8,), value))
         assert (wide.gather(1, chosen[:, None]) > -torch.inf).all()
 
 
@@ -244,8 +271,8 @@ def test_pick_is_the_inverse_of_the_cumulative_distribution():
     """Token a for u in [F(a - 1), F(a)); the largest logit without noise."""
     p = torch.tensor([0.25, 0.5, 0.25])
     u = torch.tensor([0.0, 0.24, 0.26, 0.5, 0.74, 0.76, 0.99])
-    assert common._pick(p.log().expand(7, 3), 1.0, u).tolist() == [0, 0, 1, 1, 1, 2, 2]
-    assert common._pick(p.log()[None], 1.0, None).tolist() == [1]
+    assert common._pick(p.log().expand(7, 3), 1.0, u)[0].tolist() == [0, 0, 1, 1, 1, 2, 2]
+    assert common._pick(p.log()[None], 1.0, None)[0].tolist() == [1]
 
 
 # ---- log-probabilities ----------------------------------------------------------------------------------------------

@@ -1,0 +1,160 @@
+"""What makes GPUs fast: decoding in CUDA graphs, losses over the vocabulary compiled. Delete it and only speed changes.
+
+A decoding step of a 0.5B model launches more than a thousand kernels. Launching takes the CPU 15 ms, running them takes
+the GPU 3. So the step is recorded once for each number of rows and replayed: no Python and no host synchronisation per
+token. Rows that have ended leave at the next halving of the batch. The distribution, the noise and the tokens are those
+of `_generate` in common.py, the readable reference; tests hold both against each other.
+"""
+
+import contextlib
+import functools
+from collections import OrderedDict
+
+import torch
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+import common
+
+# Fused passes over [n, V] for any number of tokens; a loss is compiled once per process, in some ten seconds.
+fused = functools.partial(torch.compile, dynamic=True)
+
+LOOK = 16  # tokens between two looks at which rows have ended, each of which waits for the GPU
+
+
+class StaticLayer(DynamicLayer):
+    """Keys and values [rows, heads, columns, width] that never move; a step writes the one column `column`."""
+
+    def __init__(self, keys, values, column):
+        super().__init__()
+        self.keys, self.values, self.column, self.is_initialized = keys, values, column, True
+
+    def update(self, keys, values, *args, **kwargs):
+        self.keys.index_copy_(2, self.column, keys)
+        self.values.index_copy_(2, self.column, values)
+        return self.keys, self.values
+
+
+@contextlib.contextmanager
+def without_hooks(model):
+    """FSDP's hooks off: all parameters are whole here, and hooks cannot be recorded."""
+    modules = [m for m in model.modules() if isinstance(m, common.FSDPModule)]
+    saved = [(m, m._forward_pre_hooks, m._forward_hooks) for m in modules]
+    for m in modules:
+        m._forward_pre_hooks, m._forward_hooks = OrderedDict(), OrderedDict()
+    try:
+        yield
+    finally:
+        for m, before, after in saved:
+            m._forward_pre_hooks, m._forward_hooks = before, after
+
+
+class Decoder:
+    """Decodes up to `rows` rows of `length` positions at a time. For one call of `generate`, while weights stay put."""
+
+    def __init__(self, model, rows: int, length: int, max_new_tokens: int, temperature: float, stop_ids, pad_id: int):
+        self.model, self.temperature, self.pad_id, self.T = model, temperature, pad_id, max_new_tokens
+        self.device = next(model.parameters()).device
+        self.columns = -(-(length + 1) // 64) * 64  # attention kernels want rows of masks aligned
+        self.sizes = [max(1, rows >> i) for i in range(6) if i == 0 or rows >> i >= 8]
+        self.stop = torch.tensor(stop_ids, device=self.device)
+        self.layers, self.graphs, self.pool = None, {}, None
+        whole = lambda *shape, **kind: torch.zeros(shape, device=self.device, **kind)  # noqa: E731
+        self.token, self.position, self.rows = (whole(rows, dtype=torch.long) for _ in range(3))
+        self.alive = whole(rows, dtype=torch.bool)
+        self.tokens, self.lengths = whole(rows, self.T, dtype=torch.long), whole(rows, dtype=torch.long)
+        self.logprobs, self.noise, self.greedy = whole(rows, self.T), whole(rows, self.T), True
+        self.t, self.column = whole(1, dtype=torch.long), whole(1, dtype=torch.long)
+        self.bias = whole(rows, 1, 1, self.columns, dtype=common.head_weight(model).dtype)
+
+    def __call__(self, prompt_ids, samples: int, noise):
+        """Completions and the log-probabilities of their tokens, as lists, like `_generate`."""
+        n = len(prompt_ids) * samples
+        self._read(prompt_ids, samples, noise, n)
+        size = min(s for s in self.sizes if s >= n)
+        for t in range(1, self.T):
+            if t % LOOK == 0 or t == 1:
+                left = int(self.alive[:size].sum())
+                if left == 0:
+                    break
+                smaller = min(s for s in self.sizes if s >= left)
+                if smaller < size:
+                    self._shrink(size, smaller)
+                    size = smaller
+            self._step(size)
+        lengths = self.lengths[:n]
+        return common._cut(self.tokens[:n], lengths), common._cut(self.logprobs[:n], lengths)
+
+    def _read(self, prompt_ids, samples, noise, n) -> None:
+        """The prompts, read once each, into the static cache; then the first token of each row."""
+        batch = common.make_batch(prompt_ids, [[self.pad_id]] * len(prompt_ids), self.pad_id, self.device)
+        mask, cache = batch["prompt_mask"], DynamicCache(config=self.model.config)
+        position = (mask.cumsum(1) - 1).clamp_min(0)
+        hidden = self.model.final_hidden(batch["prompt_ids"], mask.long(), position, past_key_values=cache)
+        P = mask.shape[1]
+        if self.layers is None:
+            rows = len(self.token)
+            shape = lambda x: x.new_zeros(rows, x.shape[1], self.columns, x.shape[3])  # noqa: E731
+            self.layers = [(shape(layer.keys), shape(layer.values)) for layer in cache.layers]
+        for (keys, values), layer in zip(self.layers, cache.layers):
+            keys[:n, :, :P] = layer.keys.repeat_interleave(samples, 0)
+            values[:n, :, :P] = layer.values.repeat_interleave(samples, 0)
+        self.bias.fill_(-torch.inf)
+        self.bias[:n, 0, 0, :P].masked_fill_(mask.repeat_interleave(samples, 0), 0.0)
+        self.bias[:, 0, 0, P] = 0.0
+        for x in (self.token, self.position, self.alive, self.lengths):
+            x.zero_()
+        self.position[:n] = position[:, -1].repeat_interleave(samples, 0)
+        self.alive[:n] = True
+        torch.arange(len(self.rows), out=self.rows)
+        self.greedy = noise is None
+        if noise is not None:
+            self.noise[:n] = noise.to(self.device)
+        self.t.zero_(), self.column.fill_(P - 1)
+        self._choose(common.logits_of(hidden[:, -1], common.head_weight(self.model)).repeat_interleave(samples, 0), n)
+
+    def _choose(self, logits, size: int) -> None:
+        """Draws a token per row, and sets the next step up."""
+        rows, t, alive = self.rows[:size], self.t.expand(size), self.alive[:size]
+        token, logprob = common._pick(logits, self.temperature, None if self.greedy else self.noise[rows, t])
+        self.tokens[rows, t], self.logprobs[rows, t] = token, logprob
+        self.lengths[rows] += alive
+        alive &= (token[:, None] != self.stop).all(1)
+        self.token[:size], self.position[:size] = token, self.position[:size] + 1
+        self.t += 1
+        self.column += 1
+        self.bias.index_fill_(3, self.column, 0.0)
+
+    def _forward(self, size: int) -> None:
+        cache = DynamicCache(config=self.model.config)
+        cache.layers = [StaticLayer(keys[:size], values[:size], self.column) for keys, values in self.layers]
+        hidden = self.model.base_model(
+            input_ids=self.token[:size, None],
+            attention_mask=self.bias[:size],
+            position_ids=self.position[:size, None],
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+        self._choose(common.logits_of(hidden[:, -1], common.head_weight(self.model)), size)
+
+    def _step(self, size: int) -> None:
+        """The first step of a size runs as it is, the second is recorded, and later ones are replayed."""
+        key = size, self.greedy
+        if self.device.type == "cuda" and key in self.graphs:
+            if self.graphs[key] is None:
+                self.graphs[key] = torch.cuda.CUDAGraph()
+                self.pool = self.pool or torch.cuda.graph_pool_handle()
+                with without_hooks(self.model), torch.cuda.graph(
+                    self.graphs[key], pool=self.pool, capture_error_mode="thread_local"
+                ):
+                    self._forward(size)
+            self.graphs[key].replay()
+        else:
+            with without_hooks(self.model):
+                self._forward(size)
+            self.graphs[key] = None
+
+    def _shrink(self, size: int, smaller: int) -> None:
+        """Rows that are alive, first; the rest are passengers whose tokens come after their ends and are cut off."""
+        keep = self.alive[:size].int().argsort(descending=True, stable=True)[:smaller]
+        for x in (self.token, self.position, self.rows, self.alive, self.bias, *[x for kv in self.layers for x in kv]):
+            x[:smaller] = x[keep]
