@@ -58,10 +58,8 @@ class Args:
     dataset: str = arg("", "the data: a Hub name or a .jsonl, .json or .parquet file; empty: the built-in task")
     task: tasks.Name = arg("auto", "what the data are; auto: their columns decide")
     test_dataset: str = arg("", "the held-out rows; empty: the test split of the Hub, or the last rows of --dataset")
-    test_rows: int = arg(256, "the number of held-out prompts of an evaluation", at_least=1)
-    reward_file: str = arg(
-        "", "a Python file with reward(prompts, completions, rows) -> one number per completion, or per token"
-    )
+    test_rows: int = arg(256, "held-out prompts per evaluation", at_least=1)
+    reward_file: str = arg("", "a Python file with reward(prompts, completions, rows) -> numbers, one per completion")
     builtin_pairs: int = arg(2000, "the number of built-in preference pairs", at_least=1)
     builtin_slip: float = arg(
         0.6, "the share of carries that the writer of the built-in pairs forgets", at_least=0, at_most=1
@@ -121,30 +119,24 @@ class Args:
     beta: float = arg(1.0, "the beta of ADPA-3: the target is softmax(log pi' + A / beta)", at_least=1e-6)
     # optimisation
     steps: int = arg(200, "the number of optimizer steps", at_least=1)
-    prompts_per_step: int = arg(64, "the number of prompts per step, over all ranks", at_least=1)
-    micro_batch: int = arg(
-        8, "the number of sequences per forward pass on each rank; changes memory, never the result", at_least=1
-    )
+    prompts_per_step: int = arg(64, "prompts per step, over all ranks", at_least=1)
+    micro_batch: int = arg(8, "sequences per forward pass on each rank; changes memory, never the result", at_least=1)
     lr: float = arg(1e-5, "the learning rate of the policy; falls linearly to 0", at_least=0)
-    warmup_steps: int = arg(0, "the first steps, in which learning rates rise linearly; their number", at_least=0)
+    warmup_steps: int = arg(0, "the number of first steps in which learning rates rise linearly", at_least=0)
     max_grad_norm: float = arg(1.0, "the norm to which gradients are clipped", at_least=1e-6)
-    lora_rank: int = arg(
-        0, "the rank of LoRA adapters, which are trained instead of all weights; 0: all weights", at_least=0
-    )
+    lora_rank: int = arg(0, "the rank of LoRA adapters, trained instead of all weights; 0: all weights", at_least=0)
     # run
     out: str = arg("", "the run folder; empty: runs/<script>-<time>")
     resume: bool = arg(False, "continue from the newest checkpoint in --out (from the start if there is none)")
     seed: int = arg(0, "the seed of data order, sampling and new weights", at_least=0)
-    device: Literal["auto", "cpu", "cuda"] = arg("auto", "where the run takes place; auto: on a GPU if there is one")
+    device: Literal["auto", "cpu", "cuda"] = arg("auto", "where the run takes place")
     dtype: Literal["float32", "bfloat16"] = arg(
         "float32", "the dtype of the computation; master weights stay in float32"
     )
     activation_checkpointing: bool = arg(False, "recompute activations in the backward pass: less memory, more time")
-    rollout_rows: int = arg(256, "the number of sequences that each rank generates at once", at_least=1)
-    eval_every: int = arg(
-        20, "the steps between evaluations; there is one before the first step and after the last", at_least=1
-    )
-    save_every: int = arg(50, "the steps between checkpoints; there is one after the last step", at_least=1)
+    rollout_rows: int = arg(256, "sequences that each rank generates at once", at_least=1)
+    eval_every: int = arg(20, "steps between evaluations; there is one before and one after training", at_least=1)
+    save_every: int = arg(50, "steps between checkpoints; there is one after the last step", at_least=1)
     wandb: bool = arg(False, "also log to Weights & Biases")
 
 

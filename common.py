@@ -648,6 +648,16 @@ def adapters_off(model):
 
 
 @contextlib.contextmanager
+def reference(models):
+    """The policy as it was at the start: its frozen copy models["ref"], or the policy without its adapters."""
+    if "ref" in models:
+        yield models["ref"]
+    else:
+        with adapters_off(models["policy"]) as policy:
+            yield policy
+
+
+@contextlib.contextmanager
 def quiet_transformers():
     from transformers.utils import logging
 
@@ -821,6 +831,55 @@ def policy_logprobs(model, batch: dict, temperature: float = 1.0):
     hidden, ids = completion_hidden(model, batch)[mask], batch["completion_ids"][mask]  # [N, H], [N]
     flat = token_logprobs(hidden, head_weight(model), ids, temperature)
     return tuple(torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, x) for x in flat)
+
+
+def token_scores(model, batch: dict, ref=None) -> torch.Tensor:
+    """The score that a reward model gives each completion token, [B, T], fp32; 0 where masked.
+
+    A scalar head is read at the token itself, which it has seen. An LM head gives the log-probability of the token,
+    less that by `ref` where there is one.
+    """
+    if has_scalar_head(model.config):
+        return completion_scalars(model, batch, after=True) * batch["mask"]
+    scores = policy_logprobs(model, batch)[0]
+    return scores if ref is None else scores - policy_logprobs(ref, batch)[0]
+
+
+def answer_scores(scores: torch.Tensor, mask: torch.Tensor, how: str) -> torch.Tensor:
+    """[B] from the scores of tokens [B, T]: their `mean`, their `sum`, or that of the `last` one."""
+    if how == "last":
+        return scores.gather(1, mask.sum(1, keepdim=True) - 1)[:, 0]
+    return (scores * mask).sum(1) / (mask.sum(1) if how == "mean" else 1)
+
+
+def score_of(name: str, ref: str) -> str:
+    """How the score of an answer comes from its tokens: as the model's folder says; the sum for a log-ratio to `ref`."""
+    config = load_config(name)
+    if ref:
+        require(not has_scalar_head(config), f"--reward_ref: {name} has a scalar head, and so no log-probabilities")
+        return "sum"
+    known = getattr(config, "reward_score", "last" if has_scalar_head(config) else None)
+    require(known, f"--reward_model {name} is a language model: give --reward_ref, the model that it was aligned from")
+    return known
+
+
+def scored_by(models, how: str, tokenizer, max_prompt: int, micro_batch: int):
+    """reward(prompts, completions, rows) of a task without one: the score of models["reward"] for each answer."""
+
+    @torch.no_grad()
+    def reward(prompts, completions, rows) -> list[float]:
+        judges = {name: models[name] for name in ("reward", "reward_ref") if name in models}
+        with gathered(*judges.values()):  # ranks may have different numbers of rows in an evaluation, or none
+            if not rows:
+                return []
+            prompt_ids = [encode_prompt(tokenizer, prompt)[-max_prompt:] for prompt in prompts]
+            ids, device = [row["completion_ids"] for row in rows], next(judges["reward"].parameters()).device
+            batch = make_batch(prompt_ids, ids, tokenizer.pad_token_id, device)
+            one = lambda micro: {"x": token_scores(judges["reward"], micro, judges.get("reward_ref"))}  # noqa: E731
+            scores = map_rows(one, batch, micro_batch)["x"]
+        return answer_scores(scores, batch["mask"], how).tolist()
+
+    return reward
 
 
 def _read(model, forward, batch: dict) -> torch.Tensor:

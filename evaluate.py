@@ -50,17 +50,13 @@ class Args:
     dataset: str = arg("", "the data: a Hub name or a .jsonl, .json or .parquet file; empty: the built-in task")
     task: tasks.Name = arg("auto", "what the data are; auto: their columns decide")
     test_dataset: str = arg("", "the held-out rows; empty: the test split of the Hub, or the last rows of --dataset")
-    test_rows: int = arg(256, "the number of held-out prompts of an evaluation", at_least=1)
-    reward_file: str = arg(
-        "", "a Python file with reward(prompts, completions, rows) -> one number per completion, or per token"
-    )
+    test_rows: int = arg(256, "held-out prompts per evaluation", at_least=1)
+    reward_file: str = arg("", "a Python file with reward(prompts, completions, rows) -> numbers, one per completion")
     right_from: float = arg(1.0, "the reward from which a completion that only --reward_file can grade counts as right")
     max_prompt: int = arg(512, "the longest prompt, in tokens", at_least=1)
-    long_prompts: Literal["drop", "truncate", "error"] = arg(
-        "error", "what happens to longer prompts; truncate keeps their end"
-    )
+    long_prompts: Literal["drop", "truncate", "error"] = arg("error", "what happens to longer prompts")
     # sampling
-    samples_per_prompt: int = arg(16, "the number of completions per prompt", at_least=1)
+    samples_per_prompt: int = arg(16, "completions per prompt", at_least=1)
     k: list[int] = arg([], "Pass@k for these k; empty: powers of 4 up to --samples_per_prompt")
     max_new_tokens: int = arg(512, "the longest completion, in tokens, EOS included", at_least=1)
     temperature: float = arg(1.0, "the temperature of sampling and of every log-probability", at_least=1e-6)
@@ -80,17 +76,15 @@ class Args:
         0, "the number of pairs from the end of the file, those that qrm.py holds out; 0: all", at_least=0
     )
     step_separator: str = arg("\n", "the text that ends a step of an answer, for step_prm")
-    micro_batch: int = arg(
-        8, "the number of sequences per forward pass on each rank; changes memory, never the result", at_least=1
-    )
+    micro_batch: int = arg(8, "sequences per forward pass on each rank; changes memory, never the result", at_least=1)
     # run
     out: str = arg("", "the run folder; empty: runs/<script>-<time>")
     seed: int = arg(0, "the seed of data order, sampling and new weights", at_least=0)
-    device: Literal["auto", "cpu", "cuda"] = arg("auto", "where the run takes place; auto: on a GPU if there is one")
+    device: Literal["auto", "cpu", "cuda"] = arg("auto", "where the run takes place")
     dtype: Literal["float32", "bfloat16"] = arg(
         "float32", "the dtype of the computation; master weights stay in float32"
     )
-    rollout_rows: int = arg(256, "the number of sequences that each rank generates at once", at_least=1)
+    rollout_rows: int = arg(256, "sequences that each rank generates at once", at_least=1)
 
 
 # What the bare command changes: short sums.

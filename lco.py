@@ -4,7 +4,7 @@ Chen et al. 2026, "Stabilizing Policy Optimization via Logits Convexity" (arXiv:
 is not convex in the logits. LCO asks where the KL-regularised step would end, and fits that by regression:
 
     max_pi E_pi[A] - beta KL(pi || pi_old)   =>   pi*(a|s) = pi_old(a|s) exp(A(s,a) / beta) / Z(s)              (LCO-1)
-    in logits, up to a constant a state:          z*(s,a) = z_old(s,a) + A(s,a) / beta                          (LCO-2)
+    in logits, up to a constant per state:        z*(s,a) = z_old(s,a) + A(s,a) / beta                          (LCO-2)
 
     --loss kld   KL(pi* || pi)                    gradient in z: pi - pi*                                       (LCO-3)
     --loss mse   (z(s,a) - z*(s,a))^2             on the entries whose advantage is known                       (LCO-4)
@@ -14,11 +14,14 @@ The target is fixed by the rollout, so each loss is convex in z(s,.). The diff t
 docs/diffs/ppo_baseline--lco.diff. Relatives: AWR, MPO, REBEL, A*-PO (2505.20686), QRPO (2507.08068), LAD (2602.20132),
 TPO (2604.06159, which fits a target over sampled completions; LCO fits one over the vocabulary, token by token).
 
+A comes from one sampled token per state (--advantage gae, group, reward) or, with a --reward_model that has an LM head,
+for the whole vocabulary at once: Z(s,.) of a Q-RM, or log pi_dpo - log pi_ref.
+
 What differs from the paper (its abstract and introduction; formulas have tags of our own), each for a reason
     1. Old logits are exact: rebuilt from the rollout's hidden states and a copy of the LM head, never a top-k.
-    2. --target linear and --negative_beta_scale: one sampled advantage a state biases exp(A / beta); docs/lco.md.
-    3. The departures of the authors' released code are switches: --moving_target, --old_topk and --token_mean are off,
-       --negative_beta_scale is on for real models, where it did best.
+    2. --target linear and --negative_beta_scale: one sampled advantage per state biases exp(A / beta); docs/lco.md.
+       The scale is a departure of the authors' released code and is on for real models, where it did best; their
+       others are patches in benchmarks/departures: a moving target, a top 5 of old logits, means by sign.
 
 Run
     python lco.py                                                                        # this laptop, offline
@@ -28,7 +31,7 @@ Run
 More in docs/lco.md. Shapes: B sequences, T completion positions, N unmasked tokens, V vocabulary, H width.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import math
@@ -48,90 +51,61 @@ class Args:
     dataset: str = arg("", "the data: a Hub name or a .jsonl, .json or .parquet file; empty: the built-in task")
     task: tasks.Name = arg("auto", "what the data are; auto: their columns decide")
     test_dataset: str = arg("", "the held-out rows; empty: the test split of the Hub, or the last rows of --dataset")
-    test_rows: int = arg(256, "the number of held-out prompts of an evaluation", at_least=1)
-    reward_file: str = arg(
-        "", "a Python file with reward(prompts, completions, rows) -> one number per completion, or per token"
-    )
+    test_rows: int = arg(256, "held-out prompts per evaluation", at_least=1)
+    reward_file: str = arg("", "a Python file with reward(prompts, completions, rows) -> numbers, one per completion")
+    reward_model: str = arg("", "a reward model in the place of the task's reward: by qrm.py, or pi_dpo")
+    reward_ref: str = arg("", "the model that pi_dpo was aligned from: the reward is log pi_dpo - log pi_ref")
     max_prompt: int = arg(512, "the longest prompt, in tokens", at_least=1)
-    long_prompts: Literal["drop", "truncate", "error"] = arg(
-        "drop", "what happens to longer prompts; truncate keeps their end"
-    )
+    long_prompts: Literal["drop", "truncate", "error"] = arg("drop", "what happens to longer prompts")
     # rollout
-    prompts_per_step: int = arg(64, "the number of prompts per step, over all ranks", at_least=1)
-    samples_per_prompt: int = arg(8, "the number of completions per prompt", at_least=1)
+    prompts_per_step: int = arg(64, "prompts per step, over all ranks", at_least=1)
+    samples_per_prompt: int = arg(8, "completions per prompt", at_least=1)
     max_new_tokens: int = arg(512, "the longest completion, in tokens, EOS included", at_least=1)
     temperature: float = arg(1.0, "the temperature of sampling and of every log-probability", at_least=1e-6)
-    missing_eos_penalty: float = arg(0.0, "the reward of a completion without an end is reduced by this", at_least=0)
+    missing_eos_penalty: float = arg(0.0, "the penalty on the reward of a completion without an end", at_least=0)
     # method
-    loss: Literal["kld", "mse", "lch"] = arg(
-        "kld", "LCO-3, LCO-4 or LCO-5; docs/lco.md says which one suits which model"
+    loss: Literal["kld", "mse", "lch"] = arg("kld", "LCO-3, LCO-4 or LCO-5; docs/lco.md says which suits which model")
+    advantage: Literal["gae", "token", "reward", "group"] = arg(
+        "group", "GAE; the token's own reward (QRM-2); the return, whitened; or less the mean of its prompt"
     )
-    advantage: Literal["gae", "reward", "group", "dpo", "qrm"] = arg(
-        "group", "the advantage: as in ppo_baseline.py, or dense: log pi_dpo - log pi_ref, or Z of a Q-RM"
-    )
-    dpo_model: str = arg("", "pi_dpo of --advantage dpo")
-    dpo_ref: str = arg("", "pi_ref of --advantage dpo: the model that pi_dpo was aligned from")
-    qrm_model: str = arg("", "the model of --advantage qrm, made by qrm.py")
-    beta: float = arg(
-        1.0, "the size of a step: pi* = pi_old exp(A / beta); lco/target_kl is the number to tune it by", at_least=1e-6
-    )
+    beta: float = arg(1.0, "the step size: pi* = pi_old exp(A / beta); tune it by lco/target_kl", at_least=1e-6)
     negative_beta_scale: float = arg(
-        100.0, "the factor on beta for a sampled A < 0 (authors' code: 100; LCO-1: 1)", at_least=1e-6
+        100.0, "the factor on beta where a sampled A < 0 (authors' code: 100)", at_least=1e-6
     )
     target: Literal["exp", "linear"] = arg(
         "exp", "pi* is LCO-1, or pi_old (1 + (A - E[A]) / beta) clipped to the simplex"
-    )
-    fill: Literal["zero", "balanced"] = arg(
-        "zero", "the advantage of unsampled tokens: 0, or the value that makes E[A] = 0"
-    )
-    moving_target: bool = arg(False, "authors' code: the target starts from the current logits, not the rollout's")
-    old_topk: int = arg(
-        0, "authors' code: 5 old logits are kept (in fp16), the others count as -100; 0: all, exact", at_least=0
-    )
-    token_mean: Literal["global", "signed"] = arg(
-        "global", "one mean over all tokens, or (authors' code) one over those with A > 0 and one over the others"
     )
     gamma: float = arg(1.0, "the discount", at_least=0)
     lam: float = arg(0.95, "the lambda of GAE", at_least=0)
     vf_coef: float = arg(0.1, "the coefficient of the value loss", at_least=0)
     value_clip: float = arg(
-        0.2, "the distance from the rollout's value at which the loss of a value goes flat; 0: none", at_least=0
+        0.2, "a value's distance from the rollout's at which its loss goes flat; 0: none", at_least=0
     )
-    critic_warmup: int = arg(0, "the first steps train the critic alone; their number", at_least=0)
-    kl_coef: float = arg(
-        0.0, "the coefficient of the KL penalty per token inside the reward; 0 loads no reference", at_least=0
-    )
-    kl_estimator: Literal["k1", "k2", "k3"] = arg(
-        "k1", "the estimator of that KL: log pi/ref, half its square, or ref/pi - 1 - log ref/pi"
-    )
+    critic_warmup: int = arg(0, "the number of first steps that train the critic alone", at_least=0)
+    kl_coef: float = arg(0.0, "the KL penalty per token, inside the reward; 0 loads no reference", at_least=0)
+    kl_estimator: Literal["k1", "k2", "k3"] = arg("k1", "that KL: log pi/ref, half its square, ref/pi - 1 - log ref/pi")
     # optimisation
     steps: int = arg(200, "the number of rollouts", at_least=1)
-    epochs: int = arg(1, "the number of passes over each rollout", at_least=1)
-    minibatches: int = arg(2, "the number of optimizer steps per pass", at_least=1)
-    micro_batch: int = arg(
-        8, "the number of sequences per forward pass on each rank; changes memory, never the result", at_least=1
-    )
+    epochs: int = arg(1, "passes over each rollout", at_least=1)
+    minibatches: int = arg(2, "optimizer steps per pass", at_least=1)
+    micro_batch: int = arg(8, "sequences per forward pass on each rank; changes memory, never the result", at_least=1)
     lr: float = arg(1e-6, "the learning rate of the policy; falls linearly to 0", at_least=0)
     critic_lr: float = arg(1e-5, "the learning rate of the critic; falls linearly to 0", at_least=0)
-    warmup_steps: int = arg(0, "the first steps, in which learning rates rise linearly; their number", at_least=0)
+    warmup_steps: int = arg(0, "the number of first steps in which learning rates rise linearly", at_least=0)
     max_grad_norm: float = arg(1.0, "the norm to which gradients are clipped", at_least=1e-6)
-    lora_rank: int = arg(
-        0, "the rank of LoRA adapters, which are trained instead of all weights; 0: all weights", at_least=0
-    )
+    lora_rank: int = arg(0, "the rank of LoRA adapters, trained instead of all weights; 0: all weights", at_least=0)
     # run
     out: str = arg("", "the run folder; empty: runs/<script>-<time>")
     resume: bool = arg(False, "continue from the newest checkpoint in --out (from the start if there is none)")
     seed: int = arg(0, "the seed of data order, sampling and new weights", at_least=0)
-    device: Literal["auto", "cpu", "cuda"] = arg("auto", "where the run takes place; auto: on a GPU if there is one")
+    device: Literal["auto", "cpu", "cuda"] = arg("auto", "where the run takes place")
     dtype: Literal["float32", "bfloat16"] = arg(
         "float32", "the dtype of the computation; master weights stay in float32"
     )
     activation_checkpointing: bool = arg(False, "recompute activations in the backward pass: less memory, more time")
-    rollout_rows: int = arg(256, "the number of sequences that each rank generates at once", at_least=1)
-    eval_every: int = arg(
-        20, "the steps between evaluations; there is one before the first step and after the last", at_least=1
-    )
-    save_every: int = arg(50, "the steps between checkpoints; there is one after the last step", at_least=1)
+    rollout_rows: int = arg(256, "sequences that each rank generates at once", at_least=1)
+    eval_every: int = arg(20, "steps between evaluations; there is one before and one after training", at_least=1)
+    save_every: int = arg(50, "steps between checkpoints; there is one after the last step", at_least=1)
     wandb: bool = arg(False, "also log to Weights & Biases")
 
 
@@ -142,26 +116,21 @@ BUILTIN = dict(
 )  # fmt: skip
 
 
-# ---- the method --------------------------------------------------------------------------------------------------
+# ---- the method ------------------------------------------------------------------------------------------------------
 
 
-def fill_advantages(advantages, ids, old_logits, fill: str):
-    """A(s,.) [N, V] from one sampled advantage a state [N]; elsewhere 0, or the value that makes E_pi_old[A] = 0."""
-    rest = torch.zeros_like(advantages)
-    if fill == "balanced":
-        p = old_logits.log_softmax(-1).gather(-1, ids[:, None])[:, 0].exp()
-        rest = torch.where(1 - p > 1e-6, -advantages * p / (1 - p), 0.0)  # at p = 1 there are no others to carry it
-    rest = rest[:, None].repeat(1, old_logits.shape[1])
-    return rest.scatter(-1, ids[:, None], advantages[:, None].to(rest.dtype))
+def scaled_beta(advantages, beta: float, negative_beta_scale: float):
+    """beta for each advantage. Dividing by a larger one where A < 0 keeps noise from pushing the policy off its mode."""
+    return torch.where(advantages < 0, beta * negative_beta_scale, beta)
 
 
 def target_logprobs(old_logits, advantages, beta, target: str):
-    """log pi* [N, V] from A(s,.) [N, V]: LCO-1, or its first order in A / beta, which is unbiased in a noisy A."""
+    """log pi* [N, V] from A(s,.) [N, V]: LCO-1, or its first order in A / beta, whose mean over a noisy A is unbiased."""
     if target == "exp":
         return (old_logits + advantages / beta).log_softmax(-1)
     old, step = old_logits.softmax(-1), advantages / beta
-    weight = old * (1 + step - (old * step).sum(-1, keepdim=True)).clamp_min(0)
-    return (weight / weight.sum(-1, keepdim=True)).log()
+    q = old * (1 + step - (old * step).sum(-1, keepdim=True)).clamp_min(0)
+    return (q / q.sum(-1, keepdim=True)).log()
 
 
 def kld_loss(logp, target_logp):
@@ -179,48 +148,21 @@ def log_cosh_loss(gap):
     return gap.abs() + torch.nn.functional.softplus(-2 * gap.abs()) - math.log(2)
 
 
-def scaled_beta(advantages, args):
-    return torch.where(advantages < 0, args.beta * args.negative_beta_scale, args.beta)
+LOSSES = {"mse": square_loss, "lch": log_cosh_loss}
 
 
-def vocabulary_loss(logits, old_logits, advantages, args):
-    """LCO with A(s,.) known for the whole vocabulary. All [N, V]; returns losses [N] and metrics [N]."""
-    old, new = old_logits.log_softmax(-1), logits.log_softmax(-1)
-    p_old = old.exp()
-    if args.old_topk:
-        kept = old_logits.topk(args.old_topk)
-        old_logits = torch.full_like(old_logits, -100.0).scatter(-1, kept.indices, kept.values.half().float())
-    start = logits.detach() if args.moving_target else old_logits
-    beta = scaled_beta(advantages, args)
-    target_logp = target_logprobs(start, advantages, beta, args.target)
-    if args.loss == "kld":
-        losses = kld_loss(new, target_logp)
-    else:  # weighted as sampled tokens are: this is the expectation of sampled_loss over a ~ pi_old
-        gap = logits - (start + advantages / beta)
-        losses = (p_old * (square_loss if args.loss == "mse" else log_cosh_loss)(gap)).sum(-1)
-    with torch.no_grad():
-        p = new.exp()
-        metrics = {
-            "lco/target_kl": (p_old * (old - target_logp.clamp_min(-100))).sum(-1),
-            "policy/kl_old": (p_old * (old - new)).sum(-1),
-            "policy/ratio_gap": (p - p_old).abs().sum(-1),  # E_pi_old |pi / pi_old - 1|
-            "policy/entropy": -(p * new).sum(-1),
-        }
-    return losses, metrics
-
-
-def sampled_loss(logit, old_logit, advantages, args):
-    """LCO-4 or LCO-5 towards LCO-2, with A known for the sampled token alone. All [N]; losses [N] and metrics [N]."""
-    start = logit.detach() if args.moving_target else old_logit
-    gap = logit - (start + advantages / scaled_beta(advantages, args))
-    losses = (square_loss if args.loss == "mse" else log_cosh_loss)(gap)
-    return losses, {
-        "lco/gap": gap.detach().abs(),
-        "policy/logit_gap": (logit - old_logit).detach().abs(),
+def step_sizes(logp, old_logp, target_logp) -> dict[str, torch.Tensor]:
+    """How far the policy went and how far it should go, from log-probabilities [N, V]; sums over states."""
+    p, p_old = logp.exp(), old_logp.exp()
+    return {
+        "lco/target_kl": (p_old * (old_logp - target_logp.clamp_min(-100))).sum(-1).sum(),
+        "policy/kl_old": (p_old * (old_logp - logp)).sum(-1).sum(),
+        "policy/ratio_gap": (p - p_old).abs().sum(-1).sum(),  # E_pi_old |pi / pi_old - 1|
+        "policy/entropy": -(p * logp).sum(-1).sum(),
     }
 
 
-# same in: ppo_baseline.py lco.py qrm.py
+# same in: ppo_baseline.py lco.py
 def value_loss(values, old_values, returns, value_clip: float):
     """PPO-3: half the squared error of the critic, the larger of clipped and unclipped. All [N]. Returns sums."""
     error = (values - returns).square()
@@ -230,7 +172,7 @@ def value_loss(values, old_values, returns, value_clip: float):
     return 0.5 * error.sum(), {"loss/value": 0.5 * error.detach().sum()}
 
 
-# same in: ppo_baseline.py lco.py qrm.py
+# same in: ppo_baseline.py lco.py
 def gae(rewards, values, mask, gamma: float, lam: float):
     """PPO-2: generalised advantage estimation on tokens (Schulman et al. 2016). All [B, T]; advantages and returns.
 
@@ -258,7 +200,7 @@ def kl_estimate(logprobs, ref_logprobs, estimator: str):
     return (-log_ratio).exp() - 1 + log_ratio
 
 
-# same in: ppo_baseline.py lco.py qrm.py
+# same in: ppo_baseline.py lco.py
 def whiten(x, mask):
     """Mean 0 and variance 1 over the unmasked tokens of the global batch. [B, T]."""
     count, total, square = mask.sum(), (x * mask).double().sum(), (x * mask).double().square().sum()
@@ -268,145 +210,105 @@ def whiten(x, mask):
     return (x - mean) / (variance + 1e-8) ** 0.5 * mask
 
 
-def score_scale(scores, mask):
-    """1 / standard deviation of the scores over the tokens of the global batch: what `whiten` multiplied by."""
-    count, total, square = mask.sum(), (scores * mask).double().sum(), (scores * mask).double().square().sum()
-    sums = common.all_sum({"n": count, "x": total, "xx": square}, scores.device)
-    return (max(sums["xx"] / sums["n"] - (sums["x"] / sums["n"]) ** 2, 0.0) + 1e-8) ** -0.5
-
-
 def estimate_advantages(batch, args) -> None:
-    """Add `advantages` [B, T] (and for GAE the critic's targets, `returns`) to a batch that has `rewards` [B, T]."""
+    """Add `advantages` [B, T] (and with a critic its targets, `returns`) to a batch that has `rewards` [B, T]."""
     mask, rewards = batch["mask"], batch["rewards"]
     if args.advantage == "gae":
         advantages, batch["returns"] = gae(rewards, batch["values"], mask, args.gamma, args.lam)
         batch["advantages"] = whiten(advantages, mask)
+    elif args.advantage == "token":  # QRM-2 without a critic: a baseline that the whole state shares changes no pi*
+        batch["advantages"] = rewards * mask
     elif args.advantage == "reward":
         batch["advantages"] = whiten(rewards.sum(1, keepdim=True) * mask, mask)
-    elif args.advantage == "dpo":  # dense, and so rebuilt inside the loss
-        batch["advantages"] = torch.zeros_like(rewards)
-    elif args.advantage == "qrm":
-        batch["advantages"] = whiten(batch["scores"], mask)
-        batch["score_scale"] = score_scale(batch["scores"], mask) * mask
-    else:  # group: the leave-none-out mean, not divided by the standard deviation (which would favour lucky prompts)
+    else:  # group: less the mean of the prompt's samples; dividing by their deviation would favour prompts with few hits
         groups = rewards.sum(1).view(-1, args.samples_per_prompt)
         batch["advantages"] = (groups - groups.mean(1, keepdim=True)).view(-1, 1) * mask
-    batch["token_weight"] = mask.float()
-    if args.token_mean == "signed":
-        up = mask & (batch["advantages"] > 0)
-        n = common.all_sum({"up": up.sum(), "down": (mask & ~up).sum()}, mask.device)
-        total = n["up"] + n["down"]
-        batch["token_weight"] = mask * torch.where(up, total / max(n["up"], 1), total / max(n["down"], 1))
 
 
-# ---- models and batches to losses ------------------------------------------------------------------------------------
+# ---- one optimizer step ----------------------------------------------------------------------------------------------
 
 
-# same in: ppo_baseline.py lco.py qrm.py
-def one_update(args) -> bool:
-    """Whether a rollout serves a single update: while its gradient is taken pi is pi_old, which is not asked before."""
-    return args.epochs * args.minibatches == 1 and not args.kl_coef
-
-
-@torch.no_grad()
-def score(models, batch, args) -> dict[str, torch.Tensor]:
-    """Add what the rollout policy, the reference and the critic say of each token, [B, T], before any update.
-
-    Of the rollout policy (and of the models of --advantage dpo) only final hidden states [B, T, H] are kept. Returns
-    their LM heads [V, H]: with both, the exact old logits are rebuilt inside the loss, a chunk at a time.
-    """
-    heads = {}
-
-    def one(micro):
-        out = {}
-        if not one_update(args):
-            out["old_hidden"] = common.completion_hidden(models["policy"], micro)
-            if "old" not in heads:
-                heads["old"] = common.head_weight(models["policy"]).clone()
-        for name in [n for n in ("dpo", "dpo_ref", "qrm") if n in models]:
-            if common.has_scalar_head(models[name].config):
-                out["scores"] = common.completion_scalars(models[name], micro, after=True) * micro["mask"]
-                continue
-            out[f"{name}_hidden"] = common.completion_hidden(models[name], micro)
-            if name not in heads:
-                heads[name] = common.head_weight(models[name]).clone()
-            if name == "qrm":
-                out["scores"] = common.policy_logprobs(models[name], micro)[0]
-        if args.kl_coef:
-            out["old_logprobs"] = common.policy_logprobs(models["policy"], micro, args.temperature)[0]
-        if "ref" in models:
-            out["ref_logprobs"] = common.policy_logprobs(models["ref"], micro, args.temperature)[0]
-        elif args.kl_coef:
-            with common.adapters_off(models["policy"]):
-                out["ref_logprobs"] = common.policy_logprobs(models["policy"], micro, args.temperature)[0]
-        if "critic" in models:
-            out["values"] = common.completion_scalars(models["critic"], micro) * micro["mask"]
-        return out
-
-    batch |= common.map_rows(one, batch, args.micro_batch)
-    return heads
-
-
-def chosen_logits(hidden, weight, ids, args):
-    """The logits of `ids` alone, [N]: no vocabulary is touched."""
-    return (hidden.float() * weight[ids].float()).sum(-1) / args.temperature
-
-
-def objective(models, heads, micro, args, train_policy: bool = True):
-    """The loss of one micro-batch, summed over its tokens, and metric sums."""
+def kld_objective(hidden, heads, old, micro, args):
+    """LCO-3 with A known for the sampled token alone; 0 elsewhere. The loss summed over tokens, and metric sums."""
     mask = micro["mask"]
-    hidden, weight = common.completion_hidden(models["policy"], micro)[mask], common.head_weight(models["policy"])
-    old = (hidden.detach(), weight.detach()) if one_update(args) else (micro["old_hidden"][mask], heads["old"])
-    dense_from = [(micro[f"{name}_hidden"][mask], head) for name, head in heads.items() if name != "old"]
-    ids, advantages, token_weight = (micro[k][mask] for k in ("completion_ids", "advantages", "token_weight"))
-    if args.loss == "kld" or dense_from:
-        # An advantage that is known for the whole vocabulary is not one noisy sample: its signs count alike.
-        settings = replace(args, negative_beta_scale=1.0) if dense_from else args
 
-        def losses(logits, old_logits, *rest):
-            *others, ids, advantages, token_weight, scale = rest
-            if len(others) == 2:  # dpo
-                dense = others[0].log_softmax(-1) - others[1].log_softmax(-1)
-            elif others:  # qrm: the other tokens, on the scale on which the sampled one was standardised
-                z = (args.temperature * others[0]).log_softmax(-1)
-                dense = advantages[:, None] + scale[:, None] * (z - z.gather(-1, ids[:, None]))
-            else:
-                dense = fill_advantages(advantages, ids, old_logits, args.fill)
-            per_token, metrics = vocabulary_loss(logits, old_logits, dense, settings)
-            loss = (per_token * token_weight).sum()
-            return loss, {k: v.sum() for k, v in metrics.items()} | {"loss/policy": loss}
+    def loss(logits, old_logits, ids, advantages):
+        A = torch.zeros_like(old_logits).scatter(-1, ids[:, None], advantages[:, None])  # A(s,.) [n, V]
+        beta = scaled_beta(A, args.beta, args.negative_beta_scale)
+        target_logp = target_logprobs(old_logits, A, beta, args.target)
+        logp = logits.log_softmax(-1)
+        total = kld_loss(logp, target_logp).sum()
+        metrics = step_sizes(logp.detach(), old_logits.log_softmax(-1), target_logp)
+        return total, metrics | {"loss/policy": total}
 
-        columns = [ids, advantages, token_weight, micro.get("score_scale", micro["token_weight"])[mask]]
-        loss, metrics = common.over_vocabulary(losses, [(hidden, weight), old, *dense_from], columns, args.temperature)
-    else:
-        logit = chosen_logits(hidden, weight, ids, args)
-        old_logit = chosen_logits(*old, ids, args)
-        per_token, metrics = sampled_loss(logit, old_logit, advantages, args)
-        loss = (per_token * token_weight).sum()
-        metrics = {k: v.sum() for k, v in metrics.items()} | {"loss/policy": loss.detach()}
-    loss = loss * train_policy
-    if "critic" in models:
-        values = common.completion_scalars(models["critic"], micro)[mask]
-        critic_loss, sums = value_loss(values, micro["values"][mask], micro["returns"][mask], args.value_clip)
-        loss, metrics = loss + args.vf_coef * critic_loss, metrics | sums
-    return loss, metrics
+    columns = [micro["completion_ids"][mask], micro["advantages"][mask]]
+    return common.over_vocabulary(loss, [(hidden, heads["policy"]), old], columns, args.temperature)
 
 
-def accumulate(models, heads, batch, rows, args, train_policy: bool = True):
-    """Gradients of the mean loss over the tokens of these local rows on all ranks; also global metric sums, and N."""
-    device = batch["mask"].device
-    tokens = common.all_sum({"n": batch["mask"][rows].sum()}, device)["n"]  # counted first, divided by once
-    sums = {}
-    for micro in common.micro_batches(batch, rows, args.micro_batch):
-        loss, metrics = objective(models, heads, micro, args, train_policy)
-        (loss * common.world() / tokens).backward()  # FSDP averages over ranks
-        sums = {k: sums.get(k, 0.0) + v for k, v in metrics.items()}
-    return common.all_sum(sums, device), tokens
+def sampled_objective(hidden, heads, old, micro, args):
+    """LCO-4 or LCO-5 towards LCO-2, on the sampled token alone: its logit is <h, W[a]>, no vocabulary is touched."""
+    mask = micro["mask"]
+    ids, advantages = micro["completion_ids"][mask], micro["advantages"][mask]
+    logit = (hidden.float() * heads["policy"][ids].float()).sum(-1) / args.temperature
+    old_logit = (old[0].float() * old[1][ids].float()).sum(-1) / args.temperature
+    gap = logit - (old_logit + advantages / scaled_beta(advantages, args.beta, args.negative_beta_scale))
+    total = LOSSES[args.loss](gap).sum()
+    return total, {
+        "lco/gap": gap.detach().abs().sum(),
+        "policy/logit_gap": (logit - old_logit).detach().abs().sum(),
+        "loss/policy": total.detach(),
+    }
+
+
+def dense_objective(hidden, heads, old, micro, args):
+    """Each loss with A(s,.) known for the whole vocabulary from a reward model with an LM head.
+
+    A(s,a) = A(s,a_t) + scale (Z(s,a) - Z(s,a_t)): the scores of all tokens, on the scale on which the sampled one was
+    standardised. It is no noisy sample, so both of its signs have the same beta. LCO-4 and LCO-5 are averaged over
+    a ~ pi_old, which is what the sampled losses estimate.
+    """
+    mask = micro["mask"]
+    models = [(micro[f"{name}_hidden"][mask], heads[name]) for name in ("reward", "reward_ref") if name in heads]
+
+    def loss(logits, old_logits, *rest):
+        *scores, ids, advantages, scale = rest
+        z = (args.temperature * scores[0]).log_softmax(-1)
+        if len(scores) == 2:
+            z = z - (args.temperature * scores[1]).log_softmax(-1)
+        A = advantages[:, None] + scale[:, None] * (z - z.gather(-1, ids[:, None]))
+        logp, old_logp = logits.log_softmax(-1), old_logits.log_softmax(-1)
+        target_logp = target_logprobs(old_logits, A, args.beta, args.target)
+        if args.loss == "kld":
+            total = kld_loss(logp, target_logp).sum()
+        else:
+            total = (old_logp.exp() * LOSSES[args.loss](logits - (old_logits + A / args.beta))).sum()
+        return total, step_sizes(logp.detach(), old_logp, target_logp) | {"loss/policy": total}
+
+    columns = [micro["completion_ids"][mask], micro["advantages"][mask], micro["scale"][mask]]
+    return common.over_vocabulary(loss, [(hidden, heads["policy"]), old, *models], columns, args.temperature)
 
 
 def update(models, heads, optimizer, batch, rows, args, train_policy: bool = True):
-    """One optimizer step on some local rows of a batch."""
-    sums, tokens = accumulate(models, heads, batch, rows, args, train_policy)
+    """One optimizer step on some local rows of a batch; returns metric sums over all ranks, and their tokens."""
+    device = batch["mask"].device
+    tokens = common.all_sum({"n": batch["mask"][rows].sum()}, device)["n"]  # counted first, divided by once
+    objective = dense_objective if "reward" in heads else kld_objective if args.loss == "kld" else sampled_objective
+    sums = {}
+    for micro in common.micro_batches(batch, rows, args.micro_batch):
+        hidden = common.completion_hidden(models["policy"], micro)[micro["mask"]]
+        now = heads | {"policy": common.head_weight(models["policy"])}
+        old = (hidden.detach(), now["policy"].detach())  # with a single update pi = pi_old
+        if "old" in heads:
+            old = micro["old_hidden"][micro["mask"]], heads["old"]
+        loss, metrics = objective(hidden, now, old, micro, args)
+        loss = loss * train_policy
+        if "critic" in models:
+            values, at = common.completion_scalars(models["critic"], micro), micro["mask"]
+            critic_loss, more = value_loss(values[at], micro["values"][at], micro["returns"][at], args.value_clip)
+            loss, metrics = loss + args.vf_coef * critic_loss, metrics | more
+        (loss * common.world() / tokens).backward()  # FSDP averages over ranks
+        sums = {k: sums.get(k, 0.0) + v for k, v in metrics.items()}
+    sums = common.all_sum(sums, device)
     norm = torch.nn.utils.clip_grad_norm_(common.trainable_parameters(models), args.max_grad_norm)
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     common.stop_unless_finite({"grad_norm": norm, **sums})
@@ -418,74 +320,6 @@ def update(models, heads, optimizer, batch, rows, args, train_policy: bool = Tru
 # ---- the run ---------------------------------------------------------------------------------------------------------
 
 
-def build(args, device):
-    """The models by name, and one optimizer for all that is trained."""
-    shared = dict(dtype=args.dtype, device=device, seed=args.seed)
-    trained = shared | dict(lora_rank=args.lora_rank, activation_checkpointing=args.activation_checkpointing)
-    models = torch.nn.ModuleDict({"policy": common.load_model(args.model, **trained)})
-    groups = [{"params": common.trainable_parameters(models["policy"]), "name": "lr"}]
-    if args.advantage == "gae":
-        models["critic"] = common.load_model(args.model, head="scalar", **trained)
-        groups.append({"params": common.trainable_parameters(models["critic"]), "name": "critic_lr"})
-    if args.kl_coef and not args.lora_rank:  # with LoRA, the policy without its adapters is the reference
-        models["ref"] = common.load_model(args.model, trainable=False, **shared)
-    if args.advantage == "dpo":
-        models["dpo"] = common.load_model(args.dpo_model, trainable=False, **shared)
-        models["dpo_ref"] = common.load_model(args.dpo_ref, trainable=False, **shared)
-    if args.advantage == "qrm":
-        models["qrm"] = common.load_model(args.qrm_model, head="saved", trainable=False, **shared)
-    return models, torch.optim.Adam(groups, lr=args.lr, eps=1e-5, fused=True)
-
-
-# same in: ppo_baseline.py lco.py qrm.py
-def token_rewards(scores, batch, finished, args):
-    """[B, T]: the task's reward on the last token (or its own reward for each token), less the KL penalty per token."""
-    mask = batch["mask"]
-    rewards = torch.zeros(mask.shape, device=mask.device)
-    last = mask.sum(1) - 1
-    for b, value in enumerate(scores):
-        if isinstance(value, list):
-            n = int(last[b]) + 1
-            require(len(value) == n, f"reward(): {len(value)} rewards for a completion of {n} tokens (completion_ids)")
-            rewards[b, :n] = torch.tensor(value, device=mask.device)
-        else:
-            rewards[b, last[b]] = value
-        rewards[b, last[b]] -= args.missing_eos_penalty * (not finished[b])
-    if args.kl_coef:
-        kl = kl_estimate(batch["old_logprobs"], batch["ref_logprobs"], args.kl_estimator)
-        rewards = rewards - args.kl_coef * kl * mask
-    return rewards
-
-
-def prepare(args):
-    """Task and tokenizer; every wrong argument and file is refused here, before a model is loaded."""
-    sampled = args.advantage not in ("dpo", "qrm")
-    for name, given in (("target linear", args.target == "linear"), ("old_topk", args.old_topk > 0)):
-        require(not given or args.loss == "kld", f"--{name} describes a target distribution: it needs --loss kld")
-    fills = args.fill == "zero" or (sampled and args.loss == "kld")
-    require(fills, "--fill balanced needs --loss kld and one advantage a token (not --advantage dpo or qrm)")
-    lopsided = args.fill == "balanced" and args.negative_beta_scale != 1
-    require(not lopsided, "--fill balanced and --negative_beta_scale exclude each other: a balanced A has both signs")
-    signed = args.token_mean == "signed"
-    require(sampled or not signed, "--token_mean signed needs one advantage a token (not --advantage dpo or qrm)")
-    given = args.dpo_model and args.dpo_ref
-    require(args.advantage != "dpo" or given, "--advantage dpo needs --dpo_model and --dpo_ref")
-    require(args.advantage != "qrm" or args.qrm_model, "--advantage qrm needs --qrm_model")
-    one_sample = args.advantage == "group" and args.samples_per_prompt < 2
-    require(not one_sample, "--advantage group compares samples of one prompt: --samples_per_prompt must be at least 2")
-    geometry = common.split_evenly(args.prompts_per_step, args.samples_per_prompt, args.minibatches, args.micro_batch)
-    task = tasks.load_task(args.task, args.dataset, args.reward_file, args.seed, args.test_rows, args.test_dataset)
-    tokenizer = common.load_tokenizer(args.model)
-    common.fits_context(args.model, args.max_prompt + args.max_new_tokens)
-    others = {"dpo": (args.dpo_model, args.dpo_ref), "qrm": (args.qrm_model,)}
-    for name in others.get(args.advantage, ()):
-        common.same_tokenizer(args.model, tokenizer, name, common.load_tokenizer(name))
-    length = lambda prompt: len(common.encode_prompt(tokenizer, prompt))  # noqa: E731
-    task = tasks.fit_prompts(task, length, args.max_prompt, args.long_prompts)
-    common.say(f"{geometry}\n{task.note}")
-    return task, tokenizer
-
-
 def train(args) -> None:
     """The whole run."""
     device = common.local_device(args.device)
@@ -493,6 +327,9 @@ def train(args) -> None:
     run = common.Run(args, __file__)
     models, optimizer = build(args, device)
     policy = models["policy"]
+    if task.reward is None:
+        how = common.score_of(args.reward_model, args.reward_ref)
+        task.reward = common.scored_by(models, how, tokenizer, args.max_prompt, args.micro_batch)
     limits = args.max_prompt, args.max_new_tokens, args.temperature, args.rollout_rows
     sampling = common.Sampling(policy, tokenizer, *limits)
 
@@ -509,11 +346,11 @@ def train(args) -> None:
 
         # ---- 2. reward each completion
         rows = [row | {"completion_ids": ids} for row, ids in zip(rows, completion_ids)]  # for rewards token by token
-        scores = task.reward([row["prompt"] for row in rows], completions, rows)
+        task_rewards = task.reward([row["prompt"] for row in rows], completions, rows)
 
-        # ---- 3. log-probabilities of pi_old and of the reference, values of the critic; then rewards on tokens
-        heads = score(models, batch, args)
-        batch["rewards"] = token_rewards(scores, batch, finished, args)
+        # ---- 3. log-probabilities by pi_old and the reference, values, scores of a reward model; rewards of tokens
+        heads = evaluate_models(models, batch, args)
+        batch["rewards"] = token_rewards(task_rewards, batch, finished, args)
 
         # ---- 4. advantages
         estimate_advantages(batch, args)
@@ -532,9 +369,9 @@ def train(args) -> None:
         run.lap("update")
 
         # ---- 6. log; evaluate and save when it is time
-        metrics = {k: v / tokens for k, v in sums.items()} | rollout_metrics(batch, scores, finished, args)
+        metrics = {k: v / tokens for k, v in sums.items()} | rollout_metrics(batch, task_rewards, finished, args)
         metrics |= {"lr": optimizer.param_groups[0]["lr"], "policy/sampler_gap": gap}
-        if metrics["reward/spread"] == 0:
+        if metrics["reward/spread"] == 0 and not args.reward_model:
             common.say("  no prompt of this step has two different rewards: there is no signal to learn from")
         shown = zip(rows[:4], completions, batch["rewards"].sum(1).tolist())
         shown = [{"kind": "train", "prompt": r["prompt"], "completion": c, "reward": x} for r, c, x in shown]
@@ -542,14 +379,125 @@ def train(args) -> None:
     run.finish(policy, tokenizer)
 
 
-# same in: ppo_baseline.py lco.py qrm.py
-def rollout_metrics(batch, scores, finished, args) -> dict[str, float]:
+# ---- what the loop needs ---------------------------------------------------------------------------------------------
+
+
+def build(args, device):
+    """The models by name, and one optimizer for all that is trained."""
+    shared = dict(dtype=args.dtype, device=device, seed=args.seed)
+    trained = shared | dict(lora_rank=args.lora_rank, activation_checkpointing=args.activation_checkpointing)
+    models = torch.nn.ModuleDict({"policy": common.load_model(args.model, **trained)})
+    groups = [{"params": common.trainable_parameters(models["policy"]), "name": "lr"}]
+    if args.advantage == "gae":
+        models["critic"] = common.load_model(args.model, head="scalar", **trained)
+        groups.append({"params": common.trainable_parameters(models["critic"]), "name": "critic_lr"})
+    if args.kl_coef and not args.lora_rank:  # with LoRA, the policy without its adapters is the reference
+        models["ref"] = common.load_model(args.model, trainable=False, **shared)
+    if args.reward_model:
+        models["reward"] = common.load_model(args.reward_model, head="saved", trainable=False, **shared)
+    if args.reward_ref:
+        models["reward_ref"] = common.load_model(args.reward_ref, trainable=False, **shared)
+    return models, torch.optim.Adam(groups, lr=args.lr, eps=1e-5, fused=True)
+
+
+def prepare(args):
+    """Task and tokenizer; every wrong argument and file is refused here, before a model is loaded."""
+    linear = args.target == "linear" and args.loss != "kld"
+    require(not linear, "--target linear describes a target distribution: it needs --loss kld")
+    one_sample = args.advantage == "group" and args.samples_per_prompt < 2
+    require(not one_sample, "--advantage group compares samples of one prompt: --samples_per_prompt must be at least 2")
+    geometry = common.split_evenly(args.prompts_per_step, args.samples_per_prompt, args.minibatches, args.micro_batch)
+    task = tasks.load_task(
+        args.task, args.dataset, args.reward_file, args.seed, args.test_rows, args.test_dataset,
+        graded=not args.reward_model,
+    )
+    tokenizer = common.load_tokenizer(args.model)
+    common.fits_context(args.model, args.max_prompt + args.max_new_tokens)
+    require(args.reward_model or not args.reward_ref, "--reward_ref is the reference of a --reward_model: give both")
+    for name in filter(None, (args.reward_model, args.reward_ref)):
+        common.score_of(args.reward_model, args.reward_ref)
+        common.same_tokenizer(args.model, tokenizer, name, common.load_tokenizer(name))
+        common.fits_context(name, args.max_prompt + args.max_new_tokens)
+    length = lambda prompt: len(common.encode_prompt(tokenizer, prompt))  # noqa: E731
+    task = tasks.fit_prompts(task, length, args.max_prompt, args.long_prompts)
+    common.say(f"{geometry}\n{task.note}")
+    return task, tokenizer
+
+
+@torch.no_grad()
+def evaluate_models(models, batch, args) -> dict[str, torch.Tensor]:
+    """Add [B, T] of each token before any update: log-probabilities, values, scores; [B, T, H]: final hidden states.
+
+    Of pi_old (and of a dense reward model) hidden states are kept, and their LM heads [V, H] are returned: with both,
+    exact logits are rebuilt inside the loss, a chunk at a time.
+    """
+    one_update = args.epochs * args.minibatches == 1 and not args.kl_coef  # then pi = pi_old in the only update
+    kept = {} if one_update else {"old": models["policy"]}
+    if args.advantage == "token" and args.reward_model and not common.has_scalar_head(models["reward"].config):
+        kept |= {name: models[name] for name in ("reward", "reward_ref") if name in models}
+    heads = {}
+
+    def one(micro):
+        out = {}
+        for name, model in kept.items():
+            out[f"{name}_hidden"] = common.completion_hidden(model, micro)
+            if name not in heads:
+                heads[name] = common.head_weight(model).clone()
+        if args.kl_coef:
+            out["old_logprobs"] = common.policy_logprobs(models["policy"], micro, args.temperature)[0]
+            with common.reference(models) as ref:
+                out["ref_logprobs"] = common.policy_logprobs(ref, micro, args.temperature)[0]
+        if "critic" in models:
+            out["values"] = common.completion_scalars(models["critic"], micro) * micro["mask"]
+        if "reward" in models:
+            ref = models["reward_ref"] if args.reward_ref else None
+            out["scores"] = common.token_scores(models["reward"], micro, ref)
+        return out
+
+    batch |= common.map_rows(one, batch, args.micro_batch)
+    if "reward" in heads:  # what whiten() multiplies the scores by
+        mask, x = batch["mask"], batch["scores"].double()
+        sums = common.all_sum({"n": mask.sum(), "x": x.sum(), "xx": x.square().sum()}, x.device)
+        variance = max(sums["xx"] / sums["n"] - (sums["x"] / sums["n"]) ** 2, 0.0)
+        batch["scale"] = mask / (variance + 1e-8) ** 0.5
+    return heads
+
+
+# same in: ppo_baseline.py lco.py
+def token_rewards(task_rewards, batch, finished, args):
+    """[B, T]: the task's reward on the last token (or its own reward for each token), less the KL penalty per token.
+
+    With a reward model, its scores instead, standardised over the tokens that it scores (all, or the last ones).
+    """
+    mask = batch["mask"]
+    rewards = torch.zeros(mask.shape, device=mask.device)
+    last = mask.sum(1) - 1
+    if args.reward_model:
+        only_last = common.score_of(args.reward_model, args.reward_ref) == "last"
+        rewards = whiten(batch["scores"], mask & (mask.cumsum(1) > last[:, None]) if only_last else mask)
+    for b, value in enumerate([] if args.reward_model else task_rewards):
+        if isinstance(value, list):
+            n = int(last[b]) + 1
+            require(len(value) == n, f"reward(): {len(value)} rewards for a completion of {n} tokens (completion_ids)")
+            rewards[b, :n] = torch.tensor(value, device=mask.device)
+        else:
+            rewards[b, last[b]] = value
+    cut = torch.tensor([not done for done in finished], device=mask.device)
+    rewards = rewards.scatter_add(1, last[:, None], -args.missing_eos_penalty * cut[:, None].float())
+    if args.kl_coef:
+        kl = kl_estimate(batch["old_logprobs"], batch["ref_logprobs"], args.kl_estimator)
+        rewards = rewards - args.kl_coef * kl * mask
+    return rewards
+
+
+# same in: ppo_baseline.py lco.py
+def rollout_metrics(batch, task_rewards, finished, args) -> dict[str, float]:
     """Global means over completions, prompts and tokens of a rollout."""
     mask = batch["mask"]
-    task_reward = torch.tensor([sum(s) if isinstance(s, list) else s for s in scores], dtype=torch.float64)
+    task_reward = torch.tensor([sum(s) if isinstance(s, list) else s for s in task_rewards], dtype=torch.float64)
     by_prompt = task_reward.view(-1, args.samples_per_prompt)
     sums = {
-        "rows": len(scores),
+        "rows": len(task_rewards),
         "tokens": mask.sum(),
         "reward/mean": task_reward.sum(),
         "reward/spread": (by_prompt.amax(1) > by_prompt.amin(1)).sum() * args.samples_per_prompt,

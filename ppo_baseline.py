@@ -19,7 +19,7 @@ Run
 More in docs/ppo_baseline.md. Shapes: B sequences, T completion positions, N unmasked tokens, V vocabulary, H width.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import common  # before torch: it sets how OpenMP threads wait
@@ -37,69 +37,55 @@ class Args:
     dataset: str = arg("", "the data: a Hub name or a .jsonl, .json or .parquet file; empty: the built-in task")
     task: tasks.Name = arg("auto", "what the data are; auto: their columns decide")
     test_dataset: str = arg("", "the held-out rows; empty: the test split of the Hub, or the last rows of --dataset")
-    test_rows: int = arg(256, "the number of held-out prompts of an evaluation", at_least=1)
-    reward_file: str = arg(
-        "", "a Python file with reward(prompts, completions, rows) -> one number per completion, or per token"
-    )
+    test_rows: int = arg(256, "held-out prompts per evaluation", at_least=1)
+    reward_file: str = arg("", "a Python file with reward(prompts, completions, rows) -> numbers, one per completion")
+    reward_model: str = arg("", "a reward model in the place of the task's reward: by qrm.py, or pi_dpo")
+    reward_ref: str = arg("", "the model that pi_dpo was aligned from: the reward is log pi_dpo - log pi_ref")
     max_prompt: int = arg(512, "the longest prompt, in tokens", at_least=1)
-    long_prompts: Literal["drop", "truncate", "error"] = arg(
-        "drop", "what happens to longer prompts; truncate keeps their end"
-    )
+    long_prompts: Literal["drop", "truncate", "error"] = arg("drop", "what happens to longer prompts")
     # rollout
-    prompts_per_step: int = arg(64, "the number of prompts per step, over all ranks", at_least=1)
-    samples_per_prompt: int = arg(8, "the number of completions per prompt", at_least=1)
+    prompts_per_step: int = arg(64, "prompts per step, over all ranks", at_least=1)
+    samples_per_prompt: int = arg(8, "completions per prompt", at_least=1)
     max_new_tokens: int = arg(512, "the longest completion, in tokens, EOS included", at_least=1)
     temperature: float = arg(1.0, "the temperature of sampling and of every log-probability", at_least=1e-6)
-    missing_eos_penalty: float = arg(0.0, "the reward of a completion without an end is reduced by this", at_least=0)
+    missing_eos_penalty: float = arg(0.0, "the penalty on the reward of a completion without an end", at_least=0)
     # method
     loss: Literal["ppo", "reinforce"] = arg(
         "ppo", "PPO-1, or -A_t log pi(a_t|s_t): the same trunk without ratio and clip"
     )
-    advantage: Literal["gae", "reward", "group"] = arg(
-        "gae", "the advantage: GAE with a critic; the return, whitened; or the return minus the mean of its prompt"
-    )
+    advantage: Literal["gae", "token", "reward", "group"] = arg("gae", "GAE; the token's own reward (QRM-2); the return, whitened; or less the mean of its prompt")
     clip: float = arg(0.2, "the eps of PPO-1", at_least=1e-6)
     gamma: float = arg(1.0, "the discount", at_least=0)
     lam: float = arg(0.95, "the lambda of GAE", at_least=0)
     vf_coef: float = arg(0.1, "the coefficient of the value loss", at_least=0)
     value_clip: float = arg(
-        0.2, "the distance from the rollout's value at which the loss of a value goes flat; 0: none", at_least=0
+        0.2, "a value's distance from the rollout's at which its loss goes flat; 0: none", at_least=0
     )
-    critic_warmup: int = arg(0, "the first steps train the critic alone; their number", at_least=0)
-    kl_coef: float = arg(
-        0.0, "the coefficient of the KL penalty per token inside the reward; 0 loads no reference", at_least=0
-    )
-    kl_estimator: Literal["k1", "k2", "k3"] = arg(
-        "k1", "the estimator of that KL: log pi/ref, half its square, or ref/pi - 1 - log ref/pi"
-    )
+    critic_warmup: int = arg(0, "the number of first steps that train the critic alone", at_least=0)
+    kl_coef: float = arg(0.0, "the KL penalty per token, inside the reward; 0 loads no reference", at_least=0)
+    kl_estimator: Literal["k1", "k2", "k3"] = arg("k1", "that KL: log pi/ref, half its square, ref/pi - 1 - log ref/pi")
     # optimisation
     steps: int = arg(200, "the number of rollouts", at_least=1)
-    epochs: int = arg(1, "the number of passes over each rollout", at_least=1)
-    minibatches: int = arg(2, "the number of optimizer steps per pass", at_least=1)
-    micro_batch: int = arg(
-        8, "the number of sequences per forward pass on each rank; changes memory, never the result", at_least=1
-    )
+    epochs: int = arg(1, "passes over each rollout", at_least=1)
+    minibatches: int = arg(2, "optimizer steps per pass", at_least=1)
+    micro_batch: int = arg(8, "sequences per forward pass on each rank; changes memory, never the result", at_least=1)
     lr: float = arg(1e-6, "the learning rate of the policy; falls linearly to 0", at_least=0)
     critic_lr: float = arg(1e-5, "the learning rate of the critic; falls linearly to 0", at_least=0)
-    warmup_steps: int = arg(0, "the first steps, in which learning rates rise linearly; their number", at_least=0)
+    warmup_steps: int = arg(0, "the number of first steps in which learning rates rise linearly", at_least=0)
     max_grad_norm: float = arg(1.0, "the norm to which gradients are clipped", at_least=1e-6)
-    lora_rank: int = arg(
-        0, "the rank of LoRA adapters, which are trained instead of all weights; 0: all weights", at_least=0
-    )
+    lora_rank: int = arg(0, "the rank of LoRA adapters, trained instead of all weights; 0: all weights", at_least=0)
     # run
     out: str = arg("", "the run folder; empty: runs/<script>-<time>")
     resume: bool = arg(False, "continue from the newest checkpoint in --out (from the start if there is none)")
     seed: int = arg(0, "the seed of data order, sampling and new weights", at_least=0)
-    device: Literal["auto", "cpu", "cuda"] = arg("auto", "where the run takes place; auto: on a GPU if there is one")
+    device: Literal["auto", "cpu", "cuda"] = arg("auto", "where the run takes place")
     dtype: Literal["float32", "bfloat16"] = arg(
         "float32", "the dtype of the computation; master weights stay in float32"
     )
     activation_checkpointing: bool = arg(False, "recompute activations in the backward pass: less memory, more time")
-    rollout_rows: int = arg(256, "the number of sequences that each rank generates at once", at_least=1)
-    eval_every: int = arg(
-        20, "the steps between evaluations; there is one before the first step and after the last", at_least=1
-    )
-    save_every: int = arg(50, "the steps between checkpoints; there is one after the last step", at_least=1)
+    rollout_rows: int = arg(256, "sequences that each rank generates at once", at_least=1)
+    eval_every: int = arg(20, "steps between evaluations; there is one before and one after training", at_least=1)
+    save_every: int = arg(50, "steps between checkpoints; there is one after the last step", at_least=1)
     wandb: bool = arg(False, "also log to Weights & Biases")
 
 
@@ -110,7 +96,7 @@ BUILTIN = dict(
 )  # fmt: skip
 
 
-# ---- the method --------------------------------------------------------------------------------------------------
+# ---- the method ------------------------------------------------------------------------------------------------------
 
 
 def policy_loss(logprobs, old_logprobs, advantages, loss: str, clip: float):
@@ -130,7 +116,7 @@ def policy_loss(logprobs, old_logprobs, advantages, loss: str, clip: float):
     }
 
 
-# same in: ppo_baseline.py lco.py qrm.py
+# same in: ppo_baseline.py lco.py
 def value_loss(values, old_values, returns, value_clip: float):
     """PPO-3: half the squared error of the critic, the larger of clipped and unclipped. All [N]. Returns sums."""
     error = (values - returns).square()
@@ -140,7 +126,7 @@ def value_loss(values, old_values, returns, value_clip: float):
     return 0.5 * error.sum(), {"loss/value": 0.5 * error.detach().sum()}
 
 
-# same in: ppo_baseline.py lco.py qrm.py
+# same in: ppo_baseline.py lco.py
 def gae(rewards, values, mask, gamma: float, lam: float):
     """PPO-2: generalised advantage estimation on tokens (Schulman et al. 2016). All [B, T]; advantages and returns.
 
@@ -168,7 +154,7 @@ def kl_estimate(logprobs, ref_logprobs, estimator: str):
     return (-log_ratio).exp() - 1 + log_ratio
 
 
-# same in: ppo_baseline.py lco.py qrm.py
+# same in: ppo_baseline.py lco.py
 def whiten(x, mask):
     """Mean 0 and variance 1 over the unmasked tokens of the global batch. [B, T]."""
     count, total, square = mask.sum(), (x * mask).double().sum(), (x * mask).double().square().sum()
@@ -179,77 +165,47 @@ def whiten(x, mask):
 
 
 def estimate_advantages(batch, args) -> None:
-    """Add `advantages` [B, T] (and for GAE the critic's targets, `returns`) to a batch that has `rewards` [B, T]."""
+    """Add `advantages` [B, T] (and with a critic its targets, `returns`) to a batch that has `rewards` [B, T]."""
     mask, rewards = batch["mask"], batch["rewards"]
     if args.advantage == "gae":
         advantages, batch["returns"] = gae(rewards, batch["values"], mask, args.gamma, args.lam)
         batch["advantages"] = whiten(advantages, mask)
+    elif args.advantage == "token":  # QRM-2: the reward of a token already tells what follows, so nothing is summed
+        batch["advantages"], batch["returns"] = (rewards - batch.get("values", 0.0)) * mask, rewards
     elif args.advantage == "reward":
         batch["advantages"] = whiten(rewards.sum(1, keepdim=True) * mask, mask)
-    else:  # group: the leave-none-out mean, not divided by the standard deviation (which would favour lucky prompts)
+    else:  # group: less the mean of the prompt's samples; dividing by their deviation would favour prompts with few hits
         groups = rewards.sum(1).view(-1, args.samples_per_prompt)
         batch["advantages"] = (groups - groups.mean(1, keepdim=True)).view(-1, 1) * mask
 
 
-# ---- models and batches to losses ------------------------------------------------------------------------------------
+# ---- one optimizer step ----------------------------------------------------------------------------------------------
 
 
-# same in: ppo_baseline.py lco.py qrm.py
-def one_update(args) -> bool:
-    """Whether a rollout serves a single update: while its gradient is taken pi is pi_old, which is not asked before."""
-    return args.epochs * args.minibatches == 1 and not args.kl_coef
-
-
-@torch.no_grad()
-def score(models, batch, args) -> None:
-    """Add what the rollout policy, the reference and the critic say of each token, [B, T], before any update."""
-
-    def one(micro):
-        out = {}
-        if not one_update(args):
-            out["old_logprobs"] = common.policy_logprobs(models["policy"], micro, args.temperature)[0]
-        if "ref" in models:
-            out["ref_logprobs"] = common.policy_logprobs(models["ref"], micro, args.temperature)[0]
-        elif args.kl_coef:
-            with common.adapters_off(models["policy"]):
-                out["ref_logprobs"] = common.policy_logprobs(models["policy"], micro, args.temperature)[0]
-        if "critic" in models:
-            out["values"] = common.completion_scalars(models["critic"], micro) * micro["mask"]
-        return out
-
-    batch |= common.map_rows(one, batch, args.micro_batch)
-
-
-def objective(models, micro, args, train_policy: bool = True):
+def policy_objective(policy, micro, args):
     """The loss of one micro-batch, summed over its tokens, and metric sums."""
     mask = micro["mask"]
-    logprobs, entropy = common.policy_logprobs(models["policy"], micro, args.temperature)
-    old_logprobs = logprobs.detach() if one_update(args) else micro["old_logprobs"]
+    logprobs, entropy = common.policy_logprobs(policy, micro, args.temperature)
+    old_logprobs = micro.get("old_logprobs", logprobs.detach())
     loss, metrics = policy_loss(logprobs[mask], old_logprobs[mask], micro["advantages"][mask], args.loss, args.clip)
-    loss = loss * train_policy
-    metrics["policy/entropy"] = entropy.sum()
-    if "critic" in models:
-        values = common.completion_scalars(models["critic"], micro)[mask]
-        critic_loss, sums = value_loss(values, micro["values"][mask], micro["returns"][mask], args.value_clip)
-        loss, metrics = loss + args.vf_coef * critic_loss, metrics | sums
-    return loss, metrics
+    return loss, metrics | {"policy/entropy": entropy.sum()}
 
 
-def accumulate(models, batch, rows, args, train_policy: bool = True):
-    """Gradients of the mean loss over the tokens of these local rows on all ranks; also global metric sums, and N."""
+def update(models, optimizer, batch, rows, args, train_policy: bool = True):
+    """One optimizer step on some local rows of a batch; returns metric sums over all ranks, and their tokens."""
     device = batch["mask"].device
     tokens = common.all_sum({"n": batch["mask"][rows].sum()}, device)["n"]  # counted first, divided by once
     sums = {}
     for micro in common.micro_batches(batch, rows, args.micro_batch):
-        loss, metrics = objective(models, micro, args, train_policy)
+        loss, metrics = policy_objective(models["policy"], micro, args)
+        loss = loss * train_policy
+        if "critic" in models:
+            values, at = common.completion_scalars(models["critic"], micro), micro["mask"]
+            critic_loss, more = value_loss(values[at], micro["values"][at], micro["returns"][at], args.value_clip)
+            loss, metrics = loss + args.vf_coef * critic_loss, metrics | more
         (loss * common.world() / tokens).backward()  # FSDP averages over ranks
         sums = {k: sums.get(k, 0.0) + v for k, v in metrics.items()}
-    return common.all_sum(sums, device), tokens
-
-
-def update(models, optimizer, batch, rows, args, train_policy: bool = True):
-    """One optimizer step on some local rows of a batch."""
-    sums, tokens = accumulate(models, batch, rows, args, train_policy)
+    sums = common.all_sum(sums, device)
     norm = torch.nn.utils.clip_grad_norm_(common.trainable_parameters(models), args.max_grad_norm)
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     common.stop_unless_finite({"grad_norm": norm, **sums})
@@ -261,54 +217,6 @@ def update(models, optimizer, batch, rows, args, train_policy: bool = True):
 # ---- the run ---------------------------------------------------------------------------------------------------------
 
 
-def build(args, device):
-    """The models by name, and one optimizer for all that is trained."""
-    shared = dict(dtype=args.dtype, device=device, seed=args.seed)
-    trained = shared | dict(lora_rank=args.lora_rank, activation_checkpointing=args.activation_checkpointing)
-    models = torch.nn.ModuleDict({"policy": common.load_model(args.model, **trained)})
-    groups = [{"params": common.trainable_parameters(models["policy"]), "name": "lr"}]
-    if args.advantage == "gae":
-        models["critic"] = common.load_model(args.model, head="scalar", **trained)
-        groups.append({"params": common.trainable_parameters(models["critic"]), "name": "critic_lr"})
-    if args.kl_coef and not args.lora_rank:  # with LoRA, the policy without its adapters is the reference
-        models["ref"] = common.load_model(args.model, trainable=False, **shared)
-    return models, torch.optim.Adam(groups, lr=args.lr, eps=1e-5, fused=True)
-
-
-# same in: ppo_baseline.py lco.py qrm.py
-def token_rewards(scores, batch, finished, args):
-    """[B, T]: the task's reward on the last token (or its own reward for each token), less the KL penalty per token."""
-    mask = batch["mask"]
-    rewards = torch.zeros(mask.shape, device=mask.device)
-    last = mask.sum(1) - 1
-    for b, value in enumerate(scores):
-        if isinstance(value, list):
-            n = int(last[b]) + 1
-            require(len(value) == n, f"reward(): {len(value)} rewards for a completion of {n} tokens (completion_ids)")
-            rewards[b, :n] = torch.tensor(value, device=mask.device)
-        else:
-            rewards[b, last[b]] = value
-        rewards[b, last[b]] -= args.missing_eos_penalty * (not finished[b])
-    if args.kl_coef:
-        kl = kl_estimate(batch["old_logprobs"], batch["ref_logprobs"], args.kl_estimator)
-        rewards = rewards - args.kl_coef * kl * mask
-    return rewards
-
-
-def prepare(args):
-    """Task and tokenizer; every wrong argument and file is refused here, before a model is loaded."""
-    one_sample = args.advantage == "group" and args.samples_per_prompt < 2
-    require(not one_sample, "--advantage group compares samples of one prompt: --samples_per_prompt must be at least 2")
-    geometry = common.split_evenly(args.prompts_per_step, args.samples_per_prompt, args.minibatches, args.micro_batch)
-    task = tasks.load_task(args.task, args.dataset, args.reward_file, args.seed, args.test_rows, args.test_dataset)
-    tokenizer = common.load_tokenizer(args.model)
-    common.fits_context(args.model, args.max_prompt + args.max_new_tokens)
-    length = lambda prompt: len(common.encode_prompt(tokenizer, prompt))  # noqa: E731
-    task = tasks.fit_prompts(task, length, args.max_prompt, args.long_prompts)
-    common.say(f"{geometry}\n{task.note}")
-    return task, tokenizer
-
-
 def train(args) -> None:
     """The whole run."""
     device = common.local_device(args.device)
@@ -316,6 +224,9 @@ def train(args) -> None:
     run = common.Run(args, __file__)
     models, optimizer = build(args, device)
     policy = models["policy"]
+    if task.reward is None:
+        how = common.score_of(args.reward_model, args.reward_ref)
+        task.reward = common.scored_by(models, how, tokenizer, args.max_prompt, args.micro_batch)
     limits = args.max_prompt, args.max_new_tokens, args.temperature, args.rollout_rows
     sampling = common.Sampling(policy, tokenizer, *limits)
 
@@ -332,11 +243,11 @@ def train(args) -> None:
 
         # ---- 2. reward each completion
         rows = [row | {"completion_ids": ids} for row, ids in zip(rows, completion_ids)]  # for rewards token by token
-        scores = task.reward([row["prompt"] for row in rows], completions, rows)
+        task_rewards = task.reward([row["prompt"] for row in rows], completions, rows)
 
-        # ---- 3. log-probabilities of pi_old and of the reference, values of the critic; then rewards on tokens
-        score(models, batch, args)
-        batch["rewards"] = token_rewards(scores, batch, finished, args)
+        # ---- 3. log-probabilities by pi_old and the reference, values, scores of a reward model; rewards of tokens
+        evaluate_models(models, batch, args)
+        batch["rewards"] = token_rewards(task_rewards, batch, finished, args)
 
         # ---- 4. advantages
         estimate_advantages(batch, args)
@@ -355,9 +266,9 @@ def train(args) -> None:
         run.lap("update")
 
         # ---- 6. log; evaluate and save when it is time
-        metrics = {k: v / tokens for k, v in sums.items()} | rollout_metrics(batch, scores, finished, args)
+        metrics = {k: v / tokens for k, v in sums.items()} | rollout_metrics(batch, task_rewards, finished, args)
         metrics |= {"lr": optimizer.param_groups[0]["lr"], "policy/sampler_gap": gap}
-        if metrics["reward/spread"] == 0:
+        if metrics["reward/spread"] == 0 and not args.reward_model:
             common.say("  no prompt of this step has two different rewards: there is no signal to learn from")
         shown = zip(rows[:4], completions, batch["rewards"].sum(1).tolist())
         shown = [{"kind": "train", "prompt": r["prompt"], "completion": c, "reward": x} for r, c, x in shown]
@@ -365,14 +276,106 @@ def train(args) -> None:
     run.finish(policy, tokenizer)
 
 
-# same in: ppo_baseline.py lco.py qrm.py
-def rollout_metrics(batch, scores, finished, args) -> dict[str, float]:
+# ---- what the loop needs ---------------------------------------------------------------------------------------------
+
+
+def build(args, device):
+    """The models by name, and one optimizer for all that is trained."""
+    shared = dict(dtype=args.dtype, device=device, seed=args.seed)
+    trained = shared | dict(lora_rank=args.lora_rank, activation_checkpointing=args.activation_checkpointing)
+    models = torch.nn.ModuleDict({"policy": common.load_model(args.model, **trained)})
+    groups = [{"params": common.trainable_parameters(models["policy"]), "name": "lr"}]
+    if args.advantage == "gae" or (args.advantage == "token" and args.loss == "ppo"):
+        models["critic"] = common.load_model(args.model, head="scalar", **trained)
+        groups.append({"params": common.trainable_parameters(models["critic"]), "name": "critic_lr"})
+    if args.kl_coef and not args.lora_rank:  # with LoRA, the policy without its adapters is the reference
+        models["ref"] = common.load_model(args.model, trainable=False, **shared)
+    if args.reward_model:
+        models["reward"] = common.load_model(args.reward_model, head="saved", trainable=False, **shared)
+    if args.reward_ref:
+        models["reward_ref"] = common.load_model(args.reward_ref, trainable=False, **shared)
+    return models, torch.optim.Adam(groups, lr=args.lr, eps=1e-5, fused=True)
+
+
+def prepare(args):
+    """Task and tokenizer; every wrong argument and file is refused here, before a model is loaded."""
+    one_sample = args.advantage == "group" and args.samples_per_prompt < 2
+    require(not one_sample, "--advantage group compares samples of one prompt: --samples_per_prompt must be at least 2")
+    geometry = common.split_evenly(args.prompts_per_step, args.samples_per_prompt, args.minibatches, args.micro_batch)
+    task = tasks.load_task(
+        args.task, args.dataset, args.reward_file, args.seed, args.test_rows, args.test_dataset,
+        graded=not args.reward_model,
+    )
+    tokenizer = common.load_tokenizer(args.model)
+    common.fits_context(args.model, args.max_prompt + args.max_new_tokens)
+    require(args.reward_model or not args.reward_ref, "--reward_ref is the reference of a --reward_model: give both")
+    for name in filter(None, (args.reward_model, args.reward_ref)):
+        common.score_of(args.reward_model, args.reward_ref)
+        common.same_tokenizer(args.model, tokenizer, name, common.load_tokenizer(name))
+        common.fits_context(name, args.max_prompt + args.max_new_tokens)
+    length = lambda prompt: len(common.encode_prompt(tokenizer, prompt))  # noqa: E731
+    task = tasks.fit_prompts(task, length, args.max_prompt, args.long_prompts)
+    common.say(f"{geometry}\n{task.note}")
+    return task, tokenizer
+
+
+@torch.no_grad()
+def evaluate_models(models, batch, args) -> None:
+    """Add [B, T] of each token before any update: log-probabilities by pi_old and the reference, values, scores."""
+    one_update = args.epochs * args.minibatches == 1 and not args.kl_coef  # then pi = pi_old in the only update
+
+    def one(micro):
+        out = {}
+        if not one_update:
+            out["old_logprobs"] = common.policy_logprobs(models["policy"], micro, args.temperature)[0]
+        if args.kl_coef:
+            with common.reference(models) as ref:
+                out["ref_logprobs"] = common.policy_logprobs(ref, micro, args.temperature)[0]
+        if "critic" in models:
+            out["values"] = common.completion_scalars(models["critic"], micro) * micro["mask"]
+        if "reward" in models:
+            ref = models["reward_ref"] if args.reward_ref else None
+            out["scores"] = common.token_scores(models["reward"], micro, ref)
+        return out
+
+    batch |= common.map_rows(one, batch, args.micro_batch)
+
+
+# same in: ppo_baseline.py lco.py
+def token_rewards(task_rewards, batch, finished, args):
+    """[B, T]: the task's reward on the last token (or its own reward for each token), less the KL penalty per token.
+
+    With a reward model, its scores instead, standardised over the tokens that it scores (all, or the last ones).
+    """
+    mask = batch["mask"]
+    rewards = torch.zeros(mask.shape, device=mask.device)
+    last = mask.sum(1) - 1
+    if args.reward_model:
+        only_last = common.score_of(args.reward_model, args.reward_ref) == "last"
+        rewards = whiten(batch["scores"], mask & (mask.cumsum(1) > last[:, None]) if only_last else mask)
+    for b, value in enumerate([] if args.reward_model else task_rewards):
+        if isinstance(value, list):
+            n = int(last[b]) + 1
+            require(len(value) == n, f"reward(): {len(value)} rewards for a completion of {n} tokens (completion_ids)")
+            rewards[b, :n] = torch.tensor(value, device=mask.device)
+        else:
+            rewards[b, last[b]] = value
+    cut = torch.tensor([not done for done in finished], device=mask.device)
+    rewards = rewards.scatter_add(1, last[:, None], -args.missing_eos_penalty * cut[:, None].float())
+    if args.kl_coef:
+        kl = kl_estimate(batch["old_logprobs"], batch["ref_logprobs"], args.kl_estimator)
+        rewards = rewards - args.kl_coef * kl * mask
+    return rewards
+
+
+# same in: ppo_baseline.py lco.py
+def rollout_metrics(batch, task_rewards, finished, args) -> dict[str, float]:
     """Global means over completions, prompts and tokens of a rollout."""
     mask = batch["mask"]
-    task_reward = torch.tensor([sum(s) if isinstance(s, list) else s for s in scores], dtype=torch.float64)
+    task_reward = torch.tensor([sum(s) if isinstance(s, list) else s for s in task_rewards], dtype=torch.float64)
     by_prompt = task_reward.view(-1, args.samples_per_prompt)
     sums = {
-        "rows": len(scores),
+        "rows": len(task_rewards),
         "tokens": mask.sum(),
         "reward/mean": task_reward.sum(),
         "reward/spread": (by_prompt.amax(1) > by_prompt.amin(1)).sum() * args.samples_per_prompt,

@@ -66,20 +66,16 @@ class Args:
     dataset: str = arg("", "the data: a Hub name or a .jsonl, .json or .parquet file; empty: the built-in task")
     task: tasks.Name = arg("auto", "what the data are; auto: their columns decide")
     test_dataset: str = arg("", "the held-out rows; empty: the test split of the Hub, or the last rows of --dataset")
-    test_rows: int = arg(256, "the number of held-out prompts of an evaluation", at_least=1)
-    reward_file: str = arg(
-        "", "a Python file with reward(prompts, completions, rows) -> one number per completion, or per token"
-    )
+    test_rows: int = arg(256, "held-out prompts per evaluation", at_least=1)
+    reward_file: str = arg("", "a Python file with reward(prompts, completions, rows) -> numbers, one per completion")
     max_prompt: int = arg(512, "the longest prompt, in tokens", at_least=1)
-    long_prompts: Literal["drop", "truncate", "error"] = arg(
-        "drop", "what happens to longer prompts; truncate keeps their end"
-    )
+    long_prompts: Literal["drop", "truncate", "error"] = arg("drop", "what happens to longer prompts")
     # rollout
-    prompts_per_step: int = arg(64, "the number of prompts per step, over all ranks", at_least=1)
-    samples_per_prompt: int = arg(8, "the number of completions per prompt", at_least=1)
+    prompts_per_step: int = arg(64, "prompts per step, over all ranks", at_least=1)
+    samples_per_prompt: int = arg(8, "completions per prompt", at_least=1)
     max_new_tokens: int = arg(512, "the longest completion, in tokens, EOS included", at_least=1)
     temperature: float = arg(1.0, "the temperature of sampling and of every log-probability", at_least=1e-6)
-    missing_eos_penalty: float = arg(0.0, "the reward of a completion without an end is reduced by this", at_least=0)
+    missing_eos_penalty: float = arg(0.0, "the penalty on the reward of a completion without an end", at_least=0)
     # pairs
     pair_prompts: int = arg(
         4096, "the prompts from which --stage pairs makes at most one pair each; their number", at_least=1
@@ -131,43 +127,35 @@ class Args:
     lam: float = arg(0.95, "the lambda of GAE", at_least=0)
     vf_coef: float = arg(0.1, "the coefficient of the value loss", at_least=0)
     value_clip: float = arg(
-        0.2, "the distance from the rollout's value at which the loss of a value goes flat; 0: none", at_least=0
+        0.2, "a value's distance from the rollout's at which its loss goes flat; 0: none", at_least=0
     )
-    critic_warmup: int = arg(0, "the first steps train the critic alone; their number", at_least=0)
-    kl_coef: float = arg(
-        0.0, "the coefficient of the KL penalty per token inside the reward; 0 loads no reference", at_least=0
-    )
+    critic_warmup: int = arg(0, "the number of first steps that train the critic alone", at_least=0)
+    kl_coef: float = arg(0.0, "the KL penalty per token, inside the reward; 0 loads no reference", at_least=0)
     kl_estimator: Literal["k1", "k2", "k3", "abs"] = arg(
         "k1", "the estimator of that KL: log pi/ref, half its square, ref/pi - 1 - log ref/pi, or |log pi/ref|"
     )
     # optimisation
     steps: int = arg(200, "the number of rollouts", at_least=1)
-    epochs: int = arg(1, "the number of passes over each rollout", at_least=1)
-    minibatches: int = arg(2, "the number of optimizer steps per pass", at_least=1)
-    micro_batch: int = arg(
-        8, "the number of sequences per forward pass on each rank; changes memory, never the result", at_least=1
-    )
+    epochs: int = arg(1, "passes over each rollout", at_least=1)
+    minibatches: int = arg(2, "optimizer steps per pass", at_least=1)
+    micro_batch: int = arg(8, "sequences per forward pass on each rank; changes memory, never the result", at_least=1)
     lr: float = arg(1e-6, "the learning rate of the policy; falls linearly to 0", at_least=0)
     critic_lr: float = arg(1e-5, "the learning rate of the critic; falls linearly to 0", at_least=0)
-    warmup_steps: int = arg(0, "the first steps, in which learning rates rise linearly; their number", at_least=0)
+    warmup_steps: int = arg(0, "the number of first steps in which learning rates rise linearly", at_least=0)
     max_grad_norm: float = arg(1.0, "the norm to which gradients are clipped", at_least=1e-6)
-    lora_rank: int = arg(
-        0, "the rank of LoRA adapters, which are trained instead of all weights; 0: all weights", at_least=0
-    )
+    lora_rank: int = arg(0, "the rank of LoRA adapters, trained instead of all weights; 0: all weights", at_least=0)
     # run
     out: str = arg("", "the run folder; empty: runs/<script>-<time>")
     resume: bool = arg(False, "continue from the newest checkpoint in --out (from the start if there is none)")
     seed: int = arg(0, "the seed of data order, sampling and new weights", at_least=0)
-    device: Literal["auto", "cpu", "cuda"] = arg("auto", "where the run takes place; auto: on a GPU if there is one")
+    device: Literal["auto", "cpu", "cuda"] = arg("auto", "where the run takes place")
     dtype: Literal["float32", "bfloat16"] = arg(
         "float32", "the dtype of the computation; master weights stay in float32"
     )
     activation_checkpointing: bool = arg(False, "recompute activations in the backward pass: less memory, more time")
-    rollout_rows: int = arg(256, "the number of sequences that each rank generates at once", at_least=1)
-    eval_every: int = arg(
-        20, "the steps between evaluations; there is one before the first step and after the last", at_least=1
-    )
-    save_every: int = arg(50, "the steps between checkpoints; there is one after the last step", at_least=1)
+    rollout_rows: int = arg(256, "sequences that each rank generates at once", at_least=1)
+    eval_every: int = arg(20, "steps between evaluations; there is one before and one after training", at_least=1)
+    save_every: int = arg(50, "steps between checkpoints; there is one after the last step", at_least=1)
     wandb: bool = arg(False, "also log to Weights & Biases")
 
 
