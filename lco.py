@@ -228,9 +228,19 @@ def estimate_advantages(batch, args) -> None:
 # ---- one optimizer step ----------------------------------------------------------------------------------------------
 
 
-def kld_objective(hidden, heads, old, micro, args):
-    """LCO-3 with A known for the sampled token alone; 0 elsewhere. The loss summed over tokens, and metric sums."""
+def states(policy, heads, micro):
+    """(hidden states [N, H], LM head [V, H]) of pi and of pi_old, whose products are the logits of each state."""
     mask = micro["mask"]
+    hidden = common.completion_hidden(policy, micro)[mask]
+    now = hidden, common.head_weight(policy)
+    if "old" in heads:
+        return now, (micro["old_hidden"][mask], heads["old"])
+    return now, tuple(x.detach() for x in now)  # a single update per rollout: pi = pi_old
+
+
+def kld_objective(policy, heads, micro, args):
+    """LCO-3 with A known for the sampled token alone; 0 elsewhere. The loss summed over tokens, and metric sums."""
+    mask, (now, old) = micro["mask"], states(policy, heads, micro)
 
     def loss(logits, old_logits, ids, advantages):
         A = torch.zeros_like(old_logits).scatter(-1, ids[:, None], advantages[:, None])  # A(s,.) [n, V]
@@ -242,15 +252,16 @@ def kld_objective(hidden, heads, old, micro, args):
         return total, metrics | {"loss/policy": total}
 
     columns = [micro["completion_ids"][mask], micro["advantages"][mask]]
-    return common.over_vocabulary(loss, [(hidden, heads["policy"]), old], columns, args.temperature)
+    return common.over_vocabulary(loss, [now, old], columns, args.temperature)
 
 
-def sampled_objective(hidden, heads, old, micro, args):
+def sampled_objective(policy, heads, micro, args):
     """LCO-4 or LCO-5 towards LCO-2, on the sampled token alone: its logit is <h, W[a]>, no vocabulary is touched."""
-    mask = micro["mask"]
-    ids, advantages = micro["completion_ids"][mask], micro["advantages"][mask]
-    logit = (hidden.float() * heads["policy"][ids].float()).sum(-1) / args.temperature
-    old_logit = (old[0].float() * old[1][ids].float()).sum(-1) / args.temperature
+    ids, advantages = (micro[name][micro["mask"]] for name in ("completion_ids", "advantages"))
+    logit, old_logit = (
+        (hidden.float() * weight[ids].float()).sum(-1) / args.temperature
+        for hidden, weight in states(policy, heads, micro)
+    )
     gap = logit - (old_logit + advantages / scaled_beta(advantages, args.beta, args.negative_beta_scale))
     total = LOSSES[args.loss](gap).sum()
     return total, {
@@ -260,14 +271,14 @@ def sampled_objective(hidden, heads, old, micro, args):
     }
 
 
-def dense_objective(hidden, heads, old, micro, args):
+def dense_objective(policy, heads, micro, args):
     """Each loss with A(s,.) known for the whole vocabulary from a reward model with an LM head.
 
     A(s,a) = A(s,a_t) + scale (Z(s,a) - Z(s,a_t)): the scores of all tokens, on the scale on which the sampled one was
     standardised. It is no noisy sample, so both of its signs have the same beta. LCO-4 and LCO-5 are averaged over
     a ~ pi_old, which is what the sampled losses estimate.
     """
-    mask = micro["mask"]
+    mask, (now, old) = micro["mask"], states(policy, heads, micro)
     models = [(micro[f"{name}_hidden"][mask], heads[name]) for name in ("reward", "reward_ref") if name in heads]
 
     def loss(logits, old_logits, *rest):
@@ -285,7 +296,7 @@ def dense_objective(hidden, heads, old, micro, args):
         return total, step_sizes(logp.detach(), old_logp, target_logp) | {"loss/policy": total}
 
     columns = [micro["completion_ids"][mask], micro["advantages"][mask], micro["scale"][mask]]
-    return common.over_vocabulary(loss, [(hidden, heads["policy"]), old, *models], columns, args.temperature)
+    return common.over_vocabulary(loss, [now, old, *models], columns, args.temperature)
 
 
 def update(models, heads, optimizer, batch, rows, args, train_policy: bool = True):
@@ -295,12 +306,7 @@ def update(models, heads, optimizer, batch, rows, args, train_policy: bool = Tru
     objective = dense_objective if "reward" in heads else kld_objective if args.loss == "kld" else sampled_objective
     sums = {}
     for micro in common.micro_batches(batch, rows, args.micro_batch):
-        hidden = common.completion_hidden(models["policy"], micro)[micro["mask"]]
-        now = heads | {"policy": common.head_weight(models["policy"])}
-        old = (hidden.detach(), now["policy"].detach())  # with a single update pi = pi_old
-        if "old" in heads:
-            old = micro["old_hidden"][micro["mask"]], heads["old"]
-        loss, metrics = objective(hidden, now, old, micro, args)
+        loss, metrics = objective(models["policy"], heads, micro, args)
         loss = loss * train_policy
         if "critic" in models:
             values, at = common.completion_scalars(models["critic"], micro), micro["mask"]
