@@ -205,34 +205,38 @@ def stop_unless_finite(values: dict) -> None:
         raise FloatingPointError(f"not finite: {bad}")
 
 
-# The largest mean |ratio - 1| of two evaluations of one policy. Healthy kernels in bfloat16 reach .02 on an H200 and .037
-# on a CPU; sampling at a temperature of 0.9 instead of 1 gives .14 there, dropout of 0.05 gives .8 (docs/gpu.md).
+# The largest mean |ratio - 1| of two evaluations of one policy. Healthy kernels in bfloat16 reach .02 to .04.
 ON_POLICY = {"float32": 1e-3, "bfloat16": 0.1}
 
 
-def stop_unless_on_policy(gap: float, dtype: str, who: str = "the first minibatch of a rollout") -> None:
+def stop_unless_on_policy(gap: float, limit: float, who: str = "the first minibatch of a rollout") -> None:
     """Raise when `who` does not see the policy that made the rollout. gap: mean |pi / pi_old - 1|."""
-    if not gap <= ON_POLICY[dtype]:
+    if not gap <= limit:
         raise RuntimeError(
-            f"{who} differs from the rollout policy by {gap:.2g} (limit {ON_POLICY[dtype]}, {dtype}): "
+            f"{who} differs from the rollout policy by {gap:.2g} (limit {limit:.2g}): "
             "log-probabilities depend on padding, batch size or dropout, or weights changed in between; try --check"
         )
 
 
-def sampler_gap(per_token, batch: dict, sampled: list[list[float]], dtype: str, rows: int = 8) -> float:
+def sampler_gap(per_token, batch: dict, sampled: list[list[float]], dtype: str, rows: int = 16) -> float:
     """Mean |pi / sampler - 1| over the tokens of the first rows of each rank: is the sampler the policy?
 
     per_token(batch) returns the log-probabilities [B, T] of the training forward; sampled: those of the sampler, per
-    row. Raises when the gap is larger than rounding explains.
+    row. Raises when the gap is larger than rounding explains. In bfloat16 that depends on how open the policy is, for
+    an error e of a logit moves log p by (1 - p) e: gap / mean (1 - p) is .02 to .06 for healthy kernels, .15 to .24 if
+    the sampler's temperature is 0.9 instead of 1, and .3 or more with dropout of 0.05 (docs/gpu.md).
     """
     some = take(batch, list(range(min(rows, len(sampled)))))
     drawn = torch.zeros_like(some["mask"], dtype=torch.float32)
     drawn[some["mask"]] = torch.tensor([x for row in sampled[:rows] for x in row], device=drawn.device)
     with torch.no_grad():
         ratio = (per_token(some) - drawn).exp()[some["mask"]]
-    sums = all_sum({"n": ratio.numel(), "gap": (ratio - 1).abs().sum()}, drawn.device)
-    gap = sums["gap"] / sums["n"]
-    stop_unless_on_policy(gap, dtype, "the training forward")
+    open_ = (1 - drawn.exp())[some["mask"]].sum()
+    sums = all_sum({"n": ratio.numel(), "gap": (ratio - 1).abs().sum(), "open": open_}, drawn.device)
+    gap, limit = sums["gap"] / sums["n"], ON_POLICY["float32"]
+    if dtype == "bfloat16":
+        limit = 0.2 * sums["open"] / sums["n"] + 0.005
+    stop_unless_on_policy(gap, limit, "the training forward")
     return gap
 
 

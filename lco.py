@@ -576,7 +576,7 @@ def train(args, stop_after: int | None = None) -> None:
             for mine in common.minibatch_rows(args.seed, step, epoch, len(rows) * common.world(), args.minibatches):
                 new, n = update(models, heads, optimizer, batch, mine, args, train_policy=step >= args.critic_warmup)
                 if tokens == 0 and "policy/ratio_gap" in new:  # mse and lch know no ratio
-                    common.stop_unless_on_policy(new["policy/ratio_gap"] / n, args.dtype)
+                    common.stop_unless_on_policy(new["policy/ratio_gap"] / n, common.ON_POLICY[args.dtype])
                 sums, tokens = {k: sums.get(k, 0.0) + v for k, v in new.items()}, tokens + n
         clock.lap("update")
 

@@ -400,7 +400,7 @@ def train(args, stop_after: int | None = None) -> None:
             for mine in common.minibatch_rows(args.seed, step, epoch, len(rows) * common.world(), args.minibatches):
                 new, n = update(models, optimizer, batch, mine, args, train_policy=step >= args.critic_warmup)
                 if tokens == 0:
-                    common.stop_unless_on_policy(new["policy/ratio_gap"] / n, args.dtype)
+                    common.stop_unless_on_policy(new["policy/ratio_gap"] / n, common.ON_POLICY[args.dtype])
                 sums, tokens = {k: sums.get(k, 0.0) + v for k, v in new.items()}, tokens + n
         clock.lap("update")
 
