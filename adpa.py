@@ -111,7 +111,7 @@ class Args:
     resume: bool = arg(False, "go on from the newest checkpoint in --out (from the start if there is none)")
     seed: int = arg(0, "of prompts, sampling, minibatches and new weights")
     device: str = arg("auto", "auto, cpu or cuda")
-    dtype: str = arg("float32", "of the computation: float32 or bfloat16; master weights are fp32")
+    dtype: str = arg("auto", "of the computation: float32, bfloat16 or auto (which is bfloat16 on CUDA)")
     activation_checkpointing: bool = arg(False, "recompute activations in the backward pass: less memory, more time")
     rollout_rows: int = arg(256, "sequences that a rank generates at once")
     eval_every: int = arg(20, "steps between evaluations; there is one before the first step and after the last")
@@ -391,7 +391,8 @@ def accumulate(models, heads, batch, args) -> dict[str, float]:
     """
     counts, means = count(batch, args), {}
     together = 2 if args.loss == "dpo" else 1
-    for micro in common.micro_batches(batch, list(range(len(batch["mask"]))), args.micro_batch, together):
+    pieces = common.micro_batches(batch, list(range(len(batch["mask"]))), args.micro_batch, together)
+    for micro in common.accumulate_over(models, pieces):
         loss, sums = objective(models, heads, micro, counts, args)
         (loss * common.world()).backward()  # FSDP averages over ranks
         parts = {name: x / counts[what] for what in sums for name, x in sums[what].items() if what in counts}
@@ -566,7 +567,7 @@ def validate(args) -> None:
         objective=(args.objective, ("linear", "kl")),
         stage=(args.stage, ("student", "teacher", "all")),
         cache=(args.cache, ("none", "hidden", "topk")),
-        dtype=(args.dtype, ("float32", "bfloat16")),
+        dtype=(args.dtype, ("auto", "float32", "bfloat16")),
     )
     common.at_least(0, gamma=args.gamma, adv_topk=args.adv_topk, ref_topk=args.ref_topk)
     common.at_least(0, state_temperature=args.state_temperature, refresh_every=args.refresh_every)
@@ -833,7 +834,7 @@ def check(args) -> None:
     rows = tasks.walk(pairs)(args.seed, 0, small.prompts_per_step)
     batch = make_step(rows, small, tokenizer.pad_token_id, device)
     score(models, heads, None, batch, small)
-    tight = 1e-4 if args.dtype == "float32" else 0.1
+    tight = 0.1 if args.dtype == "bfloat16" else 1e-4
     ids = [row[mask].tolist() for row, mask in zip(batch["completion_ids"], batch["mask"])]
     ends = set(common.stop_ids(policy, tokenizer))
 

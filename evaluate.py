@@ -79,7 +79,7 @@ class Args:
     out: str = arg("", "run folder; empty: runs/<script>-<time>")
     seed: int = arg(0, "of prompts, sampling, minibatches and new weights")
     device: str = arg("auto", "auto, cpu or cuda")
-    dtype: str = arg("float32", "of the computation: float32 or bfloat16; master weights are fp32")
+    dtype: str = arg("auto", "of the computation: float32, bfloat16 or auto (which is bfloat16 on CUDA)")
     rollout_rows: int = arg(256, "sequences that a rank generates at once")
     check: bool = arg(False, "pre-flight: test this script with this model and task, train nothing")
 
@@ -295,7 +295,7 @@ def validate(args) -> None:
         format=(args.format, ("", "alpaca_eval", "mt_bench")),
         objective=(args.objective, ("saved", "qrm", "orm", "step_prm", "dpo")),
         long_prompts=(args.long_prompts, ("drop", "truncate", "error")),
-        dtype=(args.dtype, ("float32", "bfloat16")),
+        dtype=(args.dtype, ("auto", "float32", "bfloat16")),
     )
     common.at_least(1, samples_per_prompt=args.samples_per_prompt, max_prompt=args.max_prompt)
     common.at_least(1, max_new_tokens=args.max_new_tokens, test_rows=args.test_rows, micro_batch=args.micro_batch)
@@ -497,7 +497,7 @@ def check(args) -> None:
     shared = dict(dtype=args.dtype, device=device, trust_remote_code=args.trust_remote_code, trainable=False)
     tokenizer = common.load_tokenizer(name, args.trust_remote_code)
     model = common.load_model(name, head="saved", **shared)
-    models, tight = torch.nn.ModuleDict({"reward": model}), 1e-3 if args.dtype == "float32" else 0.1
+    models, tight = torch.nn.ModuleDict({"reward": model}), 0.1 if args.dtype == "bfloat16" else 1e-3
     pairs, _ = common.encode_pairs(tokenizer, tasks.chain_pairs(4, args.seed), 512, 512)
     batch = common.make_batch(
         [row["prompt_ids"] for row in pairs], [row["chosen_ids"] for row in pairs], tokenizer.pad_token_id, device

@@ -96,7 +96,7 @@ class Args:
     resume: bool = arg(False, "go on from the newest checkpoint in --out (from the start if there is none)")
     seed: int = arg(0, "of prompts, sampling, minibatches and new weights")
     device: str = arg("auto", "auto, cpu or cuda")
-    dtype: str = arg("float32", "of the computation: float32 or bfloat16; master weights are fp32")
+    dtype: str = arg("auto", "of the computation: float32, bfloat16 or auto (which is bfloat16 on CUDA)")
     activation_checkpointing: bool = arg(False, "recompute activations in the backward pass: less memory, more time")
     rollout_rows: int = arg(256, "sequences that a rank generates at once")
     eval_every: int = arg(20, "steps between evaluations; there is one before the first step and after the last")
@@ -391,7 +391,7 @@ def accumulate(models, heads, batch, rows, args, train_policy: bool = True):
     device = batch["mask"].device
     tokens = common.all_sum({"n": batch["mask"][rows].sum()}, device)["n"]  # counted first, divided by once
     sums = {}
-    for micro in common.micro_batches(batch, rows, args.micro_batch):
+    for micro in common.accumulate_over(models, common.micro_batches(batch, rows, args.micro_batch)):
         loss, metrics = objective(models, heads, micro, args, train_policy)
         (loss * common.world() / tokens).backward()  # FSDP averages over ranks
         sums = {k: sums.get(k, 0.0) + v for k, v in metrics.items()}
@@ -440,7 +440,7 @@ def validate(args) -> None:
         token_mean=(args.token_mean, ("global", "signed")),
         kl_estimator=(args.kl_estimator, ("k1", "k2", "k3")),
         long_prompts=(args.long_prompts, ("drop", "truncate", "error")),
-        dtype=(args.dtype, ("float32", "bfloat16")),
+        dtype=(args.dtype, ("auto", "float32", "bfloat16")),
     )
     common.at_least(0, lr=args.lr, critic_lr=args.critic_lr, kl_coef=args.kl_coef, value_clip=args.value_clip)
     common.at_least(0, gamma=args.gamma, lam=args.lam, vf_coef=args.vf_coef, critic_warmup=args.critic_warmup)
@@ -576,7 +576,7 @@ def train(args, stop_after: int | None = None) -> None:
             for mine in common.minibatch_rows(args.seed, step, epoch, len(rows) * common.world(), args.minibatches):
                 new, n = update(models, heads, optimizer, batch, mine, args, train_policy=step >= args.critic_warmup)
                 if tokens == 0 and "policy/ratio_gap" in new:  # mse and lch know no ratio
-                    common.stop_unless_on_policy(new["policy/ratio_gap"] / n, common.ON_POLICY[args.dtype])
+                    common.stop_unless_on_policy(new["policy/ratio_gap"] / n, args.dtype, device)
                 sums, tokens = {k: sums.get(k, 0.0) + v for k, v in new.items()}, tokens + n
         clock.lap("update")
 
@@ -654,7 +654,7 @@ def check(args) -> None:
     heads = score(models, batch, small)
     batch["rewards"] = batch["mask"] * torch.sin(torch.arange(len(rows), device=device))[:, None]  # something to learn
     estimate_advantages(batch, small)
-    everything, tight = list(range(len(rows))), 1e-4 if args.dtype == "float32" else 0.1
+    everything, tight = list(range(len(rows))), 0.1 if args.dtype == "bfloat16" else 1e-4
     ends = set(common.stop_ids(models["policy"], tokenizer))
 
     def at_start():

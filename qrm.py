@@ -120,7 +120,7 @@ class Args:
     resume: bool = arg(False, "go on from the newest checkpoint in --out (from the start if there is none)")
     seed: int = arg(0, "of prompts, sampling, minibatches and new weights")
     device: str = arg("auto", "auto, cpu or cuda")
-    dtype: str = arg("float32", "of the computation: float32 or bfloat16; master weights are fp32")
+    dtype: str = arg("auto", "of the computation: float32, bfloat16 or auto (which is bfloat16 on CUDA)")
     activation_checkpointing: bool = arg(False, "recompute activations in the backward pass: less memory, more time")
     rollout_rows: int = arg(256, "sequences that a rank generates at once")
     eval_every: int = arg(20, "steps between evaluations; there is one before the first step and after the last")
@@ -408,7 +408,7 @@ def accumulate(models, batch, rows, args, train_policy: bool = True):
     device = batch["mask"].device
     tokens = common.all_sum({"n": batch["mask"][rows].sum()}, device)["n"]  # counted first, divided by once
     sums = {}
-    for micro in common.micro_batches(batch, rows, args.micro_batch):
+    for micro in common.accumulate_over(models, common.micro_batches(batch, rows, args.micro_batch)):
         loss, metrics = objective(models, micro, args, train_policy)
         (loss * common.world() / tokens).backward()  # FSDP averages over ranks
         sums = {k: sums.get(k, 0.0) + v for k, v in metrics.items()}
@@ -442,7 +442,7 @@ def validate(args) -> None:
         advantage=(args.advantage, ("auto", "token", "gae", "return", "reward", "group")),
         kl_estimator=(args.kl_estimator, ("k1", "k2", "k3", "abs")),
         long_prompts=(args.long_prompts, ("drop", "truncate", "error")),
-        dtype=(args.dtype, ("float32", "bfloat16")),
+        dtype=(args.dtype, ("auto", "float32", "bfloat16")),
     )
     common.at_least(0, lr=args.lr, critic_lr=args.critic_lr, kl_coef=args.kl_coef, value_clip=args.value_clip)
     common.at_least(0, gamma=args.gamma, lam=args.lam, vf_coef=args.vf_coef, critic_warmup=args.critic_warmup)
@@ -685,8 +685,7 @@ def accumulate_reward(models, batch, n: int, args):
     mine = batch["step_ends"].sum() if args.objective == "step_prm" else torch.tensor(n)
     count, sums = common.all_sum({"n": mine}, device)["n"], {}
     size = max(1, args.micro_batch // sides)
-    for i in range(0, n, size):
-        part = range(i, min(i + size, n))
+    for part in common.accumulate_over(models, [range(i, min(i + size, n)) for i in range(0, n, size)]):
         micro = common.take(batch, [side * n + j for side in range(sides) for j in part])
         loss, metrics = reward_objective(models, micro, args)
         (loss * common.world() / count).backward()  # FSDP averages over ranks
@@ -842,7 +841,7 @@ def train(args, stop_after: int | None = None) -> None:
             for mine in common.minibatch_rows(args.seed, step, epoch, len(rows) * common.world(), args.minibatches):
                 new, n = update(models, optimizer, batch, mine, args, train_policy=step >= args.critic_warmup)
                 if tokens == 0:
-                    common.stop_unless_on_policy(new["policy/ratio_gap"] / n, common.ON_POLICY[args.dtype])
+                    common.stop_unless_on_policy(new["policy/ratio_gap"] / n, args.dtype, device)
                 sums, tokens = {k: sums.get(k, 0.0) + v for k, v in new.items()}, tokens + n
         clock.lap("update")
 
@@ -945,7 +944,7 @@ def check_reward(args, home: Path) -> None:
     tokenizer, sides, rows, _ = prepare_reward(small)
     models, _ = build_reward(small, device)
     randomise(models["reward"])
-    batch, tight = answer_batch(rows, sides, tokenizer, small, device), 1e-4 if args.dtype == "float32" else 0.1
+    batch, tight = answer_batch(rows, sides, tokenizer, small, device), 0.1 if args.dtype == "bfloat16" else 1e-4
 
     def backward(size):
         accumulate_reward(models, batch, len(rows), replace(small, micro_batch=size))
@@ -996,7 +995,7 @@ def check_policy(args, home: Path) -> None:
     score(models, batch, small)
     batch["rewards"] = batch["mask"] * torch.sin(torch.arange(len(rows), device=device))[:, None]  # something to learn
     estimate_advantages(batch, small)
-    everything, tight = list(range(len(rows))), 1e-4 if args.dtype == "float32" else 0.1
+    everything, tight = list(range(len(rows))), 0.1 if args.dtype == "bfloat16" else 1e-4
     ends = set(common.stop_ids(models["policy"], tokenizer))
 
     def at_start():

@@ -133,7 +133,7 @@ class Args:
     resume: bool = arg(False, "go on from the newest checkpoint in --out (from the start if there is none)")
     seed: int = arg(0, "of prompts, sampling, minibatches and new weights")
     device: str = arg("auto", "auto, cpu or cuda")
-    dtype: str = arg("float32", "of the computation: float32 or bfloat16; master weights are fp32")
+    dtype: str = arg("auto", "of the computation: float32, bfloat16 or auto (which is bfloat16 on CUDA)")
     activation_checkpointing: bool = arg(False, "recompute activations in the backward pass: less memory, more time")
     rollout_rows: int = arg(256, "sequences that a rank generates at once")
     eval_every: int = arg(20, "steps between evaluations; there is one before the first step and after the last")
@@ -279,7 +279,8 @@ def accumulate(models, batch, args) -> dict[str, float]:
     counts = common.all_sum(counts, device)
     whole = args.label_weight * counts["label"] + counts["rest"]
     sums = {}
-    for micro in common.micro_batches(batch, list(range(len(batch["mask"]))), args.micro_batch):
+    pieces = common.micro_batches(batch, list(range(len(batch["mask"]))), args.micro_batch)
+    for micro in common.accumulate_over(models, pieces):
         parts = objective(models, micro, args)
         (parts["loss/total"] / whole * common.world()).backward()  # FSDP averages over ranks
         for name, x in parts.items():
@@ -706,7 +707,7 @@ def validate(args) -> None:
         revise=(args.revise, ("adaptive", "always", "plain", "never", "direct", "gold")),
         label_rule=(args.label_rule, ("gap", "contrast", "hardness")),
         order=(args.order, ("easy_to_hard", "hard_to_easy", "shuffled")),
-        dtype=(args.dtype, ("float32", "bfloat16")),
+        dtype=(args.dtype, ("auto", "float32", "bfloat16")),
         fold=(str(args.fold), ("-1", "0", "1")),
     )
     common.at_least(0, lr=args.lr, reviser_lr=args.reviser_lr, warmup_steps=args.warmup_steps, seed=args.seed)
@@ -1016,7 +1017,7 @@ def check(args) -> None:
     pairs = [p | {"label": i % 3, "keep_chosen": i % 2 == 0} for i, p in enumerate(data.pairs[: 8 * world])]
     rows = rows_for_reviser(data, pairs, small)
     rows = rows[: len(rows) // world * world]
-    batch, tight = make_step(rows, data.tokenizer.pad_token_id, device), 1e-4 if args.dtype == "float32" else 0.1
+    batch, tight = make_step(rows, data.tokenizer.pad_token_id, device), 0.1 if args.dtype == "bfloat16" else 1e-4
     ids = [row[mask].tolist() for row, mask in zip(batch["completion_ids"], batch["mask"])]
     ends = set(common.stop_ids(models["policy"], data.tokenizer))
 
