@@ -476,9 +476,24 @@ def word_rows() -> tuple[list[dict], list[dict]]:
     return rows[25:], rows[:25]
 
 
+def sum_correct(question: str, answer: str, text: str) -> bool:
+    """The last number of a text counts, but an echo of the question is no answer.
+
+    A sum with 0 has an operand that equals its answer. There the number must be given as the result: after `=`, `:`,
+    is, equals or equal to, or alone on a line. "The number 0+7 is a concept" and "adding 7 to 0" do not answer.
+    """
+    if last_number(text) != answer:
+        return False
+    if answer not in find_numbers(question):
+        return True
+    head = re.sub(r"\D*$", "", text)  # up to the last number
+    result = re.search(rf"(?:[=:]|\b(?:is|equals|equal to))[\s*$]*{answer}$", head)
+    return bool(result or re.search(rf"^\W*{answer}\W*$", text, re.MULTILINE))
+
+
 def word_correct(completions: list[str], rows: list[dict]) -> list[bool]:
-    """The last number of the answer counts."""
-    return [last_number(text) == row["answer"] for text, row in zip(completions, rows, strict=True)]
+    sums = [(row["prompt"][0]["content"], row["answer"]) for row in rows]
+    return [sum_correct(*one, text) for one, text in zip(sums, completions, strict=True)]
 
 
 def given_gold(rows: list[dict], seed: int, slip: float = 0.0) -> list[str]:
