@@ -21,6 +21,7 @@ Contents
     8. load_pairs  preference pairs
 """
 
+import importlib.util
 import inspect
 import itertools
 import json
@@ -861,6 +862,8 @@ def task_from_data(
         "math": (math_row, math_correct, math_answered),
         "prompts": (prompt_row, None, None),
     }[task]
+    if task == "math" and importlib.util.find_spec("math_verify") is None:
+        raise BadInput(f"{dataset}: answers of MATH are graded by math-verify; expected it (pip install math-verify)")
     rows = [make_row(row, f"{dataset}: row {i}") for i, row in enumerate(raw, 1)]
 
     source = test_dataset or dataset

@@ -348,6 +348,12 @@ def test_math_reads_the_last_complete_box_and_works_outside_the_main_thread():
     assert tasks.last_boxed("\\boxed{\\frac{1}{2}}") == "\\frac{1}{2}"
 
 
+def test_math_without_its_grader_is_refused_before_anything_runs(tmp_path, monkeypatch):
+    data = write(tmp_path / "m.jsonl", [{"problem": f"{i}?", "solution": f"\\boxed{{{i}}}"} for i in range(4)])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    refused("pip install math-verify", tasks.load_task, dataset=data, test_rows=1)
+
+
 # files
 
 GSM8K = [{"question": f"{i}?", "answer": f"because\n#### {i}"} for i in range(10)]
