@@ -19,7 +19,8 @@ What differs from the paper, each for a reason
     1. Means are over all tokens of a step, on all ranks, not over sequences first: the micro-batch changes nothing.
     2. Teacher scores are exact: final hidden states and the LM head, on the fly or cached (--cache topk: authors' way).
     3. Vocabularies of different padded size are cut to the shared rows before the softmax, and what was cut is logged.
-    4. The slips of the authors' released code are switches (--adv_clip 0 1, --ref_topk 50), off; EOS has a score too.
+    4. The clamp of the authors' released code is a switch, off (--adv_clip 0 1); EOS has a score too. Outside the top
+       50 of pi_ref their A is never negative (--ref_topk is a milder rule of ours); docs/adpa.md.
 
 Run
     python adpa.py                                                                       # this laptop, offline
@@ -90,7 +91,7 @@ class Args:
             "help": "lowest and highest A (authors' code: 0 1, so that nothing is discouraged); empty: no limits"
         },
     )
-    ref_topk: int = arg(0, "authors' code: 50, outside its own top pi_ref counts as its least likely there; 0: exact")
+    ref_topk: int = arg(0, "outside its own top so many tokens pi_ref counts as its least likely there; 0: exact")
     states: str = arg("student", "student: answers of pi'; chosen or rejected: those of the data, off-policy")
     state_temperature: float = arg(0.0, "of the student's answers; 0: greedy (authors' code)")
     refresh_every: int = arg(0, "steps after which the current student answers anew, on-policy; 0: only at the start")

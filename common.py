@@ -1555,7 +1555,10 @@ def write_whole(path: Path, text: str) -> None:
 
 def _git_commit() -> str | None:
     here = Path(__file__).resolve().parent
-    out = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True, text=True)
+    try:
+        out = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True, text=True)
+    except OSError:  # there is no git here
+        return None
     return out.stdout.strip() or None
 
 

@@ -32,7 +32,8 @@ import sys
 import time
 
 from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import common  # before torch: it sets how OpenMP threads wait
 import tasks
@@ -52,7 +53,7 @@ class Args:
     test_rows: int = arg(256, "held-out prompts in an evaluation")
     reward_file: str = arg("", "a Python file with reward(prompts, completions, rows) -> list of floats")
     right_from: float = arg(1.0, "a completion that only --reward_file can grade is right from this reward on")
-    max_prompt: int = arg(512, "longest prompt in tokens")
+    max_prompt: int = arg(0, "longest prompt in tokens; 0: as in training, else 512 or half the model's positions")
     long_prompts: str = arg("error", "what happens to longer ones: drop, truncate (keeps the end) or error")
     trust_remote_code: bool = arg(False, "allow code that comes with a model from the Hub")
     # sampling
@@ -60,7 +61,7 @@ class Args:
     k: list[int] = field(
         default_factory=list, metadata={"help": "Pass@k for these k; empty: powers of 4 up to --samples_per_prompt"}
     )
-    max_new_tokens: int = arg(512, "longest completion in tokens, its EOS included")
+    max_new_tokens: int = arg(0, "longest completion in tokens, its EOS included; 0: as for --max_prompt")
     temperature: float = arg(1.0, "of sampling, and of every log-probability that is taken")
     # answer files
     format: str = arg(
@@ -91,6 +92,9 @@ BUILTIN = dict(max_prompt=24, max_new_tokens=24, micro_batch=64, step_separator=
 READ_BY = dict.fromkeys(("task", "test_dataset", "test_rows", "reward_file", "right_from"), ("accuracy",))
 READ_BY |= dict.fromkeys(("samples_per_prompt", "k"), ("accuracy",)) | {"dataset": ("accuracy", "--format")}
 READ_BY |= dict.fromkeys(("reward_ref", "objective", "test_pairs"), ("--pairs",)) | {"generator": ("--format",)}
+
+# Packages that may decide a result.
+PACKAGES = ("torch", "transformers", "datasets", "math-verify")
 
 # MT-Bench decodes each category at its own temperature, and others at 0.7.
 MT_BENCH = dict(extraction=0.0, math=0.0, coding=0.0, reasoning=0.0, stem=0.1, humanities=0.1)
@@ -321,6 +325,24 @@ def validate(args) -> None:
         require(whole, "--long_prompts drop would leave questions unanswered; expected error or truncate")
 
 
+def with_sizes(args):
+    """--max_prompt and --max_new_tokens where they are not given: those of the run that trained the model, which stand
+    in args.json beside its folder, else 512 or what its positions leave. Answers for a judge take the latter."""
+    if args.max_prompt and args.max_new_tokens:
+        return args
+    sizes = {"max_prompt": args.max_prompt, "max_new_tokens": args.max_new_tokens}
+    file = Path(args.model).parent / "args.json"
+    if Path(args.model).is_dir() and file.is_file() and not args.format:
+        trained = json.loads(file.read_text()).get("args", {})
+        sizes = {name: size or trained.get(name, 0) for name, size in sizes.items()}
+    config = common.load_config(args.model, args.trust_remote_code).get_text_config()
+    positions = getattr(config, "max_position_embeddings", None) or 1024
+    left = (positions - sum(sizes.values())) // max(1, list(sizes.values()).count(0))
+    sizes = {name: size or max(1, min(512, left)) for name, size in sizes.items()}
+    common.say("sizes of " + args.model + ": " + " ".join(f"--{name} {size}" for name, size in sizes.items()))
+    return replace(args, **sizes)
+
+
 def load_policy(args, device):
     """The model with its sampler; greedy is the same sampler at temperature 0."""
     shared = dict(dtype=args.dtype, device=device, trust_remote_code=args.trust_remote_code, trainable=False)
@@ -469,6 +491,14 @@ def answer_questions(args) -> None:
     write(run, args, started, metrics, samples, task=args.format, prompts=len(questions))
 
 
+def installed(name: str) -> tuple[str, str | None]:
+    """(package, its version), None where it is not there: not every evaluation needs all of them."""
+    try:
+        return name, version(name)
+    except PackageNotFoundError:
+        return name, None
+
+
 def write(run, args, started: float, metrics: dict, samples: list[dict], task: str, prompts: int) -> None:
     """result.json, the row of a table of results; metrics.jsonl; samples.jsonl with all completions; the screen."""
     run.samples(0, samples)
@@ -478,8 +508,7 @@ def write(run, args, started: float, metrics: dict, samples: list[dict], task: s
         settings = {name: value for name, value in asdict(args).items() if name in names and value}
         sizes = ("samples_per_prompt", "max_prompt", "max_new_tokens", "temperature", "seed", "dtype")
         settings |= {"task": task, "prompts": prompts} | {name: getattr(args, name) for name in sizes}
-        packages = ("torch", "transformers", "datasets", "math-verify")
-        versions = {"python": sys.version.split()[0]} | {name: version(name) for name in packages}
+        versions = {"python": sys.version.split()[0]} | dict(map(installed, PACKAGES))
         row = settings | {"metrics": metrics, "confidence": 0.95, "seconds": round(time.time() - started, 1)}
         row |= {"command": about["command"], "git": about["git"], "time": about["time"], "versions": versions}
         common.write_whole(run.path / "result.json", json.dumps(row, indent=2) + "\n")
@@ -518,6 +547,7 @@ def check(args) -> None:
 
 
 def evaluate(args) -> None:
+    args = with_sizes(args)
     validate(args)
     run = rate_reward_model if args.pairs else answer_questions if args.format else measure_accuracy
     (check if args.check else run)(args)

@@ -1,7 +1,7 @@
 """LCO: logits convex optimisation. PPO's clipped surrogate replaced by regression onto the closed-form optimum.
 
-Chen et al. 2026, "Stabilizing Policy Optimization via Logits Convexity" (arXiv:2603.00963). PPO climbs a surrogate that
-is not convex in the logits. LCO asks where the KL-regularised step would end, and fits that by regression:
+Chen et al. 2026, "Stabilizing Policy Optimization via Logits Convexity" (arXiv:2603.00963, not reviewed). PPO climbs a
+surrogate that is not convex in the logits. LCO computes where the KL-regularised step would end, and regresses onto it:
 
     max_pi E_pi[A] - beta KL(pi || pi_old)   =>   pi*(a|s) = pi_old(a|s) exp(A(s,a) / beta) / Z(s)              (LCO-1)
     in logits, up to a constant a state:          z*(s,a) = z_old(s,a) + A(s,a) / beta                          (LCO-2)
@@ -10,15 +10,17 @@ is not convex in the logits. LCO asks where the KL-regularised step would end, a
     --loss mse   (z(s,a) - z*(s,a))^2             on the entries whose advantage is known                       (LCO-4)
     --loss lch   log cosh(z(s,a) - z*(s,a))       likewise                                                      (LCO-5)
 
-The target is fixed by the rollout, so each loss is convex in z(s,.). The diff to ppo_baseline.py is the method:
-docs/diffs/ppo_baseline--lco.diff. Relatives: AWR, MPO, REBEL, A*-PO (2505.20686), QRPO (2507.08068), LAD (2602.20132),
-TPO (2604.06159, which fits a target over sampled completions; LCO fits one over the vocabulary, token by token).
+The target is fixed by the rollout, so each loss is convex in z(s,.). All that differs from ppo_baseline.py:
+docs/diffs/ppo_baseline--lco.diff. Closest: APA (2306.02231), the squared error of log pi against log pi_init + A/beta
+on sampled tokens; BPO (2604.18578), the closed-form optimum of a step with a bounded ratio. Relatives: AWR, MPO, REBEL,
+A*-PO (2505.20686), QRPO (2507.08068), LAD (2602.20132), TPO (2604.06159, which fits a target over sampled completions;
+LCO fits one over the vocabulary, token by token).
 
 What differs from the paper (its abstract and introduction; formulas have tags of our own), each for a reason
     1. Old logits are exact: rebuilt from the rollout's hidden states and a copy of the LM head, never a top-k.
     2. --target linear and --negative_beta_scale: one sampled advantage a state biases exp(A / beta); docs/lco.md.
-    3. The departures of the authors' released code are switches: --moving_target, --old_topk and --token_mean are off,
-       --negative_beta_scale is on for real models, where it did best.
+    3. Departures of the authors' released code are switches: --moving_target, --old_topk and --token_mean are off,
+       --negative_beta_scale is on for real models, where it did best. Others are told in docs/lco.md.
 
 Run
     python lco.py                                                                        # this laptop, offline

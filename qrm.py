@@ -21,7 +21,7 @@ What differs from the paper (its abstract and third-party summaries), each for a
     3. QRM-1 alone does not fix the number of each state: an LM head does (its phi sums to one), the scalar head of the
        authors' release does not, and may learn a value of the prefix instead; docs/qrm.md.
     4. The departures of the authors' released code are switches, all off: --no_center, --value_baseline_weight 0.01,
-       --kl_estimator abs, --eos_reward mean; stale updates without a ratio are --loss reinforce --epochs 8.
+       --kl_estimator abs, --eos_reward mean; stale updates without a ratio are --loss reinforce --minibatches 384.
 
 Run
     python qrm.py                                                                        # this laptop, all three stages

@@ -7,7 +7,8 @@ paper, [T] told by third parties, [I] inferred here. x: a prompt, (y_l, y_h): th
     warm-up    L = -log R0(y_h | x, y_l)                                                                [T]    (SEFT-1)
     labels     gap(a -> b) = mean log R0(b | x, a) - mean log R0(a | x, a)
                need = gap(y_l -> y_h) - gap(y_h -> y_l):  No <= 0 < Minor <= median < Major             [I]    (SEFT-2)
-               by the R0 of the other half of the pairs [I]; also No: a y_h that R0 itself would keep   [I]
+               by an R0 that learnt from other pairs [T], here those of the other half [I]; also No: a y_h
+               that R0 itself would keep                                                                [I]
     reviser    L = -w log R(label | x, y) - log R(y_h | x, y, label);  nothing follows No               [T]    (SEFT-3)
     revision   y* = y0 where R(No | x, y0) > t, else what R writes under the likelier of Major, Minor   [P], t [I]
     evolution  L = -log pi(y* | x), y0 ~ pi(. | x) for unannotated x, in rounds                         [P]    (SEFT-4)

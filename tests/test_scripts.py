@@ -4,7 +4,11 @@ import dataclasses
 import inspect
 import json
 import math
+import os
 import re
+import shutil
+import subprocess
+import sys
 from unittest import mock
 
 import common
@@ -13,7 +17,8 @@ import ppo_baseline
 import pytest
 import qrm
 import tasks
-from conftest import REWARD, TINY, assert_same_metrics, flags, read_metrics, run_here, run_script
+from conftest import REWARD, ROOT, TINY, assert_same_metrics, flags, read_metrics, run_here, run_script
+from safetensors.torch import load_file
 
 import torch
 
@@ -318,6 +323,25 @@ def test_single_update_asks_pi_old_in_passing(name, base, tmp_path):
 
 
 # ---- the user's own data ---------------------------------------------------------------------------------------------
+
+
+def test_a_copy_needs_three_files(tmp_path):
+    """lco.py, common.py and tasks.py alone in a folder train a model given by its path, on a file, with its reward."""
+    for name in ("lco.py", "common.py", "tasks.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "builtin" / "policy", tmp_path / "start")
+    prompts = [{"prompt": f"{a}+{b}="} for a in range(1, 6) for b in range(1, 6)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
+    (tmp_path / "mine.py").write_text("def reward(prompts, completions, rows): return [len(c) for c in completions]\n")
+    settings = dict(model="start", dataset="prompts.jsonl", reward_file="mine.py", out="run", steps=1, test_rows=4)
+    settings |= dict(prompts_per_step=4, samples_per_prompt=4, micro_batch=8, max_prompt=16, max_new_tokens=16, lr=1e-4)
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    words = [sys.executable, "lco.py", *flags(**settings)]
+    done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert [line["step"] for line in read_metrics(tmp_path / "run")] == [0, 1]
+    start, end = (load_file(tmp_path / name / "model.safetensors") for name in ("start", "run/model"))
+    assert start.keys() == end.keys() and any(not torch.equal(start[name], end[name]) for name in start)
 
 
 @pytest.mark.parametrize("column", ["prompt", "messages"])
