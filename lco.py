@@ -343,7 +343,8 @@ def score(models, batch, args) -> dict[str, torch.Tensor]:
 
 def chosen_logits(hidden, weight, ids, args):
     """The logits of `ids` alone, [N]: no vocabulary is touched."""
-    return (hidden.float() * weight[ids].float()).sum(-1) / args.temperature
+    rows = torch.nn.functional.embedding(ids, weight)  # weight[ids] adds up its gradients in no fixed order
+    return (hidden.float() * rows.float()).sum(-1) / args.temperature
 
 
 def objective(models, heads, micro, args, train_policy: bool = True):
