@@ -931,7 +931,8 @@ def _read(model, forward, batch: dict) -> torch.Tensor:
     sees = ((owner[:, None] == 0) | (owner[:, None] == owner[:, :, None])).tril()  # owner 0: the prompt
     states = forward(input_ids=ids, attention_mask=sees[:, None], position_ids=position)
     at = torch.cat([n[:, None] - 1, start[:, None] + column], 1).clamp_max(S - 1)
-    return states[group[:, None], at]
+    # Not states[group[:, None], at], whose backward pass adds up a row that is read twice in the order threads arrive.
+    return F.embedding(S * group[:, None] + at, states.flatten(0, 1))
 
 
 # ======================================================================================================================
@@ -1646,6 +1647,7 @@ def save_checkpoint(folder: Path, step: int, model, optimizer) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     dist.barrier()
+    _begin_state(optimizer)
     model_state, optimizer_state = get_state_dict(model, optimizer, options=_options())
     with _quiet_dcp():
         dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=temporary)
@@ -1660,6 +1662,19 @@ def save_checkpoint(folder: Path, step: int, model, optimizer) -> None:
             if old != target:
                 shutil.rmtree(old, ignore_errors=True)
     dist.barrier()
+
+
+def _begin_state(optimizer) -> None:
+    """Adam's state of the parameters that it has not updated yet, as its first update would make it.
+
+    Else get_state_dict makes it with an update of its own, which counts as one, or leaves it out.
+    """
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if not optimizer.state[p]:
+                count = torch.zeros((), device=p.device)  # where a fused Adam keeps it
+                zeros = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+                optimizer.state[p] = {"step": count, **zeros}
 
 
 def latest_checkpoint(folder: Path) -> tuple[int, Path] | None:

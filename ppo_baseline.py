@@ -169,7 +169,17 @@ def whiten(x, mask):
     sums = common.all_sum({"n": count, "x": total, "xx": square}, x.device)
     mean = sums["x"] / sums["n"]
     variance = max(sums["xx"] / sums["n"] - mean**2, 0.0)
+    if variance <= 1e-12 * mean**2:  # all equal: what is left is rounding, which must not grow into a signal
+        return torch.zeros_like(x)
     return (x - mean) / (variance + 1e-8) ** 0.5 * mask
+
+
+# same in: ppo_baseline.py lco.py qrm.py
+def equal_returns(rewards, mask, gamma: float) -> bool:
+    """Whether all completions of the global batch have the same return, but for rounding, so that none is better."""
+    returns = gae(rewards, torch.zeros_like(rewards), mask, gamma, 1.0)[0][:, 0]
+    most, least = (sign * common.all_max((sign * returns).max(), mask.device) for sign in (1, -1))
+    return most - least <= 1e-6 * max(abs(most), abs(least))
 
 
 def estimate_advantages(batch, args) -> None:
@@ -178,11 +188,15 @@ def estimate_advantages(batch, args) -> None:
     if args.advantage == "gae":
         advantages, batch["returns"] = gae(rewards, batch["values"], mask, args.gamma, args.lam)
         batch["advantages"] = whiten(advantages, mask)
+        if equal_returns(rewards, mask, args.gamma):  # what differs is the critic, which learns alone
+            batch["advantages"] = torch.zeros_like(advantages)
     elif args.advantage == "reward":
         batch["advantages"] = whiten(rewards.sum(1, keepdim=True) * mask, mask)
     else:  # group: the leave-none-out mean, not divided by the standard deviation (which would favour lucky prompts)
         groups = rewards.sum(1).view(-1, args.samples_per_prompt)
-        batch["advantages"] = (groups - groups.mean(1, keepdim=True)).view(-1, 1) * mask
+        gaps = groups - groups.mean(1, keepdim=True)
+        gaps = gaps * (gaps.abs() > 1e-6 * groups.abs().amax(1, keepdim=True))  # rounding is no signal
+        batch["advantages"] = gaps.view(-1, 1) * mask
 
 
 # ---- models and batches to losses ------------------------------------------------------------------------------------
@@ -252,14 +266,18 @@ def accumulate(models, batch, rows, args, train_policy: bool = True):
 
 
 def update(models, optimizer, batch, rows, args, train_policy: bool = True):
-    """One optimizer step on some local rows of a batch."""
+    """One optimizer step on some local rows of a batch. The policy takes none where all their advantages are 0."""
+    signal = common.all_max(batch["advantages"][rows].abs().max(), batch["mask"].device) > 0
+    train_policy = train_policy and signal
     sums, tokens = accumulate(models, batch, rows, args, train_policy)
+    if not train_policy:  # no gradients, not even 0: with those Adam's momentum would go on
+        models["policy"].zero_grad(set_to_none=True)
     norm = torch.nn.utils.clip_grad_norm_(common.trainable_parameters(models), args.max_grad_norm)
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     common.stop_unless_finite({"grad_norm": norm, **sums})
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return sums | {"grad_norm": norm.item() * tokens}, tokens
+    return sums | {"grad_norm": norm.item() * tokens, "policy/updates": train_policy * tokens}, tokens
 
 
 def diagnose_update(policy, micro, old_logits, args) -> dict[str, float]:
@@ -409,8 +427,8 @@ def train(args, stop_after: int | None = None) -> None:
         metrics |= {"lr": optimizer.param_groups[0]["lr"], "policy/sampler_gap": gap}
         if args.diagnose:
             metrics |= diagnose_update(policy, probe, old_logits, args)
-        if metrics["reward/spread"] == 0:
-            common.say("  no prompt of this step has two different rewards: there is no signal to learn from")
+        if metrics["policy/updates"] == 0 and step >= args.critic_warmup:
+            common.say("  no completion of this step is better than another: the policy stays as it is")
         train_rows = zip(rows[:4], completions, batch["rewards"].sum(1).tolist())
         run.samples(
             step + 1, [{"kind": "train", "prompt": r["prompt"], "completion": c, "reward": x} for r, c, x in train_rows]
