@@ -19,7 +19,8 @@ What differs from the paper, each for a reason
     1. Means are over all tokens of a step, on all ranks, not over sequences first: the micro-batch changes nothing.
     2. Teacher scores are exact: final hidden states and the LM head, on the fly or cached (--cache topk: authors' way).
     3. Vocabularies of different padded size are cut to the shared rows before the softmax, and what was cut is logged.
-    4. The slips of the authors' released code are switches (--adv_clip 0 1, --ref_topk 50), off; EOS has a score too.
+    4. The clamp of the authors' released code is a switch, off (--adv_clip 0 1); EOS has a score too. Outside the top
+       50 of pi_ref their A is never negative (--ref_topk is a milder rule of ours); docs/adpa.md.
 
 Run
     python adpa.py                                                                       # this laptop, offline
@@ -130,9 +131,7 @@ class Args:
     resume: bool = arg(False, "continue from the newest checkpoint in --out (from the start if there is none)")
     seed: int = arg(0, "the seed of data order, sampling and new weights", at_least=0)
     device: Literal["auto", "cpu", "cuda"] = arg("auto", "where the run takes place")
-    dtype: Literal["float32", "bfloat16"] = arg(
-        "float32", "the dtype of the computation; master weights stay in float32"
-    )
+    dtype: Literal["auto", "float32", "bfloat16"] = arg("auto", "the dtype of the computation; auto: bfloat16 on CUDA")
     activation_checkpointing: bool = arg(False, "recompute activations in the backward pass: less memory, more time")
     rollout_rows: int = arg(256, "sequences that each rank generates at once", at_least=1)
     eval_every: int = arg(20, "steps between evaluations; there is one before and one after training", at_least=1)
@@ -389,7 +388,8 @@ def accumulate(models, heads, batch, args) -> dict[str, float]:
     """
     counts, means = count(batch, args), {}
     together = 2 if args.loss == "dpo" else 1
-    for micro in common.micro_batches(batch, list(range(len(batch["mask"]))), args.micro_batch, together):
+    pieces = common.micro_batches(batch, list(range(len(batch["mask"]))), args.micro_batch, together)
+    for micro in common.accumulate_over(models, pieces):
         loss, sums = objective(models, heads, micro, counts, args)
         (loss * common.world()).backward()  # FSDP averages over ranks
         parts = {name: x / counts[what] for what in sums for name, x in sums[what].items() if what in counts}

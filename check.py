@@ -38,7 +38,7 @@ class Checks:
 
     def __init__(self, module, args):
         self.module, self.args = module, args
-        self.tight = 1e-4 if args.dtype == "float32" else 0.1
+        self.tight = 0.1 if args.dtype == "bfloat16" else 1e-4
         self.looking, self.answers, self.sampled, self.rollout, self.told = False, {}, set(), None, set()
         self.gap = None
         self.screen, self.complete, self.sampler_gap = sys.stdout, common.Sampling.complete, common.sampler_gap
@@ -109,10 +109,10 @@ class Checks:
                 self.look_at_models({"policy": sampling.policy}, batch)
         return out
 
-    def spied_gap(self, per_token, batch, sampled, dtype):
+    def spied_gap(self, per_token, batch, sampled, dtype, **more):
         """common.sampler_gap(): the training forward gives tokens the log-probabilities with which they were drawn."""
         try:
-            gap = self.sampler_gap(per_token, batch, sampled, dtype)
+            gap = self.sampler_gap(per_token, batch, sampled, dtype, **more)
             self.gap = True, f"mean |ratio - 1| {gap:.1e}"
         except RuntimeError as error:  # told later, after what may be the cause
             gap, self.gap = 0.0, (False, str(error))
@@ -280,7 +280,7 @@ class Checks:
 
         with mock.patch.object(self.module, "update", first_update), contextlib.suppress(StopIteration):
             self.real["train"](replace(args, out=f"{args.out}-twin"))
-        limit = self.tight * (10 if self.args.dtype == "float32" else 1)
+        limit = self.tight * (1 if self.args.dtype == "bfloat16" else 10)
         return bool(gaps) and max(gaps.values()) < limit, told(gaps)
 
     def resumes(self, args) -> tuple[bool, str]:

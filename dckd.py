@@ -105,9 +105,7 @@ class Args:
     resume: bool = arg(False, "continue from the newest checkpoint in --out (from the start if there is none)")
     seed: int = arg(0, "the seed of data order, sampling and new weights", at_least=0)
     device: Literal["auto", "cpu", "cuda"] = arg("auto", "where the run takes place")
-    dtype: Literal["float32", "bfloat16"] = arg(
-        "float32", "the dtype of the computation; master weights stay in float32"
-    )
+    dtype: Literal["auto", "float32", "bfloat16"] = arg("auto", "the dtype of the computation; auto: bfloat16 on CUDA")
     activation_checkpointing: bool = arg(False, "recompute activations in the backward pass: less memory, more time")
     rollout_rows: int = arg(256, "sequences that each rank generates at once", at_least=1)
     eval_every: int = arg(20, "steps between evaluations; there is one before and one after training", at_least=1)
@@ -314,7 +312,8 @@ def accumulate(models, heads, batch, args) -> dict[str, float]:
     """
     counts, means = count(batch, args), {}
     together = 2 if args.loss == "dpo" else 1
-    for micro in common.micro_batches(batch, list(range(len(batch["mask"]))), args.micro_batch, together):
+    pieces = common.micro_batches(batch, list(range(len(batch["mask"]))), args.micro_batch, together)
+    for micro in common.accumulate_over(models, pieces):
         loss, sums = objective(models, heads, micro, counts, args)
         (loss * common.world()).backward()  # FSDP averages over ranks
         parts = {name: x / counts[what] for what in sums for name, x in sums[what].items() if what in counts}

@@ -21,7 +21,7 @@ What differs from the paper (its abstract and third-party summaries), each for a
     3. QRM-1 alone does not fix the number of each state: an LM head does (its phi sums to one), the scalar head of the
        authors' release does not, and may learn a value of the prefix instead; docs/qrm.md.
     4. The departures of the authors' released code are switches, all off: --no_center, --value_baseline_weight 0.01,
-       --kl_estimator abs, --eos_reward mean; stale updates without a ratio are --loss reinforce --epochs 8.
+       --kl_estimator abs, --eos_reward mean; stale updates without a ratio are --loss reinforce --minibatches 384.
 
 Run
     python qrm.py                                                                        # this laptop, all three stages
@@ -149,9 +149,7 @@ class Args:
     resume: bool = arg(False, "continue from the newest checkpoint in --out (from the start if there is none)")
     seed: int = arg(0, "the seed of data order, sampling and new weights", at_least=0)
     device: Literal["auto", "cpu", "cuda"] = arg("auto", "where the run takes place")
-    dtype: Literal["float32", "bfloat16"] = arg(
-        "float32", "the dtype of the computation; master weights stay in float32"
-    )
+    dtype: Literal["auto", "float32", "bfloat16"] = arg("auto", "the dtype of the computation; auto: bfloat16 on CUDA")
     activation_checkpointing: bool = arg(False, "recompute activations in the backward pass: less memory, more time")
     rollout_rows: int = arg(256, "sequences that each rank generates at once", at_least=1)
     eval_every: int = arg(20, "steps between evaluations; there is one before and one after training", at_least=1)
@@ -305,7 +303,17 @@ def whiten(x, mask):
     sums = common.all_sum({"n": count, "x": total, "xx": square}, x.device)
     mean = sums["x"] / sums["n"]
     variance = max(sums["xx"] / sums["n"] - mean**2, 0.0)
+    if variance <= 1e-12 * mean**2:  # all equal: what is left is rounding, which must not grow into a signal
+        return torch.zeros_like(x)
     return (x - mean) / (variance + 1e-8) ** 0.5 * mask
+
+
+# same in: ppo_baseline.py lco.py qrm.py
+def equal_returns(rewards, mask, gamma: float) -> bool:
+    """Whether all completions of the global batch have the same return, but for rounding, so that none is better."""
+    returns = gae(rewards, torch.zeros_like(rewards), mask, gamma, 1.0)[0][:, 0]
+    most, least = (sign * common.all_max((sign * returns).max(), mask.device) for sign in (1, -1))
+    return most - least <= 1e-6 * max(abs(most), abs(least))
 
 
 def standardise(scores, at, center: bool):
@@ -343,13 +351,17 @@ def estimate_advantages(batch, args) -> None:
     elif args.advantage == "gae":
         advantages, batch["returns"] = gae(rewards, values, mask, args.gamma, args.lam)
         batch["advantages"] = whiten(advantages, mask)
+        if equal_returns(rewards, mask, args.gamma):  # what differs is the critic, which learns alone
+            batch["advantages"] = torch.zeros_like(advantages)
     elif args.advantage == "return":
         batch["advantages"] = whiten(gae(rewards, values, mask, args.gamma, 1.0)[0], mask)
     elif args.advantage == "reward":
         batch["advantages"] = whiten(rewards.sum(1, keepdim=True) * mask, mask)
     else:  # group: the leave-none-out mean, not divided by the standard deviation (which would favour lucky prompts)
         groups = rewards.sum(1).view(-1, args.samples_per_prompt)
-        batch["advantages"] = (groups - groups.mean(1, keepdim=True)).view(-1, 1) * mask
+        gaps = groups - groups.mean(1, keepdim=True)
+        gaps = gaps * (gaps.abs() > 1e-6 * groups.abs().amax(1, keepdim=True))  # rounding is no signal
+        batch["advantages"] = gaps.view(-1, 1) * mask
 
 
 # ---- models and batches to losses ------------------------------------------------------------------------------------
@@ -403,7 +415,7 @@ def accumulate(models, batch, rows, args, train_policy: bool = True):
     device = batch["mask"].device
     tokens = common.all_sum({"n": batch["mask"][rows].sum()}, device)["n"]  # counted first, divided by once
     sums = {}
-    for micro in common.micro_batches(batch, rows, args.micro_batch):
+    for micro in common.accumulate_over(models, common.micro_batches(batch, rows, args.micro_batch)):
         loss, metrics = objective(models, micro, args, train_policy)
         (loss * common.world() / tokens).backward()  # FSDP averages over ranks
         sums = {k: sums.get(k, 0.0) + v for k, v in metrics.items()}
@@ -411,14 +423,18 @@ def accumulate(models, batch, rows, args, train_policy: bool = True):
 
 
 def update(models, optimizer, batch, rows, args, train_policy: bool = True):
-    """One optimizer step on some local rows of a batch."""
+    """One optimizer step on some local rows of a batch. The policy takes none where all their advantages are 0."""
+    signal = common.all_max(batch["advantages"][rows].abs().max(), batch["mask"].device) > 0
+    train_policy = train_policy and signal
     sums, tokens = accumulate(models, batch, rows, args, train_policy)
+    if not train_policy:  # no gradients, not even 0: with those Adam's momentum would go on
+        models["policy"].zero_grad(set_to_none=True)
     norm = torch.nn.utils.clip_grad_norm_(common.trainable_parameters(models), args.max_grad_norm)
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     common.stop_unless_finite({"grad_norm": norm, **sums})
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return sums | {"grad_norm": norm.item() * tokens}, tokens
+    return sums | {"grad_norm": norm.item() * tokens, "policy/updates": train_policy * tokens}, tokens
 
 
 # ---- the run ---------------------------------------------------------------------------------------------------------
@@ -652,8 +668,7 @@ def accumulate_reward(models, batch, n: int, args):
     mine = batch["step_ends"].sum() if args.objective == "step_prm" else torch.tensor(n)
     count, sums = common.all_sum({"n": mine}, device)["n"], {}
     size = max(1, args.micro_batch // sides)
-    for i in range(0, n, size):
-        part = range(i, min(i + size, n))
+    for part in common.accumulate_over(models, [range(i, min(i + size, n)) for i in range(0, n, size)]):
         micro = common.take(batch, [side * n + j for side in range(sides) for j in part])
         loss, metrics = reward_objective(models, micro, args)
         (loss * common.world() / count).backward()  # FSDP averages over ranks
@@ -787,7 +802,7 @@ def train(args) -> None:
             for mine in common.minibatch_rows(args.seed, step, epoch, len(rows) * common.world(), args.minibatches):
                 new, n = update(models, optimizer, batch, mine, args, train_policy=step >= args.critic_warmup)
                 if tokens == 0:
-                    common.stop_unless_on_policy(new["policy/ratio_gap"] / n, args.dtype)
+                    common.stop_unless_on_policy(new["policy/ratio_gap"] / n, args.dtype, device)
                 sums, tokens = {k: sums.get(k, 0.0) + v for k, v in new.items()}, tokens + n
         run.lap("update")
 

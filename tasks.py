@@ -21,6 +21,7 @@ Contents
     8. load_pairs  preference pairs
 """
 
+import importlib.util
 import inspect
 import itertools
 import json
@@ -480,9 +481,24 @@ def word_rows() -> tuple[list[dict], list[dict]]:
     return rows[25:], rows[:25]
 
 
+def sum_correct(question: str, answer: str, text: str) -> bool:
+    """The last number of a text counts, but an echo of the question is no answer.
+
+    A sum with 0 has an operand that equals its answer. There the number must be given as the result: after `=`, `:`,
+    is, equals or equal to, or alone on a line. "The number 0+7 is a concept" and "adding 7 to 0" do not answer.
+    """
+    if last_number(text) != answer:
+        return False
+    if answer not in find_numbers(question):
+        return True
+    head = re.sub(r"\D*$", "", text)  # up to the last number
+    result = re.search(rf"(?:[=:]|\b(?:is|equals|equal to))[\s*$]*{answer}$", head)
+    return bool(result or re.search(rf"^\W*{answer}\W*$", text, re.MULTILINE))
+
+
 def word_correct(completions: list[str], rows: list[dict]) -> list[bool]:
-    """The last number of the answer counts."""
-    return [last_number(text) == row["answer"] for text, row in zip(completions, rows, strict=True)]
+    sums = [(row["prompt"][0]["content"], row["answer"]) for row in rows]
+    return [sum_correct(*one, text) for one, text in zip(sums, completions, strict=True)]
 
 
 def given_gold(rows: list[dict], seed: int, slip: float = 0.0) -> list[str]:
@@ -844,6 +860,8 @@ def task_from_data(
         "math": (math_row, math_correct, math_answered),
         "prompts": (prompt_row, None, None),
     }[task]
+    if task == "math" and importlib.util.find_spec("math_verify") is None:
+        raise BadInput(f"{dataset}: answers of MATH are graded by math-verify; expected it (pip install math-verify)")
     rows = [make_row(row, f"{dataset}: row {i}") for i, row in enumerate(raw, 1)]
 
     source = test_dataset or dataset

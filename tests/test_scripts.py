@@ -4,8 +4,11 @@ import dataclasses
 import inspect
 import json
 import math
+import os
 import re
 import shutil
+import subprocess
+import sys
 from unittest import mock
 
 import common
@@ -14,7 +17,8 @@ import ppo_baseline
 import pytest
 import qrm
 import tasks
-from conftest import REWARD, TINY, assert_same_metrics, check_here, flags, read_metrics, run_here, run_script
+from conftest import REWARD, ROOT, TINY, assert_same_metrics, check_here, flags, read_metrics, run_here, run_script
+from safetensors.torch import load_file
 
 import torch
 
@@ -317,36 +321,55 @@ def test_few_rows(base, out):
     trained(lco, base, out, prompts_per_step=1, samples_per_prompt=2, minibatches=1)
 
 
-SINGLE = {
-    "ppo": (ppo_baseline, dict(loss="ppo")),
-    "lch": (lco, dict(loss="lch")),
-    "kld": (lco, dict(loss="kld", advantage="gae")),
-    "qrm": (qrm, dict(stage="policy", reward="rule")),
-}
+SINGLE = {"ppo": (ppo_baseline, dict(loss="ppo")), "lch": (lco, dict(loss="lch")), "kld": (lco, dict(advantage="gae"))}
 
 
 @pytest.mark.parametrize("name", SINGLE)
-def test_single_update_asks_pi_old_in_passing(name, base, tmp_path):
-    """One update a rollout spares the forward of pi_old; it is there with more updates, and for a KL penalty."""
+def test_single_update_needs_no_forward_of_pi_old(name, base, tmp_path):
+    """With one update per rollout pi = pi_old; it is evaluated with more updates, and for a KL penalty."""
     script, changes = SINGLE[name]
     settings = base | dict(minibatches=1, advantage="group") | changes
-    runs, reads = {}, {}
-    for asked in (False, True):
+    evaluate, runs, reads = script.evaluate_models, {}, {}
+
+    def as_if(**more):
+        return lambda models, batch, args: evaluate(models, batch, dataclasses.replace(args, **more))
+
+    for key, more in {"one": {}, "two": dict(minibatches=2), "epochs": dict(epochs=2)}.items():
         with (
             mock.patch.object(common, "completion_hidden", wraps=common.completion_hidden) as read,
-            mock.patch.object(script, "one_update", (lambda args: False) if asked else script.one_update),
+            mock.patch.object(script, "evaluate_models", as_if(**more)),
         ):
-            runs[asked] = read_metrics(run_here(script, **settings, out=str(tmp_path / f"{asked}")))
-        reads[asked] = read.call_count
-    assert_same_metrics(runs[False], runs[True], relative=1e-4, floor=1e-5)
-    assert reads[True] == 2 * reads[False]  # score and update read equally many micro-batches
-    one = script.Args(**settings)
-    assert script.one_update(one)
-    for more in (dict(minibatches=2), dict(epochs=2), dict(kl_coef=0.1)):
-        assert not script.one_update(dataclasses.replace(one, **more))
+            runs[key] = read_metrics(run_here(script, **settings, out=str(tmp_path / key)))
+        reads[key] = read.call_count
+    for key in ("two", "epochs"):
+        assert_same_metrics(runs["one"], runs[key], relative=1e-4, floor=1e-5)
+        assert reads[key] > reads["one"]
+    kept = {}
+    with mock.patch.object(script, "evaluate_models", lambda *given: (evaluate(*given), kept.update(given[1]))[0]):
+        run_here(script, **settings | dict(kl_coef=0.1), out=str(tmp_path / "kl"))
+    assert "old_logprobs" in kept
 
 
 # ---- the user's own data ---------------------------------------------------------------------------------------------
+
+
+def test_a_copy_needs_three_files(tmp_path):
+    """lco.py, common.py and tasks.py alone in a folder train a model given by its path, on a file, with its reward."""
+    for name in ("lco.py", "common.py", "tasks.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "builtin" / "policy", tmp_path / "start")
+    prompts = [{"prompt": f"{a}+{b}="} for a in range(1, 6) for b in range(1, 6)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
+    (tmp_path / "mine.py").write_text("def reward(prompts, completions, rows): return [len(c) for c in completions]\n")
+    settings = dict(model="start", dataset="prompts.jsonl", reward_file="mine.py", out="run", steps=1, test_rows=4)
+    settings |= dict(prompts_per_step=4, samples_per_prompt=4, micro_batch=8, max_prompt=16, max_new_tokens=16, lr=1e-4)
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    words = [sys.executable, "lco.py", *flags(**settings)]
+    done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert [line["step"] for line in read_metrics(tmp_path / "run")] == [0, 1]
+    start, end = (load_file(tmp_path / name / "model.safetensors") for name in ("start", "run/model"))
+    assert start.keys() == end.keys() and any(not torch.equal(start[name], end[name]) for name in start)
 
 
 @pytest.mark.parametrize("column", ["prompt", "messages"])

@@ -224,10 +224,50 @@ def test_words_splits_the_hundred_sums():
     assert len(asked) == 75 and len(task.test) == 25
     assert not asked & {row["prompt"][0]["content"] for row in task.test}
     assert len({row["prompt"][0]["content"] for row in task.rows(0, 1, 32)}) == 32
-    row = {"prompt": "", "answer": "12"}
+    row = {"prompt": [{"role": "user", "content": "What is 7+5?"}], "answer": "12"}
     texts = ["12", "7+5=12.", "It is 12", "twelve", "112", "-12", "12 or 13", "**12**", "7+5 = 12!"]
     assert tasks.word_correct(texts, [row] * 9) == [True, True, True, False, False, False, False, True, True]
     assert tasks.word_answered(["twelve", "12"]) == [False, True]
+
+
+ECHOES = [
+    ("7", True),
+    ("**7**", True),
+    ("7\n\nThis is", True),
+    ("0 + 7 = 7", True),
+    ("0+7 is 7.", True),
+    ("The answer is: 7", True),
+    ("0 plus 7 equals **7**.", True),
+    ("0+7 is equal to 7.", True),
+    ("0+7 is 8.", False),
+    ("0+7", False),
+    ("0 + 7 =", False),
+    ("What is 0+7?", False),
+    ("The number 0+7 is a mathematical concept", False),
+    ("the sum of 0 and 7", False),
+    ("Zero plus 7 is a concept", False),
+    ("adding 7 to zero", False),
+    ("Calculating 7 as", False),
+    ("7 is a number", False),
+    ("0+7 is 1+7.", False),
+    ("7+0 is 0+7.", False),
+    ("0+7 is 7+0.", False),
+    ("it is 17", False),
+]
+
+
+@pytest.mark.parametrize("text, right", ECHOES)
+def test_an_echo_of_the_question_is_no_answer(text, right):
+    row = {"prompt": [{"role": "user", "content": "What is 0+7?"}], "answer": "7"}
+    assert tasks.word_correct([text], [row]) == [right]
+
+
+def test_no_question_answers_itself():
+    rows = [row for part in tasks.word_rows() for row in part]
+    questions = [row["prompt"][0]["content"] for row in rows]
+    sums = [question.removeprefix("What is ").removesuffix("?") for question in questions]
+    assert not any(tasks.word_correct(questions, rows)) and not any(tasks.word_correct(sums, rows))
+    assert all(tasks.word_correct([f"{a} is {row['answer']}." for a, row in zip(sums, rows)], rows))
 
 
 # graders
@@ -306,6 +346,12 @@ def test_math_reads_the_last_complete_box_and_works_outside_the_main_thread():
     assert right == [True, True, False, False, True]
     assert tasks.math_answered(texts) == [True, True, True, False, True]
     assert tasks.last_boxed("\\boxed{\\frac{1}{2}}") == "\\frac{1}{2}"
+
+
+def test_math_without_its_grader_is_refused_before_anything_runs(tmp_path, monkeypatch):
+    data = write(tmp_path / "m.jsonl", [{"problem": f"{i}?", "solution": f"\\boxed{{{i}}}"} for i in range(4)])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    refused("pip install math-verify", tasks.load_task, dataset=data, test_rows=1)
 
 
 # files
