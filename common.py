@@ -314,7 +314,7 @@ def parse_args(cls, builtin: dict, argv: list[str] | None = None):
     args = cls(**given)
     if args.model in BUILTIN:
         args = cls(**builtin | given)
-    if args.model == "builtin" and f"builtin-{args.task}" in BUILTIN:  # each built-in task has its own alphabet
+    if args.model == "builtin" and f"builtin-{getattr(args, 'task', '')}" in BUILTIN:  # its own alphabet
         args.model = f"builtin-{args.task}"
     if args.dtype == "auto":
         kind = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"

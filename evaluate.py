@@ -215,7 +215,6 @@ def summary(greedy: list[dict], sampled: list[dict], n: int, ks: list[int]) -> d
 # ---- reward models ---------------------------------------------------------------------------------------------------
 
 
-# same in: qrm.py evaluate.py
 def sequence_score(scores, mask, step_ends, objective: str):
     """The score of each answer [B] from those of its tokens [B, T]; step_ends and mask are bool [B, T].
 
@@ -231,7 +230,6 @@ def sequence_score(scores, mask, step_ends, objective: str):
     return scores.masked_fill(~step_ends, float("inf")).amin(1)
 
 
-# same in: qrm.py evaluate.py
 def token_scores(models, micro, objective: str):
     """Z(s_t, a_t) of each completion token, [B, T], fp32; 0 where masked.
 
@@ -250,14 +248,12 @@ def token_scores(models, micro, objective: str):
     return scores
 
 
-# same in: qrm.py evaluate.py
 def find_steps(completion_ids, tokenizer, separator: str) -> list[list[int]]:
     """Where the steps of each completion end: at tokens that contain the separator, and at the last token."""
     contain = {i for i in {i for ids in completion_ids for i in ids} if separator in tokenizer.decode([i])}
     return [[t for t, i in enumerate(ids) if i in contain or t + 1 == len(ids)] for ids in completion_ids]
 
 
-# same in: qrm.py evaluate.py
 def step_mask(completion_ids, tokenizer, separator: str, mask):
     """The same as bool [B, T]."""
     ends = torch.zeros(mask.shape, dtype=torch.bool)

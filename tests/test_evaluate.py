@@ -15,7 +15,7 @@ import lco
 import numpy as np
 import pytest
 import qrm
-import tasks
+from builtin import tasks as toys
 from conftest import ROOT, TINY, flags, read_metrics, run_here, run_script
 
 import torch
@@ -287,7 +287,7 @@ def test_stop(base, tmp_path):
 def reward_run(tiny_model, tmp_path_factory):
     """reward_run(kind): arguments that rate a reward model of qrm.py, and the last line of what it logged."""
     home = tmp_path_factory.mktemp("rewards")
-    pairs = write(home / "pairs.jsonl", tasks.chain_pairs(21, 0))
+    pairs = write(home / "pairs.jsonl", toys.chain_pairs(21, 0))
     small = dict(model=tiny_model, pairs=pairs, step_separator="=", micro_batch=4, test_pairs=5)
 
     @functools.cache

@@ -14,7 +14,7 @@ import ppo_baseline
 import pytest
 import qrm
 import seft
-import tasks
+from builtin import tasks as toys
 from conftest import read_metrics
 
 import torch
@@ -47,7 +47,7 @@ def test_six_steps_are_three_and_three(name, tmp_path):
     settings = script.BUILTIN | dict(test_rows=8, eval_every=6) | changes
     if name == "qrm reward":
         pairs = tmp_path / "pairs.jsonl"
-        pairs.write_text("".join(json.dumps(row) + "\n" for row in tasks.chain_pairs(80, 0)))
+        pairs.write_text("".join(json.dumps(row) + "\n" for row in toys.chain_pairs(80, 0)))
         settings |= dict(pairs=str(pairs))
     else:
         settings |= dict(steps=6)
