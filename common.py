@@ -350,7 +350,9 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _boolean(word: str) -> bool:
-    return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[word.lower()]
+    if word.lower() not in ("true", "false"):
+        raise ValueError(word)
+    return word.lower() == "true"
 
 
 def _comments(cls) -> dict[str, str]:
@@ -1265,6 +1267,35 @@ class Sampling:
         sums = all_sum(sums, next(self.policy.parameters()).device)
         n = sums.pop("n")
         return {name: total / n for name, total in sums.items()}, samples
+
+
+def rollout_metrics(batch, task_rewards: list, finished: list[bool], samples: int) -> dict[str, float]:
+    """Global means over completions, prompts and tokens of a rollout."""
+    mask = batch["mask"]
+    task_reward = torch.tensor([sum(s) if isinstance(s, list) else s for s in task_rewards], dtype=torch.float64)
+    by_prompt = task_reward.view(-1, samples)
+    sums = {
+        "rows": len(task_rewards),
+        "tokens": mask.sum(),
+        "reward/mean": task_reward.sum(),
+        "reward/spread": (by_prompt.amax(1) > by_prompt.amin(1)).sum() * samples,
+        "length/mean": mask.sum(),
+        "length/finished": sum(finished),
+    }
+    if "kl" in batch:
+        sums["kl/ref"] = batch["kl"].sum()
+    if "values" in batch:
+        returns, error = batch["returns"][mask].double(), (batch["returns"] - batch["values"])[mask].double()
+        sums |= {"r": returns.sum(), "rr": returns.square().sum(), "e": error.sum(), "ee": error.square().sum()}
+    sums = all_sum(sums, mask.device)
+    rows, tokens = sums.pop("rows"), sums.pop("tokens")
+    metrics = {k: v / rows for k, v in sums.items() if k.split("/")[0] in ("reward", "length")}
+    if "kl" in batch:
+        metrics["kl/ref"] = sums["kl/ref"] / tokens
+    if "values" in batch:
+        variance, unexplained = (sums[k + k] / tokens - (sums[k] / tokens) ** 2 for k in "re")
+        metrics["critic/explained_variance"] = 1 - unexplained / variance if variance > 1e-12 else None
+    return metrics
 
 
 def _repeat(rows: list, times: int) -> list:
