@@ -436,43 +436,18 @@ BUILTIN = {"builtin": _HERE / "policy", "builtin-small": _HERE / "small", "built
 
 
 def model_path(name: str) -> str:
-    """Where the model lies: a built-in one, a Hub name, a folder, or the converted copy of a folder's GGUF file."""
+    """Where the model lies: a built-in one, a Hub name or a folder."""
     if name in BUILTIN:
         folder = BUILTIN[name]
         require(folder.exists(), f"the built-in model is missing: expected the folder {folder}")
         return str(folder)
     folder = Path(name)
     if folder.is_dir():
-        gguf = sorted(folder.glob("*.gguf"))
-        if gguf and not (folder / "config.json").exists():
-            require(len(gguf) == 1, f"--model {name}: expected one .gguf file, found {len(gguf)}")
-            return str(_convert_gguf(gguf[0]))
-        require((folder / "config.json").exists(), f"--model {name}: the folder has no config.json and no .gguf file")
+        require((folder / "config.json").exists(), f"--model {name}: the folder has no config.json")
     else:
         local = name.startswith((".", "/", "~")) or name.count("/") > 1
         require(not local, f"--model {name}: no such folder")
     return name
-
-
-def _convert_gguf(file: Path) -> Path:
-    """A safetensors copy of a GGUF file, made once (transformers takes half a minute to dequantise 100 MB)."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    stat = file.stat()
-    key = hashlib.sha256(f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:16]
-    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    target = home / "minalign" / f"{file.stem}-{key}"
-    if not target.exists():
-        work = target.with_name(f"{target.name}.{os.getpid()}")  # renamed when whole: ranks may race, none can see half
-        model = AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
-        )
-        model.save_pretrained(work)
-        AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(work)
-        with contextlib.suppress(OSError):
-            work.rename(target)
-        shutil.rmtree(work, ignore_errors=True)
-    return target
 
 
 # Code that comes with a model from the Hub runs with all rights of the user, so it is refused unless this is set to 1.
@@ -1064,6 +1039,23 @@ def stop_ids(model, tokenizer) -> list[int]:
     return sorted({tokenizer.eos_token_id, *extra})
 
 
+class _Pulse:
+    """Shows that a long rollout is alive: every 20 seconds a line with the tokens so far, and their rate."""
+
+    def start(self) -> None:
+        self.began = self.last = time.perf_counter()
+        self.tokens = 0
+
+    def beat(self, tokens: int) -> None:
+        self.tokens, now = self.tokens + tokens, time.perf_counter()
+        if now - self.last > 20:
+            self.last = now
+            say(f"  generating: {self.tokens:,} tokens so far, {self.tokens / (now - self.began):,.0f} per second")
+
+
+pulse = _Pulse()
+
+
 def generate(
     model,
     prompt_ids: list[list[int]],
@@ -1084,6 +1076,7 @@ def generate(
     Sampling inverts the whole distribution at `temperature`: no top-k, no top-p, no banned token, so the policy that
     samples is the policy that is trained.
     """
+    pulse.start()
     order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))
     at_once = max(1, rows_at_once // samples)
     completions, logprobs = ([[]] * (len(prompt_ids) * samples) for _ in range(2))
@@ -1159,6 +1152,7 @@ def _generate(model, max_new_tokens, temperature, stop_ids, pad_id, prompt_ids, 
         lengths[rows[ended]] = t + 1
         alive &= ~ended
         left = int(alive.sum())
+        pulse.beat(left)
         if left == 0 or t + 1 == max_new_tokens:
             break
         if left <= 0.75 * len(alive):  # drop finished rows; each time costs one copy of the cache
