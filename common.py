@@ -141,6 +141,10 @@ def launch(main, device: str = "auto") -> None:
     try:
         if local_device(device).type == "cpu":
             _keep_freed_memory()
+        elif importlib.util.find_spec("gpu"):
+            import gpu
+
+            gpu.prepare()
         record(main)()
         dist.barrier()
     except SystemExit as stop:
@@ -1225,7 +1229,7 @@ def _repeat(rows: list, times: int) -> list:
 
 
 def _chunk(weight: torch.Tensor, mib: int | None) -> int:
-    """Tokens whose fp32 logits take `mib` MiB: 64 on CPUs (below 32 the C heap fragments), 256 on GPUs (docs/gpu.md)."""
+    """Tokens whose fp32 logits take `mib` MiB; by default 64 on CPUs (below 32 the C heap fragments) and 256 on GPUs."""
     mib = mib if mib is not None else 256 if weight.is_cuda else 64
     return max(1, mib * 2**20 // (4 * weight.shape[0]))
 
@@ -1248,8 +1252,11 @@ def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     """total += a @ b."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
-    else:
+        return
+    try:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    except (TypeError, RuntimeError):
+        total += torch.mm(a, b, out_dtype=total.dtype)
 
 
 def over_vocabulary(fn, heads, columns, temperature: float = 1.0, chunk_mib: int | None = None):
