@@ -590,7 +590,7 @@ def update() -> None:
         line = metrics_of(out)[-1]
         answers = prompts * 8 * line["length/mean"]
         flop = work(name, layers, answers + prompts * 8 * 8, answers)
-        peak_gib = float(said.split("PEAK")[-1]) if "PEAK" in said else 0.0
+        peak_gib = float(said.split("PEAK")[-1].split()[0]) if "PEAK" in said else 0.0
         seen = dict(rollout_s=line["time/rollout"], update_s=line["time/update"], step_s=line["time/step"])
         seen |= dict(share_of_matmul=flop / line["time/update"] / rate, peak_GiB=peak_gib, sampler_gap=line["policy/sampler_gap"])
         case = f"{name}{f', {layers} layers' if layers else ''}, {prompts * 8} x {length} tokens, {more[-1]}"
