@@ -62,7 +62,8 @@ class Args:
     missing_eos_penalty: float = arg(0.0, "subtracted from the reward of a completion that was cut")
     # method
     loss: str = arg("kld", "kld (LCO-3), mse (LCO-4) or lch (LCO-5); which one, and for which model: docs/lco.md")
-    advantage: str = arg("group", "gae, reward, group; dpo: log pi_dpo - log pi_ref; qrm: Z of a Q-RM, standardised; "
+    advantage: str = arg("group", "gae, reward, group; token: rewards of --reward_file per token, standardised; "
+                         "dpo: log pi_dpo - log pi_ref; qrm: Z of a Q-RM, standardised; "
                          "dpo and qrm with an LM head are known for the whole vocabulary")  # fmt: skip
     dpo_model: str = arg("", "pi_dpo of --advantage dpo")
     dpo_ref: str = arg("", "pi_ref of --advantage dpo: the model that pi_dpo was aligned from")
@@ -279,6 +280,8 @@ def estimate_advantages(batch, args) -> None:
         batch["advantages"] = whiten(advantages, mask)
         if equal_returns(rewards, mask, args.gamma):  # what differs is the critic, which learns alone
             batch["advantages"] = torch.zeros_like(advantages)
+    elif args.advantage == "token":  # QRM-2 without a critic: the reward of a token is that of its choice, not summed
+        batch["advantages"] = rewards
     elif args.advantage == "reward":
         batch["advantages"] = whiten(rewards.sum(1, keepdim=True) * mask, mask)
     elif args.advantage == "dpo":  # dense, and so rebuilt inside the loss
@@ -455,7 +458,7 @@ def validate(args) -> None:
     """One clear sentence for each wrong value, before anything is loaded."""
     common.one_of(
         loss=(args.loss, ("kld", "mse", "lch")),
-        advantage=(args.advantage, ("gae", "reward", "group", "dpo", "qrm")),
+        advantage=(args.advantage, ("gae", "reward", "group", "token", "dpo", "qrm")),
         target=(args.target, ("exp", "linear")),
         fill=(args.fill, ("zero", "balanced")),
         token_mean=(args.token_mean, ("global", "signed")),
@@ -486,6 +489,8 @@ def validate(args) -> None:
     common.at_least(1, steps=args.steps, epochs=args.epochs, max_prompt=args.max_prompt, eval_every=args.eval_every)
     common.at_least(1, max_new_tokens=args.max_new_tokens, save_every=args.save_every, test_rows=args.test_rows)
     common.at_least(1, rollout_rows=args.rollout_rows)
+    by_token = args.advantage != "token" or args.reward_file
+    require(by_token, "--advantage token needs --reward_file: a function that returns one reward for each token")
     one_sample = args.advantage == "group" and args.samples_per_prompt < 2
     require(not one_sample, "--advantage group compares samples of one prompt: --samples_per_prompt must be at least 2")
 
@@ -511,7 +516,10 @@ def build(args, device):
 
 # same in: ppo_baseline.py lco.py qrm.py
 def token_rewards(scores, batch, finished, args):
-    """[B, T]: the task's reward on the last token (or its own reward for each token), less the KL penalty per token."""
+    """[B, T]: the task's reward on the last token (or its own reward for each token), less the KL penalty per token.
+
+    --advantage token takes the task's own for each token, standardised, as those of a reward model are already.
+    """
     mask = batch["mask"]
     rewards = torch.zeros(mask.shape, device=mask.device)
     last = mask.sum(1) - 1
@@ -521,8 +529,12 @@ def token_rewards(scores, batch, finished, args):
             require(len(value) == n, f"reward(): {len(value)} rewards for a completion of {n} tokens (completion_ids)")
             rewards[b, :n] = torch.tensor(value, device=mask.device)
         else:
+            require(args.advantage != "token", "--advantage token: reward() gave a number, expected one for each token")
             rewards[b, last[b]] = value
-        rewards[b, last[b]] -= args.missing_eos_penalty * (not finished[b])
+    if args.advantage == "token" and "scores" not in batch:
+        rewards = whiten(rewards, mask)
+    for b, done in enumerate(finished):
+        rewards[b, last[b]] -= args.missing_eos_penalty * (not done)
     if args.kl_coef:
         kl = kl_estimate(batch["old_logprobs"], batch["ref_logprobs"], args.kl_estimator)
         rewards = rewards - args.kl_coef * kl * mask
@@ -581,6 +593,8 @@ def train(args, stop_after: int | None = None) -> None:
         # ---- 3. log-probabilities of pi_old and of the reference, values of the critic; then rewards on tokens
         heads = score(models, batch, args)
         batch["rewards"] = token_rewards(scores, batch, finished, args)
+        if step == start and args.advantage in ("reward", "group") and isinstance(scores[0], list):
+            common.say("  token rewards are summed over each completion: --advantage token or gae uses their positions")
 
         # ---- 4. advantages
         estimate_advantages(batch, args)

@@ -49,7 +49,8 @@ class Args:
     missing_eos_penalty: float = arg(0.0, "subtracted from the reward of a completion that was cut")
     # method
     loss: str = arg("ppo", "ppo (PPO-1) or reinforce: -A_t log pi(a_t|s_t), the same trunk without ratio and clip")
-    advantage: str = arg("gae", "gae: critic; reward: return, whitened; group: return minus the mean of its prompt")
+    advantage: str = arg("gae", "gae: critic; reward: return, whitened; group: return minus the mean of its prompt; "
+                         "token: the rewards that --reward_file gives each token, standardised")  # fmt: skip
     clip: float = arg(0.2, "eps of PPO-1")
     gamma: float = arg(1.0, "discount")
     lam: float = arg(0.95, "lambda of GAE")
@@ -190,6 +191,8 @@ def estimate_advantages(batch, args) -> None:
         batch["advantages"] = whiten(advantages, mask)
         if equal_returns(rewards, mask, args.gamma):  # what differs is the critic, which learns alone
             batch["advantages"] = torch.zeros_like(advantages)
+    elif args.advantage == "token":  # QRM-2 without a critic: the reward of a token is that of its choice, not summed
+        batch["advantages"] = rewards
     elif args.advantage == "reward":
         batch["advantages"] = whiten(rewards.sum(1, keepdim=True) * mask, mask)
     else:  # group: the leave-none-out mean, not divided by the standard deviation (which would favour lucky prompts)
@@ -302,7 +305,7 @@ def validate(args) -> None:
     """One clear sentence for each wrong value, before anything is loaded."""
     common.one_of(
         loss=(args.loss, ("ppo", "reinforce")),
-        advantage=(args.advantage, ("gae", "reward", "group")),
+        advantage=(args.advantage, ("gae", "reward", "group", "token")),
         kl_estimator=(args.kl_estimator, ("k1", "k2", "k3")),
         long_prompts=(args.long_prompts, ("drop", "truncate", "error")),
         dtype=(args.dtype, ("auto", "float32", "bfloat16")),
@@ -315,6 +318,8 @@ def validate(args) -> None:
     common.at_least(1, steps=args.steps, epochs=args.epochs, max_prompt=args.max_prompt, eval_every=args.eval_every)
     common.at_least(1, max_new_tokens=args.max_new_tokens, save_every=args.save_every, test_rows=args.test_rows)
     common.at_least(1, rollout_rows=args.rollout_rows)
+    by_token = args.advantage != "token" or args.reward_file
+    require(by_token, "--advantage token needs --reward_file: a function that returns one reward for each token")
     one_sample = args.advantage == "group" and args.samples_per_prompt < 2
     require(not one_sample, "--advantage group compares samples of one prompt: --samples_per_prompt must be at least 2")
 
@@ -335,7 +340,10 @@ def build(args, device):
 
 # same in: ppo_baseline.py lco.py qrm.py
 def token_rewards(scores, batch, finished, args):
-    """[B, T]: the task's reward on the last token (or its own reward for each token), less the KL penalty per token."""
+    """[B, T]: the task's reward on the last token (or its own reward for each token), less the KL penalty per token.
+
+    --advantage token takes the task's own for each token, standardised, as those of a reward model are already.
+    """
     mask = batch["mask"]
     rewards = torch.zeros(mask.shape, device=mask.device)
     last = mask.sum(1) - 1
@@ -345,8 +353,12 @@ def token_rewards(scores, batch, finished, args):
             require(len(value) == n, f"reward(): {len(value)} rewards for a completion of {n} tokens (completion_ids)")
             rewards[b, :n] = torch.tensor(value, device=mask.device)
         else:
+            require(args.advantage != "token", "--advantage token: reward() gave a number, expected one for each token")
             rewards[b, last[b]] = value
-        rewards[b, last[b]] -= args.missing_eos_penalty * (not finished[b])
+    if args.advantage == "token" and "scores" not in batch:
+        rewards = whiten(rewards, mask)
+    for b, done in enumerate(finished):
+        rewards[b, last[b]] -= args.missing_eos_penalty * (not done)
     if args.kl_coef:
         kl = kl_estimate(batch["old_logprobs"], batch["ref_logprobs"], args.kl_estimator)
         rewards = rewards - args.kl_coef * kl * mask
@@ -402,6 +414,8 @@ def train(args, stop_after: int | None = None) -> None:
         # ---- 3. log-probabilities of pi_old and of the reference, values of the critic; then rewards on tokens
         score(models, batch, args)
         batch["rewards"] = token_rewards(scores, batch, finished, args)
+        if step == start and args.advantage in ("reward", "group") and isinstance(scores[0], list):
+            common.say("  token rewards are summed over each completion: --advantage token or gae uses their positions")
 
         # ---- 4. advantages
         estimate_advantages(batch, args)

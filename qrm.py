@@ -486,6 +486,9 @@ def validate(args) -> None:
     require(args.stage != "reward" or args.pairs, "--stage reward needs --pairs")
     given = args.stage != "policy" or args.reward == "rule" or args.reward_model
     require(given, f"--stage policy with --reward {args.reward} needs --reward_model")
+    rule = args.advantage == "token" and args.reward == "rule" and args.stage in ("all", "policy")
+    by_token = not rule or args.reward_file
+    require(by_token, "--advantage token needs --reward_file: a function that returns one reward for each token")
     one_sample = args.advantage == "group" and args.samples_per_prompt < 2
     require(not one_sample, "--advantage group compares samples of one prompt: --samples_per_prompt must be at least 2")
 
@@ -534,7 +537,10 @@ def build_reward(args, device):
 
 # same in: ppo_baseline.py lco.py qrm.py
 def token_rewards(scores, batch, finished, args):
-    """[B, T]: the task's reward on the last token (or its own reward for each token), less the KL penalty per token."""
+    """[B, T]: the task's reward on the last token (or its own reward for each token), less the KL penalty per token.
+
+    --advantage token takes the task's own for each token, standardised, as those of a reward model are already.
+    """
     mask = batch["mask"]
     rewards = torch.zeros(mask.shape, device=mask.device)
     last = mask.sum(1) - 1
@@ -544,8 +550,12 @@ def token_rewards(scores, batch, finished, args):
             require(len(value) == n, f"reward(): {len(value)} rewards for a completion of {n} tokens (completion_ids)")
             rewards[b, :n] = torch.tensor(value, device=mask.device)
         else:
+            require(args.advantage != "token", "--advantage token: reward() gave a number, expected one for each token")
             rewards[b, last[b]] = value
-        rewards[b, last[b]] -= args.missing_eos_penalty * (not finished[b])
+    if args.advantage == "token" and "scores" not in batch:
+        rewards = whiten(rewards, mask)
+    for b, done in enumerate(finished):
+        rewards[b, last[b]] -= args.missing_eos_penalty * (not done)
     if args.kl_coef:
         kl = kl_estimate(batch["old_logprobs"], batch["ref_logprobs"], args.kl_estimator)
         rewards = rewards - args.kl_coef * kl * mask
@@ -846,6 +856,8 @@ def train(args, stop_after: int | None = None) -> None:
         score(models, batch, args)
         given = scores if args.reward == "rule" else model_rewards(batch, args)
         batch["rewards"] = token_rewards(given, batch, finished, args)
+        if step == start and args.advantage in ("reward", "group") and isinstance(given[0], list):
+            common.say("  token rewards are summed over each completion: --advantage token or gae uses their positions")
 
         # ---- 4. advantages
         estimate_advantages(batch, args)

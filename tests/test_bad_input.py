@@ -92,6 +92,7 @@ def test_wrong_value(script, name, value, expected, refused):
         (lco, dict(advantage="dpo"), ["--advantage dpo needs --dpo_model and --dpo_ref"]),
         (lco, dict(advantage="dpo", dpo_model="a"), ["--advantage dpo needs --dpo_model and --dpo_ref"]),
         *((s, dict(advantage="group", samples_per_prompt=1), ["--advantage group", "at least 2"]) for s in BOTH),
+        *((s, dict(advantage="token"), ["--advantage token needs --reward_file"]) for s in BOTH),
     ],
 )
 def test_combination_that_means_nothing(script, changes, parts, refused):
