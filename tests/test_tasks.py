@@ -246,7 +246,7 @@ def test_words_splits_the_hundred_sums():
         ("#### none, but 5 before", "5"),
         ("7 + 5 = 12.", "12"),
         ("10-3=7", "7"),
-        ("from 10-3", "3"),
+        ("from 10-3", None),  # arithmetic that is left to do
         ("= -3", "-3"),
         ("it lost $-5", "-5"),
         ("it lost -$5", "-5"),
@@ -258,7 +258,7 @@ def test_words_splits_the_hundred_sums():
         ("\\boxed{\\frac{3}{2}}", "3/2"),
         ("about 20%", "20"),
         ("1,000,000 people", "1000000"),
-        ("1,2,3", "3"),
+        ("1,2,3", None),
         ("007", "7"),
         ("1/0", None),
         ("seven", None),
@@ -274,7 +274,7 @@ def test_gsm8k_grades_numbers_and_never_substrings():
     row = {"answer": "40"}
     texts = ["40", "140", "#### 40.0", "#### 4", "-40", "40 or 41", "forty"]
     assert tasks.gsm8k_correct(texts, [row] * 7) == [True, False, True, False, False, False, False]
-    assert tasks.gsm8k_answered(texts) == [True] * 6 + [False]
+    assert tasks.gsm8k_answered(texts) == [True] * 5 + [False, False]
 
 
 LATEX = [
@@ -319,6 +319,23 @@ def test_columns_decide_the_task(tmp_path):
     assert task.test[0]["solution"] == "because\n#### 7"
     assert task.test[0]["prompt"][0]["role"] == "user" and task.test[0]["prompt"][0]["content"].startswith("7?")
     assert task.reward(["", "", ""], ["#### 7", "7", "8"], task.test) == [1.0, 0.0, 0.0]
+
+    rows = [{"question": "a?", "answer": 3}, {"question": "b?", "answer": "4 or 5"}, {"question": "c?", "answer": "1,000"}]
+    task = tasks.load_task(dataset=write(tmp_path / "n.jsonl", rows), test_rows=1)
+    assert [row["answer"] for row in task.train + task.test] == ["3", "1000"]
+    assert task.gold(task.train, 0) == ["#### 3"]
+    assert f"; 1 rows of {tmp_path / 'n.jsonl'} without an answer left out, the first is row 2" in task.note
+
+    rows = [
+        {"problem": "0?", "solution": "so \\boxed 2"},
+        {"problem": "1?", "solution": "so \\boxed{2}", "answer": "$\\frac{1}{2}$"},
+        {"problem": "2?", "solution": "no idea"},
+        {"problem": "3?", "answer": 7},
+        {"problem": "4?", "solution": "It is seven.", "answer": "7"},
+    ]
+    task = tasks.load_task(dataset=write(tmp_path / "a.jsonl", rows), test_rows=0)
+    assert [row["answer"] for row in task.train] == ["2", "\\frac{1}{2}", "7", "7"] and "first is row 3" in task.note
+    assert task.gold(task.train[2:], 0) == ["\\boxed{7}", "It is seven.\n\\boxed{7}"]
 
     rows = [{"problem": f"{i}?", "solution": f"\\boxed{{{i}}}"} for i in range(4)]
     task = tasks.load_task(dataset=write(tmp_path / "m.jsonl", rows), test_rows=1)
@@ -418,14 +435,15 @@ def test_bad_rows(tmp_path):
     def load(rows, task="auto", **kwargs):
         return tasks.load_task(task, write(tmp_path / "x.jsonl", rows), **{"test_rows": 0, **kwargs})
 
-    refused("it has the columns text, n; expected answer+question or problem+solution or prompt or messages",
+    refused("it has the columns text, n; expected answer+question or answer+problem or problem+solution or prompt",
             load, [{"text": "", "n": 1}])  # fmt: skip
-    refused("expected problem+solution for --task math", load, GSM8K, "math")
+    refused("expected answer+problem or problem+solution for --task math", load, GSM8K, "math")
     refused("row 2: 'question' is missing or empty; expected text", load, [GSM8K[0], {"answer": "#### 1"}])
-    refused("row 2: 'answer' is a int; expected text", load, [GSM8K[0], {"question": "a", "answer": 3}])
-    refused("row 1: 'answer' ends in 'it is 3'; expected '#### '", load, [{"question": "a", "answer": "it is 3"}])
-    refused("row 1: 'answer' ends in", load, [{"question": "a", "answer": "3 ####"}])
-    refused("row 1: 'solution' ends in", load, [{"problem": "a", "solution": "3"}])
+    refused("row 2: 'answer' is a list; expected text", load, [GSM8K[0], {"question": "a", "answer": ["3"]}])
+    for row in ({"question": "a", "answer": "it is 3"}, {"question": "a", "answer": "3 ####"},
+                {"question": "a", "answer": None}, {"problem": "a", "solution": "3"},
+                {"problem": "a", "answer": float("nan")}):  # fmt: skip
+        refused("no row has an answer; expected '#### ' and a number, \\boxed{} or a column 'answer'", load, [row])
     refused("--test_rows 10: ", load, GSM8K, test_rows=10)
     refused("--reward_file is empty", load, [{"prompt": "a"}])
     refused("each of its training prompts", load, [GSM8K[0], GSM8K[0]], test_rows=1)
