@@ -28,17 +28,20 @@ import math
 import numbers
 import os
 import re
-import runpy
+import sys
 import threading
+import types
 import unicodedata
 import zlib
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from importlib.machinery import PathFinder
 
 import numpy as np
 
-from common import BadInput
+from common import BadInput, changed, encode_prompt
 
 
 @dataclass
@@ -748,19 +751,27 @@ def read_file(dataset: str) -> list:
             import pyarrow.parquet
 
             return pyarrow.parquet.read_table(path).to_pylist()
-        with open(path, encoding="utf-8") as file:
-            text = file.read().rstrip()
+        with open(path, encoding="utf-8-sig") as file:  # with or without a byte order mark
+            text = file.read().strip()
         if ending == ".json" and text.startswith("["):
-            return json.loads(text)
-    except ValueError as error:  # JSON's, UTF-8's and pyarrow's errors are all ValueErrors
+            return json.loads(text, object_pairs_hook=unique_keys)
+    except (ValueError, OSError, RecursionError) as error:  # JSON's, UTF-8's and most of pyarrow's are ValueErrors
         raise BadInput(f"{dataset}: it cannot be read as {ending[1:]} ({error})") from error
     rows = []
-    for i, line in enumerate(text.split("\n") if text else [], 1):  # splitlines() would also split inside strings
+    for line in filter(str.strip, text.split("\n")):  # splitlines() would also split inside strings
         try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            raise BadInput(f"{dataset}: row {i} is not JSON ({error}); expected one object a line") from error
+            rows.append(json.loads(line, object_pairs_hook=unique_keys))
+        except (ValueError, RecursionError) as error:
+            where = f"{dataset}: row {len(rows) + 1}"
+            raise BadInput(f"{where} is not JSON ({error}); expected one object per line") from error
     return rows
+
+
+def unique_keys(pairs: list[tuple]) -> dict:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        raise ValueError(f"one of the keys {', '.join(key for key, _ in pairs)} is there twice")
+    return row
 
 
 def read_hub(name: str) -> dict:
@@ -775,6 +786,14 @@ def read_hub(name: str) -> dict:
         raise BadInput(f"{name}: there is no such file, and loading it from the Hub failed ({reason})") from error
 
 
+class Messages(list):
+    """Messages that know where they were read, so that a chat template which refuses them can be traced to a row."""
+
+    def __init__(self, messages: list[dict], where: str):
+        super().__init__(messages)
+        self.where = where
+
+
 def column(row: dict, name: str, where: str, kind: type | tuple = str):
     """row[name], checked to be text or messages and not empty; `where` is 'file: row 3'."""
     value = row.get(name)
@@ -783,12 +802,22 @@ def column(row: dict, name: str, where: str, kind: type | tuple = str):
         raise BadInput(f"{where}: '{name}' is missing or empty; expected {expected}")
     if not isinstance(value, kind):
         raise BadInput(f"{where}: '{name}' is a {type(value).__name__}; expected {expected}")
+    for m in [] if isinstance(value, str) else value:
+        found = f"{where}: '{name}' has the message {str(m)[:200]}"
+        if not (isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)):
+            raise BadInput(f"{found}; expected {{'role': text, 'content': text}}")
+        more = [key for key in m if key not in ("role", "content") and m[key]]
+        if more or m["role"] not in ("system", "user", "assistant"):
+            raise BadInput(f"{found}; expected the roles system, user and assistant, and no tools or other keys")
+    unused = [key for key in ("tools", "functions", "documents", "chat_template_kwargs") if row.get(key)]
+    if unused and not isinstance(value, str):
+        raise BadInput(f"{where}: '{unused[0]}' would go to the chat template with '{name}'; expected no such column")
+    for text in [value] if isinstance(value, str) else [m["content"] for m in value]:
+        if re.search("[\ud800-\udfff]", text):
+            raise BadInput(f"{where}: '{name}' has half of a surrogate pair; expected text that UTF-8 can encode")
     if isinstance(value, str):
         return value
-    for m in value:
-        if not (isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)):
-            raise BadInput(f"{where}: '{name}' has the message {m!r}; expected {{'role': text, 'content': text}}")
-    return [{"role": m["role"], "content": m["content"]} for m in value]
+    return Messages([{"role": m["role"], "content": m["content"]} for m in value], where)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -796,21 +825,43 @@ def column(row: dict, name: str, where: str, kind: type | tuple = str):
 # ---------------------------------------------------------------------------------------------------------------
 
 
+FLOAT32_MAX = float(np.finfo(np.float32).max)
+
+
 def load_reward(path: str) -> Callable:
-    """The function `reward(prompts, completions, rows)` of a user's Python file, wrapped in `checked_reward`."""
+    """The function `reward(prompts, completions, rows)` of a user's Python file, wrapped in `checked_reward`.
+
+    The file is a module of its name, as process pools need it, and its folder is searched for what it imports.
+    """
     where, expected = f"--reward_file {path}", "reward(prompts, completions, rows)"
     if not os.path.isfile(path):
         raise BadInput(f"{where}: there is no such file; expected Python with {expected}")
+    file = os.path.abspath(path)
+    folder, name = os.path.dirname(file), os.path.splitext(os.path.basename(file))[0]
+    known = sys.modules[name].__spec__ if name in sys.modules else PathFinder.find_spec(name)
+    if name in sys.stdlib_module_names or (known and known.origin != file):
+        raise BadInput(f"{where}: another module has the name {name}; expected another file name")
+    module = sys.modules[name] = types.ModuleType(name)
+    module.__file__ = file
+    sys.path.insert(0, folder)
     try:
-        reward = runpy.run_path(path).get("reward")
-    except Exception as error:
+        with open(file, "rb") as source:
+            exec(compile(source.read(), file, "exec"), module.__dict__)
+    except (Exception, SystemExit) as error:
         raise BadInput(f"{where}: running it raised {type(error).__name__} ({error}); expected {expected}") from error
+    finally:
+        sys.path.remove(folder)
+        sys.path.append(folder)  # for what is imported later; the project's and installed modules come first
+    reward = getattr(module, "reward", None)
     if not callable(reward):
         raise BadInput(f"{where}: it has no function 'reward'; expected {expected}")
+    signature = inspect.signature(reward)
     try:
-        inspect.signature(reward).bind([], [], [])
-    except TypeError as error:
-        raise BadInput(f"{where}: it has reward{inspect.signature(reward)}; expected {expected}") from error
+        names = list(signature.bind([], [], []).arguments)
+    except TypeError:
+        names = []
+    if names != ["prompts", "completions", "rows"]:
+        raise BadInput(f"{where}: it has reward{signature}; expected {expected}")
     return checked_reward(reward, path)
 
 
@@ -822,17 +873,20 @@ def checked_reward(reward: Callable, name: str) -> Callable:
     """
 
     def number(value, where: str) -> float:
-        if not isinstance(value, numbers.Real):
+        if not isinstance(value, numbers.Real) or isinstance(value, bool):
             raise BadInput(f"{where} is a {type(value).__name__}; expected a number")
-        if not math.isfinite(value):
-            raise BadInput(f"{where} is {value}; expected a finite number")
+        if not abs(value) <= FLOAT32_MAX:
+            raise BadInput(f"{where} is {str(value)[:40]}; expected a finite number, in float32 too")
         return float(value)
 
     def plain(value):
         return value.tolist() if hasattr(value, "tolist") else value  # arrays and tensors are welcome
 
     def checked(prompts: list, completions: list[str], rows: list[dict], lengths: list[int] | None = None) -> list:
-        result = plain(reward(prompts, completions, rows))
+        try:
+            result = plain(reward(prompts, completions, rows))
+        except SystemExit as stop:  # else a rank would leave the others without a word
+            raise BadInput(f"{name}: reward() called sys.exit({stop.code!r}); expected a list of rewards") from stop
         if not isinstance(result, list):
             raise BadInput(f"{name}: reward() returned a {type(result).__name__}; expected a list")
         if len(result) != len(completions):
@@ -879,7 +933,7 @@ def gsm8k_row(row: dict, where: str) -> dict | None:
     if number is None:
         return None
     solution = solution if mark else f"#### {solution}"
-    prompt = [{"role": "user", "content": question + GSM8K_ASK}]
+    prompt = Messages([{"role": "user", "content": question + GSM8K_ASK}], where)
     return {**row, "prompt": prompt, "solution": solution, "answer": str(number)}
 
 
@@ -892,7 +946,8 @@ def math_row(row: dict, where: str) -> dict | None:
         return None
     if not last_boxed(solution):
         solution = f"{solution}\n\\boxed{{{answer}}}".strip()
-    return {**row, "prompt": [{"role": "user", "content": problem + MATH_ASK}], "solution": solution, "answer": answer}
+    prompt = Messages([{"role": "user", "content": problem + MATH_ASK}], where)
+    return {**row, "prompt": prompt, "solution": solution, "answer": answer}
 
 
 def prompt_row(row: dict, where: str) -> dict:
@@ -1021,8 +1076,8 @@ def answered_rows(make_row: Callable, dataset: str, raw: list[dict]) -> tuple[li
     if len(missing) == len(rows):
         expected = "'#### ' and a number, \\boxed{} or a column 'answer'"
         raise BadInput(f"{dataset}: no row has an answer; expected {expected}")
-    note = f"; {len(missing)} rows of {dataset} without an answer left out, the first is row {missing[0]}"
-    return [row for row in rows if row is not None], note if missing else ""
+    note = f"; {len(missing)} rows of {dataset} without an answer left out: {missing[:3]}" if missing else ""
+    return [row for row in rows if row is not None], note
 
 
 def walk(rows: list[dict]) -> Callable:
@@ -1040,15 +1095,20 @@ def walk(rows: list[dict]) -> Callable:
     return of_step
 
 
-def fit_prompts(task: Task, length: Callable, max_prompt: int, long_prompts: str = "drop") -> Task:
-    """`task` without the prompts of more than `max_prompt` tokens, as counted by length(prompt) -> int.
+def fit_prompts(task: Task, tokenizer, max_prompt: int, long_prompts: str = "drop") -> Task:
+    """`task` without the prompts of more than `max_prompt` tokens.
 
     "drop" leaves them out of train and test, "error" refuses them, and "truncate" keeps them all, for it is the
-    tokens that are cut, where they are made. The task's note says how many there were.
+    tokens that are cut, where they are made. The task's note says how many there were, and what else was changed.
     """
     if long_prompts not in ("drop", "truncate", "error"):
         raise BadInput(f"--long_prompts {long_prompts}: unknown; expected drop, truncate or error")
-    fits = {name: [length(r["prompt"]) <= max_prompt for r in getattr(task, name)] for name in ("train", "test")}
+    changes = Counter()
+    fits = {
+        name: [len(encode_prompt(tokenizer, row["prompt"], changes)) <= max_prompt for row in getattr(task, name)]
+        for name in ("train", "test")
+    }
+    task = replace(task, note=task.note + changed(changes))
     too_long = {name: len(kept) - sum(kept) for name, kept in fits.items()}
     if not any(too_long.values()):
         return task
@@ -1089,7 +1149,7 @@ def pair_row(row: dict, where: str) -> dict:
     else:
         # the last message is always left for the answer, also when both answers are the same
         both = zip(chosen[:-1], rejected[:-1], strict=False)
-        prompt = [a for a, b in itertools.takewhile(lambda pair: pair[0] == pair[1], both)]
+        prompt = Messages([a for a, b in itertools.takewhile(lambda pair: pair[0] == pair[1], both)], where)
         chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
     for name, answer in (("chosen", chosen), ("rejected", rejected)):
         roles = [message["role"] for message in answer]
