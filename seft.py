@@ -39,7 +39,6 @@ import json
 import statistics
 import time
 import zlib
-
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path

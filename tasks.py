@@ -510,11 +510,13 @@ SPELLINGS = [
     (r"\\varnothing\b", r"\\emptyset"),
     (r"\\[dtc]frac(?![a-z])", r"\\frac"),
     (r"(?<=\d)(?:,?(?:\\!)+,? ?|\\[,;: ]|\{,\}|[ '’])(?=\d{3}(?!\d))", ""),  # 1\,234
-    (r"^(?!.*(?:[(\[]|\\\{)).*$", lambda match: THOUSANDS.sub(_without_commas, match[0])),  # not (1,234)
+    # 27,000 - 4,500\pi, but (1,234) is a pair
+    (r"^(?!.*(?:[(\[]|\\\{)).*$", lambda line: THOUSANDS.sub(lambda n: n[0].replace(",", ""), line[0])),
     (r"(?<![\d.,])(\d+) +(\d+)/(\d+)", r"\1\\frac{\2}{\3}"),  # 2 1/2
     (r"^([^=<>]*\d) *= *([a-zA-Z])$", r"\2 = \1"),  # 2 = x
     (r"(?<!\d)(\d*)\.(\d*)\\(?:overline|bar|dot) *\{(\d+)\}", lambda match: _repeating(*match.groups())),
-    (r"^(?:\\[,;:! ]|\\q?quad|\\displaystyle)+|(?:(?<!right)[.,;:]|\\[.,;:! ]|\\q?quad| |(?<!\\)\$)+$", ""),
+    (r"^(?:\\[,;:! ]|\\q?quad|\\displaystyle|\\approx|≈| )+", ""),
+    (r"(?:(?<!right)[.,;:]|\\[.,;:! ]|\\q?quad| |(?<!\\)\$)+$", ""),
     (r"\\(?:text|mbox|mathrm)\{ *(-?[\d.,]+)([^\d{}]*)\}", r"\1\\text{\2}"),  # \text{20 miles}
     (r"([\d}]) *\\(?:text|mbox)\{[^{}]*\b(and|or)\b[^{}]*\}", r"\1\\text{ \2 }"),  # 3 \text{ h and } 20
     *(
@@ -545,13 +547,11 @@ NUMBER = re.compile(
 JOINED = re.compile(r"(?:[-+*/^÷,;:&|<>]|\b(?:and|or|to|x|plus|minus|times)) *$")  # 3, 4 and 3*4 are not one number
 ANSWER = re.compile(r"####.*\d|\\(?:boxed|fbox)\b|\b[Aa]nswer(?: is)?:? *\$?-?\d|^A:", re.M)
 NEXT_QUESTION = re.compile(
-    r"\b(?:Q|Question|Problem|Exercise|Instruction|Input|User|Human)\b[*\d ]*:|<\|im_start\||^(?=.*\d).{25,}\? *$", re.M
+    r"\b(?:Q|Question|Problem|Exercise|Instruction|Input|User|Human)\b[*\d ]*:|^(?:user|human):|<\|im_start\|"
+    r"|^(?=.*\d).{25,}\? *$",
+    re.M,
 )
 BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z]) *")
-
-
-def _without_commas(match: re.Match) -> str:
-    return match[0].replace(",", "")
 
 
 def _repeating(whole: str, once: str, again: str) -> str:
@@ -680,6 +680,8 @@ def same_latex(reference: str, answer: str) -> bool:
     options = dict(allow_set_relation_comp=True, timeout_seconds=timeout)
     if not verify(*parsed, **options):
         return False
+    if parsed[1][0] == sympy.EmptySet and re.search(r"\d", texts[1]):
+        return False  # [2,1) is as empty as [5,3)
     equations = [node for node in sympy.preorder_traversal(parsed[1][:1]) if isinstance(node, sympy.Eq)]
     if any(eq.lhs.is_number and eq.rhs.is_number and not verify(eq.lhs, eq.rhs, **options) for eq in equations):
         return False  # 1 = 2
@@ -692,10 +694,10 @@ def _zeros(node) -> int:
     """The zeros of a number after its decimal point: 3 for 0.00067; 0 for what is no number."""
     import sympy
 
-    if not getattr(node, "is_number", False) or not node.is_finite or node.is_zero:
+    try:
+        return max(0, min(1000, int(-sympy.log(sympy.Abs(node).evalf(3), 10))))
+    except Exception:  # sets, texts, zero, infinity, letters
         return 0
-    size = sympy.Abs(node).evalf(3)
-    return max(0, min(1000, int(-sympy.log(size, 10))))
 
 
 def math_correct(completions: list[str], rows: list[dict]) -> list[bool]:
