@@ -433,7 +433,8 @@ def load_prompts(args, task, pairs: list[dict], tokenizer) -> list[dict]:
         elif len(found) < args.unannotated:
             found.append(row | {"prompt_ids": ids})
         seen.add(key)
-    common.say(f"{len(found)} unannotated prompts; left out: {known} seen before or elsewhere, {long} too long{common.changed(changes)}")
+    left_out = f"{known} seen before or elsewhere, {long} too long{common.changed(changes)}"
+    common.say(f"{len(found)} unannotated prompts; left out: {left_out}")
     least = max(args.rounds, common.world())
     require(len(found) >= least, f"--prompts {args.prompts or task.name}: {len(found)} new prompts, expected {least}")
     return found
