@@ -50,7 +50,7 @@ import weakref
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -775,19 +775,81 @@ def trainable_parameters(model) -> list[torch.nn.Parameter]:
 # ======================================================================================================================
 
 
-def encode_prompt(tokenizer, prompt: str | list[dict]) -> list[int]:
-    """Ids of a prompt: text as it is, messages through the chat template (joined by newlines where there is none)."""
+def encode_prompt(tokenizer, prompt: str | list[dict], changes: Counter | None = None) -> list[int]:
+    """Ids of a prompt: text as it is, messages through the chat template (joined by newlines where there is none).
+
+    If the last message is the assistant's, it is the beginning of the answer, which is continued. Text may have been
+    rendered elsewhere: of two tokens that begin a sequence one is kept, and none that ends an answer. `changes` counts
+    such prompts.
+    """
     if isinstance(prompt, str):
-        return tokenizer(prompt)["input_ids"]
-    if tokenizer.chat_template is None:
-        return tokenizer("\n".join(m["content"] for m in prompt) + "\n")["input_ids"]
-    ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)
-    return ids["input_ids"]
+        ids = tokenizer(prompt)["input_ids"]
+    elif tokenizer.chat_template is None:
+        text = "\n".join(m["content"] for m in prompt)
+        ids = tokenizer(text if prompt[-1]["role"] == "assistant" else text + "\n")["input_ids"]
+    else:
+        begun, where = prompt[-1]["role"] == "assistant", getattr(prompt, "where", "a prompt in messages")
+        how = dict(add_generation_prompt=not begun, continue_final_message=begun, tokenize=True, return_dict=True)
+        try:
+            ids = tokenizer.apply_chat_template(prompt, **how)["input_ids"]
+        except Exception as error:  # templates raise errors of many kinds
+            reason = " ".join(str(error).split())
+            raise BadInput(f"{where}: the chat template refuses its messages ({reason})") from error
+        require(
+            ids[-1] not in _ends(tokenizer),
+            f"{where}: the chat template ends the prompt with {tokenizer.decode(ids[-1:])!r}, which ends an answer; "
+            "expected one that begins the assistant's turn",
+        )
+    begin, end = 0, len(ids)
+    while end - begin > 1 and ids[begin] == ids[begin + 1] == tokenizer.bos_token_id:
+        begin += 1
+    while end - begin > 1 and ids[end - 1] in _ends(tokenizer):
+        end -= 1
+    if changes is not None:
+        changes["prompts began twice with BOS, one kept"] += begin > 0
+        changes["prompts ended with EOS, taken off"] += end < len(ids)
+    return ids[begin:end]
 
 
-def encode_completion(tokenizer, text: str) -> list[int]:
-    """Ids of an answer as the policy would have sampled it: the text, then the end of the sequence."""
-    return tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+def encode_completion(tokenizer, text: str, prompt: str | list[dict] = (), changes: Counter | None = None) -> list[int]:
+    """Ids of an answer as the policy would have sampled it: the text, then one token that ends it.
+
+    The answer to messages ends as the chat template ends it, an answer to text with EOS or the end that it brings.
+    """
+    ids, ends = tokenizer(text, add_special_tokens=False)["input_ids"], _ends(tokenizer)
+    length = len(ids)
+    while length and ids[length - 1] in ends:
+        length -= 1
+    if changes is not None:
+        changes["answers had an end of their own, none added"] += length < len(ids)
+    own_end = ids[length] if length < len(ids) else tokenizer.eos_token_id
+    return ids[:length] + [own_end if isinstance(prompt, str) else answer_end(tokenizer)]
+
+
+def answer_end(tokenizer) -> int:
+    """The token with which the chat template ends the assistant's turn; EOS if it has none, or there is no template."""
+    return _answer_end(tokenizer, str(tokenizer.chat_template))
+
+
+@lru_cache(maxsize=8)
+def _answer_end(tokenizer, chat_template: str) -> int:
+    messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "the answer"}]
+    try:
+        tail = tokenizer.apply_chat_template(messages, tokenize=False).rpartition("the answer")[2]
+    except Exception:  # no template, or one that refuses these two
+        return tokenizer.eos_token_id
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    ids = tokenizer(tail, add_special_tokens=False)["input_ids"]
+    return next((i for i in ids if i in special), tokenizer.eos_token_id)
+
+
+def _ends(tokenizer) -> tuple[int, int]:
+    return tokenizer.eos_token_id, answer_end(tokenizer)
+
+
+def changed(changes: Counter) -> str:
+    """What was changed, as the end of a note: '; 3 prompts began twice with BOS, one kept'."""
+    return "".join(f"; {count} {what}" for what, count in changes.items() if count)
 
 
 def encode_pairs(
@@ -798,10 +860,10 @@ def encode_pairs(
     sides: the columns that hold answers. Rows that are longer than a limit, or whose two answers are the same tokens,
     are left out; the note counts them.
     """
-    rows, long, same = [], 0, 0
+    rows, long, same, changes = [], 0, 0, Counter()
     for pair in pairs:
-        ids = {"prompt_ids": encode_prompt(tokenizer, pair["prompt"])}
-        answers = [encode_completion(tokenizer, pair[side]) for side in sides]
+        ids = {"prompt_ids": encode_prompt(tokenizer, pair["prompt"], changes)}
+        answers = [encode_completion(tokenizer, pair[side], pair["prompt"], changes) for side in sides]
         ids |= {f"{side}_ids": answer for side, answer in zip(sides, answers)}
         longest = max(map(len, answers))
         if len(ids["prompt_ids"]) > max_prompt or longest > max_new_tokens:
@@ -812,7 +874,7 @@ def encode_pairs(
             rows.append(pair | ids)
     require(bool(rows), f"no pair is left: {long} of {len(pairs)} are too long, {same} have two equal answers")
     note = f"{len(rows)} pairs" + (f"; {long} too long, left out" if long else "")
-    return rows, note + (f"; {same} with two equal answers, left out" if same else "")
+    return rows, note + (f"; {same} with two equal answers, left out" if same else "") + changed(changes)
 
 
 def decode(tokenizer, completion_ids: list[list[int]]) -> list[str]:
@@ -946,10 +1008,10 @@ def _read(model, forward, batch: dict) -> torch.Tensor:
 
 
 def stop_ids(model, tokenizer) -> list[int]:
-    """All tokens that end a completion: the tokenizer's, and those of the model's generation settings."""
+    """All tokens that end a completion: the tokenizer's, its chat template's, and those of the generation settings."""
     extra = model.generation_config.eos_token_id
     extra = [] if extra is None else extra if isinstance(extra, list) else [extra]
-    return sorted({tokenizer.eos_token_id, *extra})
+    return sorted({*_ends(tokenizer), *extra})
 
 
 def generate(

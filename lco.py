@@ -551,8 +551,7 @@ def prepare(args):
     others = {"dpo": (args.dpo_model, args.dpo_ref), "qrm": (args.qrm_model,)}
     for name in others.get(args.advantage, ()):
         common.same_tokenizer(args.model, tokenizer, name, common.load_tokenizer(name, args.trust_remote_code))
-    length = lambda prompt: len(common.encode_prompt(tokenizer, prompt))  # noqa: E731
-    task = tasks.fit_prompts(task, length, args.max_prompt, args.long_prompts)
+    task = tasks.fit_prompts(task, tokenizer, args.max_prompt, args.long_prompts)
     common.say(f"{geometry}\n{task.note}")
     return task, tokenizer
 

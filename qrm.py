@@ -587,8 +587,7 @@ def prepare(args):
         require(logprobs, f"--reward dpo: {args.reward_model} has a scalar head; expected a language model")
     steps = args.stage != "pairs" or args.objective != "step_prm" or task.steps
     require(steps, f"--objective step_prm: --task {task.name} cannot grade steps; expected pairs with labels (--pairs)")
-    length = lambda prompt: len(common.encode_prompt(tokenizer, prompt))  # noqa: E731
-    task = tasks.fit_prompts(task, length, args.max_prompt, args.long_prompts)
+    task = tasks.fit_prompts(task, tokenizer, args.max_prompt, args.long_prompts)
     common.say(f"{geometry}\n{task.note}")
     return task, tokenizer
 

@@ -176,11 +176,9 @@ def test_datasets(refused, tmp_path, reward_file):
     refused(lco, ["--test_rows 5", small, "4 rows"], dataset=small, reward_file=reward_file)
 
 
-def test_gsm8k_row_without_an_answer(refused, tmp_path):
-    rows = [{"question": f"{i}+1?", "answer": f"It is {i + 1}.\n#### {i + 1}"} for i in range(9)]
-    rows[6]["answer"] = "It is 7."
-    path = write(tmp_path / "gsm8k.jsonl", rows)
-    refused(lco, [path, "row 7", "It is 7.", "'#### '"], dataset=path)
+def test_no_row_has_an_answer(refused, tmp_path):
+    path = write(tmp_path / "gsm8k.jsonl", [{"question": f"{i}+1?", "answer": f"It is {i + 1}."} for i in range(9)])
+    refused(lco, [path, "no row has an answer", "'#### '"], dataset=path)
 
 
 def test_prompts_without_a_reward(refused, tmp_path):
