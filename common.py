@@ -1292,7 +1292,7 @@ def _repeat(rows: list, times: int) -> list:
 
 
 def _chunk(weight: torch.Tensor, mib: int | None) -> int:
-    """Tokens whose fp32 logits take `mib` MiB; by default 64 on CPUs (below 32 the C heap fragments) and 256 on GPUs."""
+    """Tokens whose fp32 logits take `mib` MiB: by default 64 on CPUs (below 32 the heap fragments), 256 on GPUs."""
     mib = mib if mib is not None else 256 if weight.is_cuda else 64
     return max(1, mib * 2**20 // (4 * weight.shape[0]))
 
