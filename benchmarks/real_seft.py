@@ -28,7 +28,7 @@ TOKENS = 16  # of an answer
 REWARD = """
 import re
 
-from tasks import sum_correct
+from builtin.tasks import sum_correct
 
 def reward(prompts, completions, rows):
     questions = [prompt[-1]["content"] for prompt in prompts]

@@ -83,6 +83,7 @@ def test_wrong_value(script, name, value, expected, refused):
         (lco, dict(target="sideways"), ["--target", "exp, linear", "sideways"]),
         (lco, dict(loss="mse", target="linear"), ["--target linear", "--loss kld"]),
         *((s, dict(advantage="group", samples_per_prompt=1), ["--advantage group", "at least 2"]) for s in BOTH),
+        *((s, dict(advantage="token"), ["--advantage token needs --reward_file"]) for s in BOTH),
     ],
 )
 def test_combination_that_means_nothing(script, changes, parts, refused):
@@ -160,11 +161,9 @@ def test_datasets(refused, tmp_path, reward_file):
     refused(lco, ["--test_rows 5", small, "4 rows"], dataset=small, reward_file=reward_file)
 
 
-def test_gsm8k_row_without_an_answer(refused, tmp_path):
-    rows = [{"question": f"{i}+1?", "answer": f"It is {i + 1}.\n#### {i + 1}"} for i in range(9)]
-    rows[6]["answer"] = "It is 7."
-    path = write(tmp_path / "gsm8k.jsonl", rows)
-    refused(lco, [path, "row 7", "It is 7.", "'#### '"], dataset=path)
+def test_no_row_has_an_answer(refused, tmp_path):
+    path = write(tmp_path / "gsm8k.jsonl", [{"question": f"{i}+1?", "answer": f"It is {i + 1}."} for i in range(9)])
+    refused(lco, [path, "no row has an answer", "'#### '"], dataset=path)
 
 
 def test_prompts_without_a_reward(refused, tmp_path):
