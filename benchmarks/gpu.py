@@ -327,9 +327,10 @@ def vocabulary() -> None:
     advantages, args = torch.randn(n, device=DEVICE), lco.Args()
 
     def loss(z, z_old, ids, advantages):
-        dense = lco.fill_advantages(advantages, ids, z_old, "zero")
-        per_token, metrics = lco.vocabulary_loss(z, z_old, dense, args)
-        return per_token.sum(), {k: v.sum() for k, v in metrics.items()}
+        A = torch.zeros_like(z_old).scatter(-1, ids[:, None], advantages[:, None])
+        beta = lco.scaled_beta(A, args.beta, args.negative_beta_scale)
+        target, logp = lco.target_logprobs(z_old, A, beta, args.target), z.log_softmax(-1)
+        return lco.kld_loss(logp, target).sum(), lco.step_sizes(logp.detach(), z_old.log_softmax(-1), target)
 
     def step(function, mib):
         value, _ = common.over_vocabulary(function, [(hidden, weight), (old, old_weight)], [ids, advantages], 1.0, mib)

@@ -3,7 +3,7 @@
     python benchmarks/memory.py [--json memory.json]        # a few minutes, 10 GiB of memory
     python benchmarks/memory.py --fits                      # what fits on GPUs of 80 GB: the table of docs/gpu.md
 
-Each case is a process of its own: forward and backward, once, in fp32. `lco-kld` is lco.objective() itself on a policy
+Each case is a process of its own: forward and backward, once, in fp32. `lco-kld` is lco.kld_objective() itself on a policy
 whose final hidden states and LM head [V, H] are its parameters; `dckd` and `adpa` are the objectives of these scripts,
 with teachers of width 1024, half of the tokens on each side; `logprobs` is common.token_logprobs(). The peak is the
 highest resident memory less that before the call, so it includes the gradients; s are CPU seconds, which other work on
@@ -82,7 +82,7 @@ def measure(loss: str, chunk_mib: int | None, tokens: int, vocabulary: int, widt
 
     before, start = resident("VmRSS"), time.process_time()
     if loss == "lco-kld":
-        value, _ = lco.objective(models, heads, micro, lco.Args())
+        value, _ = lco.kld_objective(policy, heads, micro, lco.Args())
     elif script:
         args = script.Args()
         value, _ = script.objective(models, heads, micro, dict.fromkeys(script.sides(args), 1.0), args)

@@ -358,9 +358,9 @@ def distil(args) -> None:
         def own(script, base=base, **arguments):
             return base | dict(side="script", script=script, arguments=shared | steps | arguments)
 
-        answers = dict(base, side="script", script="qrm", function="train_reward", data_argument="pairs")
+        answers = dict(base, side="script", script="qrm", function="train", data_argument="pairs")
         answers["arguments"] = shared | dict(
-            stage="reward", objective="orm", head="scalar", reward_epochs=10**6, pairs_per_step=pairs, test_pairs=1
+            objective="orm", head="scalar", epochs=10**6, pairs_per_step=pairs, test_pairs=1
         )
         comparisons = {
             "DCKD": {"dckd": own("dckd", teacher=folder), "TRL GKD": base | {"side": "gkd"}},
