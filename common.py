@@ -39,6 +39,7 @@ import hashlib
 import importlib.util
 import json
 import math
+import re
 import shutil
 import signal
 import subprocess
@@ -390,6 +391,7 @@ def minibatch_rows(seed: int, step: int, epoch: int, rows_total: int, minibatche
 # ======================================================================================================================
 
 _HERE = Path(__file__).resolve().parent / "builtin"
+SMALL = 2**28  # parameters of a model that is run on a few tokens before a run begins
 BUILTIN = {"builtin": _HERE / "policy", "builtin-small": _HERE / "small", "builtin-strings": _HERE / "strings"}
 
 
@@ -436,10 +438,14 @@ def _convert_gguf(file: Path) -> Path:
 def _from_pretrained(cls, what: str, name: str, **options):
     try:
         return cls.from_pretrained(model_path(name), **options)
-    except (OSError, ValueError) as error:
-        if isinstance(error, BadInput):
-            raise
-        raise BadInput(f"--model {name}: no {what} could be loaded ({str(error).splitlines()[0]})") from error
+    except BadInput:
+        raise
+    except Exception as error:  # whatever a library of readers raises about a file
+        raise BadInput(f"--model {name}: no {what} could be loaded ({_first_line(error)})") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def fingerprint(name: str) -> str:
@@ -462,13 +468,27 @@ def fingerprint(name: str) -> str:
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False):
-    """The tokenizer of a model, with a padding token (whose identity never matters: masks come from lengths)."""
+    """The tokenizer of a model, with a padding token (whose identity never matters: masks come from lengths).
+
+    Scripts load the tokenizers of all their models before they make a folder, so what cannot be used is refused here.
+    """
     from transformers import AutoTokenizer
 
     tokenizer = _from_pretrained(AutoTokenizer, "tokenizer", name, trust_remote_code=trust_remote_code)
     require(tokenizer.eos_token_id is not None, f"--model {name}: its tokenizer has no end-of-sequence token")
-    if tokenizer.pad_token_id is None:
+    rows = load_config(name, trust_remote_code).get_text_config().vocab_size
+    text = {f"{key}_token" for key in ("bos", "eos", "unk", "sep", "cls", "mask")}
+    special = {key: token for key, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+    never = {token for key, token in special.items() if key not in text}  # padding, places of images: not in a text
+    outside = {token: i for token, i in tokenizer.get_vocab().items() if i >= rows and token not in never}
+    require(
+        not outside,
+        f"--model {name}: its tokenizer has {len(outside)} tokens without an embedding, for example "
+        f"{min(outside, key=outside.get, default='')!r} (id {min(outside.values(), default=0)}, {rows} embeddings)",
+    )
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:
         tokenizer.pad_token = tokenizer.eos_token
+    check_model(name, trust_remote_code=trust_remote_code)
     return tokenizer
 
 
@@ -518,42 +538,14 @@ def load_model(
     dtype: of the computation (with bfloat16, trained weights and their gradients stay fp32 all the same).
     lora_rank: > 0 trains low-rank adapters of that rank on all linear layers of the body (and the scalar head).
     """
-    from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
-
     gc.collect()  # FSDP's states and models are cycles: without this, models that are no longer used keep their memory
     torch.cuda.empty_cache()
     dtype = compute_dtype(dtype, device)
-    config = load_config(name, trust_remote_code)
-    head = ("scalar" if has_scalar_head(config) else "lm") if head == "saved" else head
-    for key, value in vars(config).items():
-        if isinstance(value, float) and ("dropout" in key or "pdrop" in key):
-            setattr(config, key, 0.0)
-    for key in ("final_logit_softcapping", "logit_scale"):
-        require(
-            getattr(config, key, None) in (None, 1.0),
-            f"--model {name}: {key}={getattr(config, key, None)} is not supported (logits here are hidden @ W.T)",
-        )
-
+    check_model(name, head, trust_remote_code)
     torch.manual_seed(seed)  # new weights (adapters, heads) are the same on every rank
-    options = dict(config=config, dtype=_file_dtype(name), trust_remote_code=trust_remote_code, use_safetensors=True)
-    if head == "scalar":
-        new = not has_scalar_head(config)
-        config.num_labels, config.classifier_dropout = 1, 0.0
-        with quiet_transformers():  # it would warn that the head is new, which is what we want
-            model = _from_pretrained(AutoModelForTokenClassification, "model", name, **options)
-        for parameter in scalar_head(model).parameters() if new else ():
-            torch.nn.init.zeros_(parameter)
-    else:
-        model = _from_pretrained(AutoModelForCausalLM, "model", name, **options)
-        has_bias = getattr(model.get_output_embeddings(), "bias", None) is not None
-        require(not has_bias, f"--model {name}: an LM head with a bias is not supported (logits here are hidden @ W.T)")
-    model.config.architectures = [type(model).__name__]  # what it is now, not what its folder held
-    model.config.dtype = model.config.get_text_config().dtype = torch.float32
+    model, file_dtype = _load(name, head, trust_remote_code)
+    head = "scalar" if has_scalar_head(model.config) else "lm"
     _fp32_buffers(model)
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-
     model.requires_grad_(trainable)
     if trainable and lora_rank:
         from peft import LoraConfig
@@ -569,7 +561,7 @@ def load_model(
         enable = getattr(model, "activation_checkpointing_enable", None)  # before transformers 5.20: gradient_...
         (enable or model.gradient_checkpointing_enable)()
     # Under adapters, weights that bfloat16 would round stay fp32: they are exported.
-    exact = not trainable or options["dtype"] == getattr(torch, dtype)
+    exact = not trainable or file_dtype == getattr(torch, dtype)
     return wrap(model.train(trainable), dtype, device, frozen=dtype if exact else "float32")
 
 
@@ -578,6 +570,158 @@ def wrap(model, dtype: str, device: torch.device, frozen: str = "float32"):
     model.final_hidden = functools.partial(_final_hidden, weakref.proxy(model))  # no cycle
     model.pack_limit = _pack_limit(model.config)
     return _shard(model, device, dtype, frozen)
+
+
+def _load(name: str, head: str, trust_remote_code: bool):
+    """A model as a map of its file, with the head that load_model promises, and the dtype of the file.
+
+    Every tensor of the file has a place and every weight is in the file, or the model is refused. A new scalar head
+    alone may be missing, and then it starts at 0.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
+
+    config = load_config(name, trust_remote_code)
+    why = _unsupported(config)
+    require(not why, f"--model {name}: {why}")
+    new = not has_scalar_head(config)
+    scalar = head == "scalar" or head == "saved" and not new
+    for part in _configs(config):  # dropout and the like: off
+        for key, value in vars(part).items():
+            if isinstance(value, float) and "drop" in key:
+                setattr(part, key, 0.0)
+    if scalar:
+        config.num_labels, config.classifier_dropout = 1, 0.0
+    dtype = _file_dtype(name)
+    options = dict(config=config, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True)
+    with quiet_transformers():  # it would warn of what is refused below
+        cls = AutoModelForTokenClassification if scalar else AutoModelForCausalLM
+        model, found = _from_pretrained(cls, "model", name, output_loading_info=True, **options)
+    missing, unexpected = set(found["missing_keys"]), set(found["unexpected_keys"])
+    if scalar and new:
+        head_names = {name for name, module in model.named_children() if module is scalar_head(model)}
+        missing = {key for key in missing if key.split(".")[0] not in head_names}
+        unexpected = {key for key in unexpected if key.startswith(model.base_model_prefix + ".")}  # no LM head
+        for parameter in scalar_head(model).parameters():
+            torch.nn.init.zeros_(parameter)
+    for keys, what in ((missing, "missing in its files"), (unexpected, "of its files without a place in the model")):
+        require(not keys, f"--model {name}: {len(keys)} tensor(s) {what}, for example {min(keys, default='')}")
+    model.config.architectures = [type(model).__name__]  # what it is now, not what its folder held
+    model.config.dtype = model.config.get_text_config().dtype = torch.float32
+    for module in model.modules():
+        for key, value in vars(module).items():
+            if isinstance(value, float) and "drop" in key:
+                setattr(module, key, 0.0)
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model, dtype
+
+
+def _configs(config) -> list:
+    """A configuration and those inside it."""
+    inner = [getattr(config, key, None) for key in config.sub_configs]
+    return [config, *(c for part in inner if hasattr(part, "sub_configs") for c in _configs(part))]
+
+
+def _unsupported(config) -> str | None:
+    """Why a model cannot be used, as far as its configuration tells."""
+    for part in _configs(config):
+        quantised = getattr(part, "quantization_config", None)
+        if quantised:
+            method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
+            return f"its weights are quantised ({getattr(method, 'value', method)}): take the model they were made from"
+        values = [vars(part), *(x for x in vars(part).values() if isinstance(x, dict))]
+        for key, value in (item for each in values for item in each.items()):
+            if "experts" in str(key) and "per_tok" not in str(key) and type(value) is int and value > 1:
+                return f"it is a mixture of experts ({key}={value}), which is not supported"
+    if getattr(config, "is_encoder_decoder", False):
+        return "it has an encoder: only decoders are supported"
+    return None
+
+
+@functools.cache
+def check_model(name: str, head: str = "saved", trust_remote_code: bool = False) -> None:
+    """Raise unless the model is whole and is used here as it was made: see _load(), _check_logits() and _check_body().
+
+    head: as for load_model(). Tensors are maps of the files; of a large model only the LM head is read.
+    """
+    model, _ = _load(name, head, trust_remote_code)
+    kinds = {type(layer).__name__ for layer in _cache_layers(model.config) if not _is_attention(layer)}
+    state = kinds or getattr(model, "_is_stateful", False)
+    require(not state, f"--model {name}: it has layers with a recurrent state, which are not supported")
+    experts = {type(m).__name__ for m in model.modules() if re.search("Experts?$|Router|SparseMoe", type(m).__name__)}
+    require(not experts, f"--model {name}: it is a mixture of experts ({min(experts, default='')}), not supported")
+    small = sum(p.numel() for p in model.parameters()) < SMALL
+    if small:
+        _fp32_buffers(model)
+        model.float()
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        if not has_scalar_head(model.config):
+            _check_logits(name, model.eval())
+        if small:
+            _check_body(name, model.eval())
+
+
+def _check_logits(name: str, model) -> None:
+    """Raise unless logits are hidden @ W.T: for large random hidden states in place of those of the body."""
+    output, body = model.get_output_embeddings(), model.base_model
+    require(output is not None, f"--model {name}: it has no LM head")
+    has_bias = getattr(output, "bias", None) is not None
+    require(not has_bias, f"--model {name}: an LM head with a bias is not supported (logits here are hidden @ W.T)")
+    weight, ids = output.weight, torch.arange(4)[None]
+    hidden = torch.randn(1, 4, weight.shape[1], dtype=weight.dtype)
+    hidden = hidden * (1000 / F.linear(hidden, weight).abs().max().clamp_min(1e-6)).clamp_max(1e4)  # where caps bend
+    used = []
+
+    class Output:
+        last_hidden_state = hidden
+
+        def __getattr__(self, _):
+            return None
+
+        def __getitem__(self, i):
+            return hidden if i == 0 else ()
+
+    body.forward = lambda *args, **inputs: used.append(1) or Output()
+    try:
+        logits = model(input_ids=ids, use_cache=False).logits
+    except Exception as error:
+        raise BadInput(f"--model {name}: its logits cannot be computed ({_first_line(error)})") from error
+    finally:
+        del body.forward
+    if not used:  # its forward goes around base_model
+        logits, hidden = model(input_ids=ids, use_cache=False).logits, body(input_ids=ids, use_cache=False)[0]
+    product = F.linear(hidden, weight).float()
+    same = logits.shape == product.shape and (logits.float() - product).norm() <= 5e-3 * product.norm()
+    text = vars(model.config.get_text_config())
+    named = [(key, text[key]) for key in text if re.search("logit|lm_head|scale_", key) and text[key]]
+    hint = ", ".join(f"{key}={value}" for key, value in named)
+    require(same, f"--model {name}: its logits are not hidden @ W.T, which is not supported ({hint or 'see its code'})")
+
+
+def _check_body(name: str, model) -> None:
+    """Raise unless a token sees those before it and no others, whether padded on the left or read through a cache."""
+    body, n = model.base_model, 4
+    ids = torch.randint(min(64, model.config.get_text_config().vocab_size), (1, n + 3))
+    padded = F.pad(ids[:, :n], (2, 0))
+    mask = torch.tensor([[0, 0] + [1] * n])
+    try:
+        whole = body(input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=torch.arange(n + 3)[None])[0]
+        cache = _cache(model.config)
+        read = dict(past_key_values=cache, use_cache=True)
+        position = (mask.cumsum(1) - 1).clamp_min(0)
+        found = [body(input_ids=padded, attention_mask=mask, position_ids=position, **read)[0][:, 2:]]
+        cache.batch_repeat_interleave(2)
+        for t in range(n, n + 3):
+            mask = F.pad(mask, (0, 1), value=1)
+            token, at = ids[:, t : t + 1].expand(2, 1), torch.full((2, 1), t)
+            found.append(body(input_ids=token, attention_mask=mask.expand(2, -1), position_ids=at, **read)[0][1:])
+        found = torch.cat(found, 1)
+    except Exception as error:
+        raise BadInput(f"--model {name}: it cannot be decoded token by token ({_first_line(error)})") from error
+    for part, what in ((slice(n), "depend on padding or later tokens"), (slice(n, None), "change with its cache")):
+        error = (found[:, part] - whole[:, part]).norm() / whole[:, part].norm()
+        require(error < 1e-3, f"--model {name}: its hidden states {what} (by {error:.1e}), which is not supported")
 
 
 def _file_dtype(name: str) -> torch.dtype:
@@ -635,13 +779,22 @@ def scalar_head(model) -> torch.nn.Linear:
     return model.score if hasattr(model, "score") else model.classifier
 
 
+def _cache_layers(config) -> list:
+    from transformers.cache_utils import DynamicCache
+
+    return DynamicCache(config=config).layers
+
+
+def _is_attention(layer) -> bool:
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+    return type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
+
+
 def _pack_limit(config) -> float:
     """The longest row in which _read may pack completions; 0 where layers do not take a mask of its own making."""
-    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
-
-    layers = DynamicCache(config=config).layers
-    known = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
-    if config._attn_implementation != "sdpa" or getattr(config, "alibi", False) or not known:
+    layers = _cache_layers(config)
+    if config._attn_implementation != "sdpa" or getattr(config, "alibi", False) or not all(map(_is_attention, layers)):
         return 0
     return min((layer.sliding_window for layer in layers if layer.is_sliding), default=math.inf)
 
@@ -1908,18 +2061,17 @@ def preflight(*checks) -> None:
 
 def check_vocabulary(models: dict, tokenizer) -> tuple[bool, str]:
     """Every id of the tokenizer has a row in each model's embeddings."""
-    rows = {name: m.config.vocab_size for name, m in models.items()}
+    rows = {name: m.config.get_text_config().vocab_size for name, m in models.items()}
     top = max(tokenizer.get_vocab().values())
     return all(top < n for n in rows.values()), f"largest id {top}, rows {rows}"
 
 
 def check_dropout(models: dict) -> tuple[bool, str]:
-    left = [
-        key
-        for m in models.values()
-        for key, value in [*vars(m.config).items(), *((n, getattr(s, "p", 0)) for n, s in m.named_modules())]
-        if isinstance(value, float) and value > 0 and ("drop" in key)
-    ]
+    modules = [m for model in models.values() for m in model.modules()]
+    parts = [c for model in models.values() for c in _configs(model.config)]
+    left = [(key, value) for part in [*modules, *parts] for key, value in vars(part).items() if "drop" in key]
+    left += [("Dropout.p", m.p) for m in modules if isinstance(m, torch.nn.Dropout)]
+    left = [key for key, value in left if isinstance(value, float) and value > 0]
     return not left, f"{len(models)} model(s)" if not left else f"still on: {left}"
 
 
