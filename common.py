@@ -390,6 +390,7 @@ def minibatch_rows(seed: int, step: int, epoch: int, rows_total: int, minibatche
 
 _HERE = Path(__file__).resolve().parent / "builtin"
 BUILTIN = {"builtin": _HERE / "policy", "builtin-small": _HERE / "small", "builtin-strings": _HERE / "strings"}
+BUILTIN["builtin-aligned"] = _HERE / "aligned"  # builtin after dpo.py
 
 
 def model_path(name: str) -> str:

@@ -262,6 +262,12 @@ def preference_pairs(
     return rows
 
 
+def builtin_pairs(seed: int, test_rows: int) -> tuple[list[dict], list[dict]]:
+    """2,000 training pairs and held-out ones; both answers are by the same writer, who slips."""
+    made = dict(slip=0.6, needless=0.1, exact=False)
+    return preference_pairs(2000, seed, **made), preference_pairs(test_rows, 0, held_out=True, **made)
+
+
 def chain_pairs(n: int, seed: int, held_out: bool = False) -> list[dict]:
     """`preference_pairs` with the labels of their steps."""
     pairs = preference_pairs(n, seed, held_out=held_out)
@@ -938,6 +944,31 @@ def pair_row(row: dict, where: str) -> dict:
             found = f"{len(prompt)} messages of prompt and then {' '.join(roles)}"
             raise BadInput(f"{where}: '{name}' has {found}; expected a prompt and one assistant message")
     return {**row, "prompt": prompt, "chosen": chosen[0]["content"], "rejected": rejected[0]["content"]}
+
+
+def load_demonstrations(dataset: str) -> list[dict]:
+    """Rows {prompt, chosen} to imitate: `chosen` is the `completion`, or the last of `messages`; or pairs as they are.
+
+    A completion is text or one assistant message (TRL's columns). Earlier messages are the prompt.
+    """
+    raw = read_rows(dataset)
+    if {"chosen", "rejected"} <= set(raw[0]):
+        return load_pairs(dataset)
+    if "messages" not in raw[0] and not {"prompt", "completion"} <= set(raw[0]):
+        found = ", ".join(raw[0]) or "(none)"
+        raise BadInput(f"{dataset}: it has the columns {found}; expected messages, prompt+completion or chosen+rejected")
+    rows = []
+    for i, row in enumerate(raw, 1):
+        where = f"{dataset}: row {i}"
+        if "messages" in row:
+            *prompt, answer = column(row, "messages", where, list)
+        else:
+            prompt, answer = (column(row, name, where, (str, list)) for name in ("prompt", "completion"))
+            answer = answer[-1] if isinstance(answer, list) else {"role": "assistant", "content": answer}
+        if not prompt or answer["role"] != "assistant":
+            raise BadInput(f"{where}: expected a prompt and then one answer of the assistant")
+        rows.append({**row, "prompt": prompt, "chosen": answer["content"]})
+    return rows
 
 
 def load_answers(dataset: str, separator: str) -> tuple[list[dict], list[str]]:
