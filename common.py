@@ -16,6 +16,12 @@ Shapes: B sequences, P prompt positions, T completion positions, H hidden width,
 Nothing here knows a method. A line that could change a number in a paper belongs in a script.
 """
 
+import os
+
+# On a GPU the shapes of rollouts and updates alternate, which would leave holes in the memory that is kept.
+if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
 try:
     import cpu  # before torch: it sets how OpenMP threads wait
 except ModuleNotFoundError:  # delete cpu.py and only speed changes
@@ -23,6 +29,8 @@ except ModuleNotFoundError:  # delete cpu.py and only speed changes
 
 import argparse
 import contextlib
+import functools
+import gc
 import hashlib
 import importlib.util
 import inspect
@@ -40,6 +48,7 @@ import time
 import traceback
 import types
 import typing
+import weakref
 from collections import Counter
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from datetime import timedelta
@@ -64,6 +73,7 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
+from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map
 
 # ======================================================================================================================
@@ -89,9 +99,22 @@ def local_device(device: str) -> torch.device:
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     require(kind == "cpu" or torch.cuda.is_available(), "--device cuda: torch sees no CUDA device")
     if kind == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        # Modulo: some schedulers show each process one device, whatever its LOCAL_RANK.
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device(kind)
+
+
+def ranks_of_node() -> int:
+    """Ranks on each node where torchrun started equally many on several nodes; else all ranks (one node)."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world()))
+    return local if set(gather([local])) == {local} and world() % local == 0 else world()
+
+
+def compute_dtype(dtype: str, device: torch.device) -> str:
+    """`auto` is bfloat16 on CUDA, where float32 takes up to 15 times as long, and float32 on a CPU."""
+    one_of(dtype=(dtype, ("auto", "float32", "bfloat16")))
+    return dtype if dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
 
 
 def launch(main, device: str = "auto") -> None:
@@ -103,6 +126,11 @@ def launch(main, device: str = "auto") -> None:
     global _store
     backend = "cpu:gloo,cuda:nccl" if device != "cpu" and torch.cuda.is_available() else "gloo"
     if "WORLD_SIZE" in os.environ:
+        missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        if missing:  # some schedulers set WORLD_SIZE in every job: without an address, ranks would wait for each other
+            found = f"WORLD_SIZE is set but {' and '.join(missing)} not: start with torchrun, or unset WORLD_SIZE"
+            print(f"{Path(sys.argv[0]).name}: error: {found}", file=sys.stderr)
+            sys.exit(2)
         dist.init_process_group(backend, timeout=timedelta(minutes=30))
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -202,34 +230,42 @@ def stop_unless_finite(values: dict) -> None:
         raise FloatingPointError(f"not finite: {bad}")
 
 
-# The largest mean |ratio - 1| of two evaluations of one policy. Healthy kernels in bfloat16 reach .02 on an H200 and .037
-# on a CPU; sampling at a temperature of 0.9 instead of 1 gives .14 there, dropout of 0.05 gives .8 (docs/gpu.md).
+# The largest mean |ratio - 1| of two evaluations of one policy. Healthy kernels in bfloat16 reach .02 to .04.
 ON_POLICY = {"float32": 1e-3, "bfloat16": 0.1}
 
 
-def stop_unless_on_policy(gap: float, dtype: str, who: str = "the first minibatch of a rollout") -> None:
-    """Raise when `who` does not see the policy that made the rollout. gap: mean |pi / pi_old - 1|."""
-    if not gap <= ON_POLICY[dtype]:
+def stop_unless_on_policy(gap: float, dtype: str, device: torch.device) -> None:
+    """Raise when the first minibatch does not see the policy that made the rollout. gap: mean |pi / pi_old - 1|."""
+    _stop_if_apart(gap, ON_POLICY[compute_dtype(dtype, device)], "the first minibatch of a rollout")
+
+
+def _stop_if_apart(gap: float, limit: float, who: str) -> None:
+    if not gap <= limit:
         raise RuntimeError(
-            f"{who} differs from the rollout policy by {gap:.2g} (limit {ON_POLICY[dtype]}, {dtype}): "
+            f"{who} differs from the rollout policy by {gap:.2g} (limit {limit:.2g}): "
             "log-probabilities depend on padding, batch size or dropout, or weights changed in between; try check.py"
         )
 
 
-def sampler_gap(per_token, batch: dict, sampled: list[list[float]], dtype: str, rows: int = 8) -> float:
+def sampler_gap(per_token, batch: dict, sampled: list[list[float]], dtype: str, rows: int = 16) -> float:
     """Mean |pi / sampler - 1| over the tokens of the first rows of each rank: is the sampler the policy?
 
     per_token(batch) returns the log-probabilities [B, T] of the training forward; sampled: those of the sampler, per
-    row. Raises when the gap is larger than rounding explains.
+    row. Raises when the gap is larger than rounding explains. In bfloat16 that depends on how open the policy is, for
+    an error e of a logit moves log p by (1 - p) e: gap / mean (1 - p) is .02 to .06 for healthy kernels, .15 to .24 if
+    the sampler's temperature is 0.9 instead of 1, and .3 or more with dropout of 0.05 (docs/gpu.md).
     """
     some = take(batch, list(range(min(rows, len(sampled)))))
     drawn = torch.zeros_like(some["mask"], dtype=torch.float32)
     drawn[some["mask"]] = torch.tensor([x for row in sampled[:rows] for x in row], device=drawn.device)
     with torch.no_grad():
         ratio = (per_token(some) - drawn).exp()[some["mask"]]
-    sums = all_sum({"n": ratio.numel(), "gap": (ratio - 1).abs().sum()}, drawn.device)
-    gap = sums["gap"] / sums["n"]
-    stop_unless_on_policy(gap, dtype, "the training forward")
+    open_ = (1 - drawn.exp())[some["mask"]].sum()
+    sums = all_sum({"n": ratio.numel(), "gap": (ratio - 1).abs().sum(), "open": open_}, drawn.device)
+    gap, limit = sums["gap"] / sums["n"], ON_POLICY["float32"]
+    if compute_dtype(dtype, drawn.device) == "bfloat16":
+        limit = 0.2 * sums["open"] / sums["n"] + 0.005
+    _stop_if_apart(gap, limit, "the training forward")
     return gap
 
 
@@ -278,8 +314,13 @@ def parse_args(cls, builtin: dict, argv: list[str] | None = None):
     args = cls(**given)
     if args.model in BUILTIN:
         args = cls(**builtin | given)
-    if args.model == "builtin" and f"builtin-{args.task}" in BUILTIN:  # each built-in task has its own alphabet
+    if args.model == "builtin" and f"builtin-{getattr(args, 'task', '')}" in BUILTIN:  # its own alphabet
         args.model = f"builtin-{args.task}"
+    if args.dtype == "auto":
+        kind = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
+        args.dtype = compute_dtype("auto", torch.device(kind))
+        if os.environ.get("RANK", "0") == "0":
+            print(f"--dtype auto: {args.dtype} on {kind}", flush=True)
     try:
         return check_args(args)
     except BadInput as error:
@@ -504,22 +545,28 @@ def load_model(
     name: str,
     *,
     head: str = "lm",
-    dtype: str = "float32",
+    dtype: str = "auto",
     device: torch.device,
     lora_rank: int = 0,
     trainable: bool = True,
     activation_checkpointing: bool = False,
     seed: int = 0,
 ):
-    """A model in fp32 master weights, dropout off, sharded with FSDP2 where that changes anything.
+    """A model whose trained weights are fp32, dropout off, sharded with FSDP2 where that changes anything.
+
+    The weights stay a memory map of the file, in its dtype, until their block is sharded: ranks of a node share it, and
+    a device holds its shards and one block. Weights that are not trained are kept in the dtype of the computation.
 
     head: `lm` for a causal language model; `scalar` for the same body with a linear head to one number, which starts
     at 0 unless the folder has one (token classification with one label); `saved`: whichever of both the folder has.
-    dtype: of the computation (bfloat16 keeps the fp32 master weights and reduces gradients in fp32).
+    dtype: of the computation (with bfloat16, trained weights and their gradients stay fp32 all the same).
     lora_rank: > 0 trains low-rank adapters of that rank on all linear layers of the body (and the scalar head).
     """
     from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
+    gc.collect()  # FSDP's states and models are cycles: without this, models that are no longer used keep their memory
+    torch.cuda.empty_cache()
+    dtype = compute_dtype(dtype, device)
     config = load_config(name)
     head = ("scalar" if has_scalar_head(config) else "lm") if head == "saved" else head
     for key, value in vars(config).items():
@@ -532,7 +579,7 @@ def load_model(
         )
 
     torch.manual_seed(seed)  # new weights (adapters, heads) are the same on every rank
-    options = dict(config=config, dtype=torch.float32, use_safetensors=True)
+    options = dict(config=config, dtype=_file_dtype(name), use_safetensors=True)
     if head == "scalar":
         new = not has_scalar_head(config)
         config.num_labels, config.classifier_dropout = 1, 0.0
@@ -545,6 +592,8 @@ def load_model(
         has_bias = getattr(model.get_output_embeddings(), "bias", None) is not None
         require(not has_bias, f"--model {name}: an LM head with a bias is not supported (logits here are hidden @ W.T)")
     model.config.architectures = [type(model).__name__]  # what it is now, not what its folder held
+    model.config.dtype = model.config.get_text_config().dtype = torch.float32
+    _fp32_buffers(model)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -555,19 +604,65 @@ def load_model(
 
         body = model.base_model.named_modules(prefix=model.base_model_prefix)  # without the LM head or scalar head
         targets = [name for name, module in body if _is_linear(module)]
-        model.add_adapter(LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, lora_dropout=0.0, target_modules=targets))
+        adapters = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, lora_dropout=0.0, target_modules=targets)
+        with _as_fp32(model):
+            model.add_adapter(adapters)
         if head == "scalar":
             scalar_head(model).requires_grad_(True)
     if trainable and activation_checkpointing:
-        model.activation_checkpointing_enable()
-    return wrap(model.train(trainable), dtype, device)
+        enable = getattr(model, "activation_checkpointing_enable", None)  # before transformers 5.20: gradient_...
+        (enable or model.gradient_checkpointing_enable)()
+    # Under adapters, weights that bfloat16 would round stay fp32: they are exported.
+    exact = not trainable or options["dtype"] == getattr(torch, dtype)
+    return wrap(model.train(trainable), dtype, device, frozen=dtype if exact else "float32")
 
 
-def wrap(model, dtype: str, device: torch.device):
-    """A transformers model as scripts know it: final_hidden, pack_limit, sharded."""
-    model.final_hidden = types.MethodType(_final_hidden, model)
+def wrap(model, dtype: str, device: torch.device, frozen: str = "float32"):
+    """A transformers model as scripts know it: with final_hidden, and sharded. frozen: the dtype of frozen weights."""
+    model.final_hidden = functools.partial(_final_hidden, weakref.proxy(model))  # no cycle
     model.pack_limit = _pack_limit(model.config)
-    return _shard(model.to(device), dtype)
+    return _shard(model, device, dtype, frozen)
+
+
+def _file_dtype(name: str) -> torch.dtype:
+    """The dtype of the tensors of a model; float32 where they have several."""
+    from transformers.utils import cached_file
+
+    def found(file: str) -> str | None:
+        return cached_file(model_path(name), file, _raise_exceptions_for_missing_entries=False)
+
+    files, index = ["model.safetensors"], found("model.safetensors.index.json")
+    if index and not found(files[0]):
+        files = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
+    dtypes = set()
+    for path in filter(None, map(found, files)):
+        with open(path, "rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        dtypes |= {tensor["dtype"] for key, tensor in header.items() if key != "__metadata__"}
+    dtypes = {dtype for dtype in dtypes if "F" in dtype}
+    return {("BF16",): torch.bfloat16, ("F16",): torch.float16}.get(tuple(dtypes), torch.float32)
+
+
+def _fp32_buffers(model) -> None:
+    """Buffers that no file holds (rotary frequencies, embedding scales) are made anew in fp32."""
+    owners = {name.rpartition(".")[0] for name, _ in model.named_non_persistent_buffers()}
+    for module in map(model.get_submodule, owners):
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_floating_point() and name in module._non_persistent_buffers_set:
+                setattr(module, name, buffer.float())
+        module._is_hf_initialized = False
+    model.initialize_weights()  # skips all parameters: they are marked as loaded
+
+
+@contextlib.contextmanager
+def _as_fp32(model):
+    """Empty fp32 stand-ins for all weights meanwhile, after which peft draws adapters in fp32."""
+    weights = {p: p.data for p in model.parameters() if p.is_floating_point()}
+    for p, data in weights.items():
+        p.data = torch.zeros((), device=data.device).expand(data.shape)
+    yield
+    for p, data in weights.items():
+        p.data = data
 
 
 def _is_linear(module) -> bool:
@@ -595,8 +690,8 @@ def _pack_limit(config) -> float:
     return min((layer.sliding_window for layer in layers if layer.is_sliding), default=math.inf)
 
 
-def _final_hidden(self, input_ids, attention_mask, position_ids, past_key_values=None):
-    return self.base_model(
+def _final_hidden(model, input_ids, attention_mask, position_ids, past_key_values=None):
+    return model.base_model(
         input_ids=input_ids,
         attention_mask=attention_mask,
         position_ids=position_ids,
@@ -605,22 +700,65 @@ def _final_hidden(self, input_ids, attention_mask, position_ids, past_key_values
     ).last_hidden_state
 
 
-def _shard(model, dtype: str):
-    """FSDP2, one group per block. One fp32 process is bit-equal without it, and a small model up to 70 % faster."""
-    require(dtype in ("float32", "bfloat16"), f"--dtype must be float32 or bfloat16, found {dtype}")
+def _shard(model, device: torch.device, dtype: str, frozen: str):
+    """FSDP2, one group per block. One fp32 process is bit-equal without it, and a small model up to 70 % faster.
+
+    Weights that are trained become fp32, the others `frozen`: each group after it was sharded, so that neither the host
+    nor the device ever holds more than the shards and one group in the dtype of the file.
+    """
+
+    always_fp32 = set()
+
+    def settle(tensor):
+        if not isinstance(tensor, torch.nn.Parameter):
+            return tensor.to(device)  # buffers keep their dtype
+        kept = "float32" if tensor.requires_grad or tensor in always_fp32 else frozen
+        return tensor.to(device, getattr(torch, kept))
+
     if world() == 1 and dtype == "float32":
-        return model
+        return model._apply(settle)
     policy = MixedPrecisionPolicy(param_dtype=getattr(torch, dtype), reduce_dtype=torch.float32)
     blocks = set(model._no_split_modules or [])
-    mesh = dist.init_device_mesh(next(model.parameters()).device.type, (world(),))
+    mesh = _mesh(device.type, _ranks_of_shards(model, device))
     for module in model.modules():
         if type(module).__name__ in blocks:
-            fully_shard(module, mesh=mesh, mp_policy=policy)
+            fully_shard(module, mesh=mesh, mp_policy=policy)._apply(settle)
     if hasattr(model, "score") or hasattr(model, "classifier"):  # one number out of thousands: always fp32
-        fully_shard(scalar_head(model), mesh=mesh, mp_policy=MixedPrecisionPolicy(torch.float32, torch.float32))
+        head = fully_shard(scalar_head(model), mesh=mesh, mp_policy=MixedPrecisionPolicy(torch.float32, torch.float32))
+        always_fp32 = set(head.parameters())
     fully_shard(model, mesh=mesh, mp_policy=policy)  # embeddings, final norm and head stay together: tied weights live
+    model._apply(settle)
     register_fsdp_forward_method(model, "final_hidden")
     return model
+
+
+def _ranks_of_shards(model, device: torch.device) -> int:
+    """Over how many ranks weights are sharded: those of a node where that leaves memory free, else all of them.
+
+    Within a node, gathering weights does not wait for the network, which then carries gradients alone. Weights with
+    Adam's state may take a third of a device: there may be a second model like this one.
+    """
+    node = ranks_of_node()
+    body = sum(p.numel() * (16 if p.requires_grad else 4) for p in model.base_model.parameters())
+    free = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else math.inf
+    return from_rank_0(node if 1 < node and body / node < free / 3 else world())
+
+
+@functools.cache
+def _mesh(kind: str, shards: int):
+    """Replicas over nodes of shards within them; one dimension where all ranks share one copy."""
+    if shards == world():
+        return dist.init_device_mesh(kind, (shards,))
+    return dist.init_device_mesh(kind, (world() // shards, shards), mesh_dim_names=("replicate", "shard"))
+
+
+def accumulate_over(models, pieces: list):
+    """The micro-batches of one optimizer step, in turn. Gradients cross from node to node with the last one alone."""
+    for i, piece in enumerate(pieces):
+        for module in models.modules():
+            if isinstance(module, FSDPModule):
+                module.set_requires_all_reduce(i + 1 == len(pieces), recurse=False)
+        yield piece
 
 
 @contextlib.contextmanager
@@ -909,7 +1047,8 @@ def _read(model, forward, batch: dict) -> torch.Tensor:
     sees = ((owner[:, None] == 0) | (owner[:, None] == owner[:, :, None])).tril()  # owner 0: the prompt
     states = forward(input_ids=ids, attention_mask=sees[:, None], position_ids=position)
     at = torch.cat([n[:, None] - 1, start[:, None] + column], 1).clamp_max(S - 1)
-    return states[group[:, None], at]
+    # Not states[group[:, None], at], whose backward pass adds up a row that is read twice in the order threads arrive.
+    return F.embedding(S * group[:, None] + at, states.flatten(0, 1))
 
 
 # ======================================================================================================================
@@ -1312,6 +1451,10 @@ class RunFolder:
         else:
             hint = ", or give --resume" if "resume" in settings else ""
             require(not files, f"--out {self.path} exists and is not empty: choose another folder{hint}")
+        if rank() == 0:
+            self.path.mkdir(parents=True, exist_ok=True)
+        if ranks_of_node() < world():
+            _require_shared(self.path)
         say(f"run folder: {self.path}")
         if rank() != 0:
             return
@@ -1320,7 +1463,6 @@ class RunFolder:
             import wandb
 
             self.tracker = wandb.init(project="minalign", name=self.path.name, config=settings, resume="allow")
-        self.path.mkdir(parents=True, exist_ok=True)
         about = {"args": settings, "command": " ".join(sys.argv), "world": world(), "git": _git_commit()}
         about |= {"torch": torch.__version__, "time": time.strftime("%Y-%m-%d %H:%M:%S")}
         write_whole(self.path / "args.json", json.dumps(about, indent=2) + "\n")
@@ -1449,6 +1591,21 @@ class Run(RunFolder):
         return step
 
 
+def _require_shared(folder: Path, seconds: float = 30) -> None:
+    """Raise unless all ranks see the folder of rank 0: each writes its shards of a checkpoint there."""
+    mark = folder / f"seen-by-all-ranks-{from_rank_0(time.time_ns())}.part"
+    if rank() == 0:
+        mark.touch()
+    dist.barrier()
+    end = time.monotonic() + seconds  # file systems of a network need a moment
+    while not (seen := mark.exists()) and time.monotonic() < end:
+        time.sleep(0.2)
+    blind = [r for r, sees in enumerate(gather([seen])) if not sees]
+    if rank() == 0:
+        mark.unlink()
+    require(not blind, f"--out {folder}: ranks {blind} do not see it; with several nodes it must be on shared storage")
+
+
 def write_whole(path: Path, text: str) -> None:
     """The file is the old one or the new one at any moment."""
     part = path.with_name(path.name + ".part")
@@ -1458,7 +1615,10 @@ def write_whole(path: Path, text: str) -> None:
 
 def _git_commit() -> str | None:
     here = Path(__file__).resolve().parent
-    out = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True, text=True)
+    try:
+        out = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True, text=True)
+    except OSError:  # there is no git here
+        return None
     return out.stdout.strip() or None
 
 
@@ -1483,6 +1643,7 @@ def save_checkpoint(folder: Path, step: int, model, optimizer) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     dist.barrier()
+    _begin_state(optimizer)
     model_state, optimizer_state = get_state_dict(model, optimizer, options=_options())
     with _quiet_dcp():
         dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=temporary)
@@ -1497,6 +1658,19 @@ def save_checkpoint(folder: Path, step: int, model, optimizer) -> None:
             if old != target:
                 shutil.rmtree(old, ignore_errors=True)
     dist.barrier()
+
+
+def _begin_state(optimizer) -> None:
+    """Adam's state of the parameters that it has not updated yet, as its first update would make it.
+
+    Else get_state_dict makes it with an update of its own, which counts as one, or leaves it out.
+    """
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if not optimizer.state[p]:
+                count = torch.zeros((), device=p.device)  # where a fused Adam keeps it
+                zeros = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+                optimizer.state[p] = {"step": count, **zeros}
 
 
 def latest_checkpoint(folder: Path) -> tuple[int, Path] | None:
@@ -1549,6 +1723,7 @@ def export_model(folder: Path, model, tokenizer) -> None:
         if model.config.tie_word_embeddings:
             for key in set(getattr(model, "_tied_weights_keys", None) or []) & state.keys():
                 del state[key]
+        state = {key: x.float() if x.is_floating_point() else x for key, x in state.items()}
         with torch.device("meta"):
             skeleton = type(model)(model.config)  # has no adapters, so that save_pretrained writes a whole model
         if model.can_generate():
@@ -1645,7 +1820,7 @@ def estimate_memory(
 ) -> tuple[bool, str]:
     """A rough peak of a rank with `rows` completions a step, in words: weights and Adam, KV cache, activations."""
     tokens = max_prompt + max_new_tokens
-    gib, width = 2**30, {"float32": 4, "bfloat16": 2}[dtype]
+    gib, width = 2**30, 2 if dtype == "bfloat16" else 4
     config = next(iter(models.values())).config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -68,9 +68,7 @@ class Args:
     resume: bool = arg(False, "continue from the newest checkpoint in --out (from the start if there is none)")
     seed: int = arg(0, "the seed of data order, sampling and new weights", at_least=0)
     device: Literal["auto", "cpu", "cuda"] = arg("auto", "where the run takes place")
-    dtype: Literal["float32", "bfloat16"] = arg(
-        "float32", "the dtype of the computation; master weights stay in float32"
-    )
+    dtype: Literal["auto", "float32", "bfloat16"] = arg("auto", "the dtype of the computation; auto: bfloat16 on CUDA")
     activation_checkpointing: bool = arg(False, "recompute activations in the backward pass: less memory, more time")
     rollout_rows: int = arg(256, "sequences that each rank generates at once", at_least=1)
     eval_every: int = arg(20, "steps between evaluations; there is one before and one after training", at_least=1)
@@ -145,7 +143,8 @@ def update(models, optimizer, batch, args) -> dict[str, float]:
     counts = {"pairs": batch["chosen"].sum()} | {name: mask[batch[name]].sum() for name in sides}
     counts = common.all_sum(counts, mask.device)  # counted first, divided by once
     means = {}
-    for micro in common.micro_batches(batch, list(range(len(mask))), args.micro_batch, together=len(sides)):
+    pieces = common.micro_batches(batch, list(range(len(mask))), args.micro_batch, together=len(sides))
+    for micro in common.accumulate_over(models, pieces):
         loss, metrics = objective(models, micro, counts, args)
         (loss * common.world()).backward()  # FSDP averages over ranks
         for name, x in (metrics | {"loss/total": loss.detach()}).items():
@@ -222,7 +221,7 @@ def load_data(args, tokenizer, load):
     if not args.dataset:
         require(args.task in ("auto", "chains"), f"--task {args.task} has no built-in pairs: --dataset is needed")
         task = tasks.load_task("chains", "", args.reward_file, args.seed, args.test_rows)
-        train, test = tasks.builtin_pairs(args.seed, args.test_rows)
+        train, test = tasks.builtin().slipping_pairs(args.seed, args.test_rows)
     else:
         train, test = tasks.split_pairs(load(args.dataset), args.test_rows, "test_rows")
         if args.task != "auto":

@@ -16,7 +16,7 @@ What differs from the paper, each for a reason
 
 Run
     python dpo.py                                                                                 # this laptop, offline
-    python dpo.py --model Qwen/Qwen2.5-1.5B-Instruct --dataset PAIRS --dtype bfloat16 --lora_rank 16             # 1 GPU
+    python dpo.py --model Qwen/Qwen2.5-1.5B-Instruct --dataset PAIRS --lora_rank 16                              # 1 GPU
     torchrun --nproc_per_node=8 dpo.py --model ... --dataset ...                                                # 8 GPUs
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 dpo.py ...           # 2 nodes
 More in docs/dpo.md. Shapes: B sequences, T completion positions.
@@ -65,9 +65,7 @@ class Args:
     resume: bool = arg(False, "continue from the newest checkpoint in --out (from the start if there is none)")
     seed: int = arg(0, "the seed of data order, sampling and new weights", at_least=0)
     device: Literal["auto", "cpu", "cuda"] = arg("auto", "where the run takes place")
-    dtype: Literal["float32", "bfloat16"] = arg(
-        "float32", "the dtype of the computation; master weights stay in float32"
-    )
+    dtype: Literal["auto", "float32", "bfloat16"] = arg("auto", "the dtype of the computation; auto: bfloat16 on CUDA")
     activation_checkpointing: bool = arg(False, "recompute activations in the backward pass: less memory, more time")
     rollout_rows: int = arg(256, "sequences that each rank generates at once", at_least=1)
     eval_every: int = arg(20, "steps between evaluations; there is one before and one after training", at_least=1)
@@ -122,7 +120,8 @@ def update(models, optimizer, batch, args) -> dict[str, float]:
     counts = {"pairs": batch["chosen"].sum()} | {name: mask[batch[name]].sum() for name in sides}
     counts = common.all_sum(counts, mask.device)  # counted first, divided by once
     means = {}
-    for micro in common.micro_batches(batch, list(range(len(mask))), args.micro_batch, together=len(sides)):
+    pieces = common.micro_batches(batch, list(range(len(mask))), args.micro_batch, together=len(sides))
+    for micro in common.accumulate_over(models, pieces):
         loss, metrics = objective(models, micro, counts, args)
         (loss * common.world()).backward()  # FSDP averages over ranks
         for name, x in (metrics | {"loss/total": loss.detach()}).items():
@@ -202,7 +201,7 @@ def load_data(args, tokenizer, load):
     if not args.dataset:
         require(args.task in ("auto", "chains"), f"--task {args.task} has no built-in pairs: --dataset is needed")
         task = tasks.load_task("chains", "", args.reward_file, args.seed, args.test_rows)
-        train, test = tasks.builtin_pairs(args.seed, args.test_rows)
+        train, test = tasks.builtin().slipping_pairs(args.seed, args.test_rows)
     else:
         train, test = tasks.split_pairs(load(args.dataset), args.test_rows, "test_rows")
         if args.task != "auto":

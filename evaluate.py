@@ -32,7 +32,8 @@ import sys
 import time
 
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Literal
 
 import common  # before torch: it sets how OpenMP threads wait
@@ -53,13 +54,15 @@ class Args:
     test_rows: int = arg(256, "held-out prompts per evaluation", at_least=1)
     reward_file: str = arg("", "a Python file with reward(prompts, completions, rows) -> numbers, one per completion")
     right_from: float = arg(1.0, "the reward from which a completion that only --reward_file can grade counts as right")
-    max_prompt: int = arg(512, "the longest prompt, in tokens", at_least=1)
+    max_prompt: int = arg(
+        0, "the longest prompt, in tokens; 0: as in training, else 512 or half the model's positions", at_least=0
+    )
     long_prompts: Literal["drop", "truncate", "error"] = arg("error", "what happens to longer prompts")
     # sampling
     samples_per_prompt: int = arg(16, "completions per prompt", at_least=1)
     k: list[int] = arg([], "Pass@k for these k; empty: powers of 4 up to --samples_per_prompt")
-    max_new_tokens: int = arg(512, "the longest completion, in tokens, EOS included", at_least=1)
-    temperature: float = arg(1.0, "the temperature of sampling and of every log-probability", at_least=1e-6)
+    max_new_tokens: int = arg(0, "the longest completion, in tokens, EOS included; 0: as for --max_prompt", at_least=0)
+    temperature: float = arg(1.0, "the temperature of sampling and of every log-probability", at_least=0)
     # answer files
     format: Literal["", "alpaca_eval", "mt_bench"] = arg(
         "", "answer --dataset in a file for that judge; temperature 0: greedily"
@@ -81,9 +84,7 @@ class Args:
     out: str = arg("", "the run folder; empty: runs/<script>-<time>")
     seed: int = arg(0, "the seed of data order, sampling and new weights", at_least=0)
     device: Literal["auto", "cpu", "cuda"] = arg("auto", "where the run takes place")
-    dtype: Literal["float32", "bfloat16"] = arg(
-        "float32", "the dtype of the computation; master weights stay in float32"
-    )
+    dtype: Literal["auto", "float32", "bfloat16"] = arg("auto", "the dtype of the computation; auto: bfloat16 on CUDA")
     rollout_rows: int = arg(256, "sequences that each rank generates at once", at_least=1)
 
 
@@ -94,6 +95,9 @@ BUILTIN = dict(max_prompt=24, max_new_tokens=24, micro_batch=64, step_separator=
 READ_BY = dict.fromkeys(("task", "test_dataset", "test_rows", "reward_file", "right_from"), ("accuracy",))
 READ_BY |= dict.fromkeys(("samples_per_prompt", "k"), ("accuracy",)) | {"dataset": ("accuracy", "--format")}
 READ_BY |= dict.fromkeys(("reward_ref", "objective", "test_pairs"), ("--pairs",)) | {"generator": ("--format",)}
+
+# Packages that may decide a result.
+PACKAGES = ("torch", "transformers", "datasets", "math-verify")
 
 # MT-Bench decodes each category at its own temperature, and others at 0.7.
 MT_BENCH = dict(extraction=0.0, math=0.0, coding=0.0, reasoning=0.0, stem=0.1, humanities=0.1)
@@ -211,7 +215,6 @@ def summary(greedy: list[dict], sampled: list[dict], n: int, ks: list[int]) -> d
 # ---- reward models ---------------------------------------------------------------------------------------------------
 
 
-# same in: qrm.py evaluate.py
 def sequence_score(scores, mask, step_ends, objective: str):
     """The score of each answer [B] from those of its tokens [B, T]; step_ends and mask are bool [B, T].
 
@@ -227,7 +230,6 @@ def sequence_score(scores, mask, step_ends, objective: str):
     return scores.masked_fill(~step_ends, float("inf")).amin(1)
 
 
-# same in: qrm.py evaluate.py
 def token_scores(models, micro, objective: str):
     """Z(s_t, a_t) of each completion token, [B, T], fp32; 0 where masked.
 
@@ -246,14 +248,12 @@ def token_scores(models, micro, objective: str):
     return scores
 
 
-# same in: qrm.py evaluate.py
 def find_steps(completion_ids, tokenizer, separator: str) -> list[list[int]]:
     """Where the steps of each completion end: at tokens that contain the separator, and at the last token."""
     contain = {i for i in {i for ids in completion_ids for i in ids} if separator in tokenizer.decode([i])}
     return [[t for t, i in enumerate(ids) if i in contain or t + 1 == len(ids)] for ids in completion_ids]
 
 
-# same in: qrm.py evaluate.py
 def step_mask(completion_ids, tokenizer, separator: str, mask):
     """The same as bool [B, T]."""
     ends = torch.zeros(mask.shape, dtype=torch.bool)
@@ -285,6 +285,7 @@ def pair_margins(models, rows, tokenizer, args, device) -> list[tuple[int, float
 
 def check_combinations(args) -> None:
     """Values that are legal alone and not together."""
+    require(args.temperature > 0 or args.format, f"--temperature must be above 0, found {args.temperature}")
     require(math.isfinite(args.right_from), f"--right_from must be a finite number, found {args.right_from}")
     require(args.step_separator != "", "--step_separator is empty; expected the text that ends a step")
     for k in args.k:
@@ -302,6 +303,24 @@ def check_combinations(args) -> None:
         require(args.dataset != "", f"--dataset is empty; expected a file of questions for --format {args.format}")
         whole = args.long_prompts != "drop"
         require(whole, "--long_prompts drop would leave questions unanswered; expected error or truncate")
+
+
+def with_sizes(args):
+    """--max_prompt and --max_new_tokens where they are not given: those of the run that trained the model, which stand
+    in args.json beside its folder, else 512 or what its positions leave. Answers for a judge take the latter."""
+    if args.max_prompt and args.max_new_tokens:
+        return args
+    sizes = {"max_prompt": args.max_prompt, "max_new_tokens": args.max_new_tokens}
+    file = Path(args.model).parent / "args.json"
+    if Path(args.model).is_dir() and file.is_file() and not args.format:
+        trained = json.loads(file.read_text()).get("args", {})
+        sizes = {name: size or trained.get(name, 0) for name, size in sizes.items()}
+    config = common.load_config(args.model).get_text_config()
+    positions = getattr(config, "max_position_embeddings", None) or 1024
+    left = (positions - sum(sizes.values())) // max(1, list(sizes.values()).count(0))
+    sizes = {name: size or max(1, min(512, left)) for name, size in sizes.items()}
+    common.say("sizes of " + args.model + ": " + " ".join(f"--{name} {size}" for name, size in sizes.items()))
+    return replace(args, **sizes)
 
 
 def load_policy(args, device):
@@ -452,6 +471,14 @@ def answer_questions(args) -> None:
     write(run, args, started, metrics, samples, task=args.format, prompts=len(questions))
 
 
+def installed(name: str) -> tuple[str, str | None]:
+    """(package, its version), None where it is not there: not every evaluation needs all of them."""
+    try:
+        return name, version(name)
+    except PackageNotFoundError:
+        return name, None
+
+
 def write(run, args, started: float, metrics: dict, samples: list[dict], task: str, prompts: int) -> None:
     """result.json, the row of a table of results; metrics.jsonl; samples.jsonl with all completions; the screen."""
     run.samples(0, samples)
@@ -461,8 +488,7 @@ def write(run, args, started: float, metrics: dict, samples: list[dict], task: s
         settings = {name: value for name, value in asdict(args).items() if name in names and value}
         sizes = ("samples_per_prompt", "max_prompt", "max_new_tokens", "temperature", "seed", "dtype")
         settings |= {"task": task, "prompts": prompts} | {name: getattr(args, name) for name in sizes}
-        packages = ("torch", "transformers", "datasets", "math-verify")
-        versions = {"python": sys.version.split()[0]} | {name: version(name) for name in packages}
+        versions = {"python": sys.version.split()[0]} | dict(map(installed, PACKAGES))
         row = settings | {"metrics": metrics, "confidence": 0.95, "seconds": round(time.time() - started, 1)}
         row |= {"command": about["command"], "git": about["git"], "time": about["time"], "versions": versions}
         common.write_whole(run.path / "result.json", json.dumps(row, indent=2) + "\n")

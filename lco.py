@@ -1,7 +1,7 @@
 """LCO: logits convex optimisation. PPO's clipped surrogate replaced by regression onto the closed-form optimum.
 
-Chen et al. 2026, "Stabilizing Policy Optimization via Logits Convexity" (arXiv:2603.00963). PPO climbs a surrogate that
-is not convex in the logits. LCO asks where the KL-regularised step would end, and fits that by regression:
+Chen et al. 2026, "Stabilizing Policy Optimization via Logits Convexity" (arXiv:2603.00963, not reviewed). PPO climbs a
+surrogate that is not convex in the logits. LCO computes where the KL-regularised step would end, and regresses onto it:
 
     max_pi E_pi[A] - beta KL(pi || pi_old)   =>   pi*(a|s) = pi_old(a|s) exp(A(s,a) / beta) / Z(s)              (LCO-1)
     in logits, up to a constant per state:        z*(s,a) = z_old(s,a) + A(s,a) / beta                          (LCO-2)
@@ -10,9 +10,11 @@ is not convex in the logits. LCO asks where the KL-regularised step would end, a
     --loss mse   (z(s,a) - z*(s,a))^2             on the entries whose advantage is known                       (LCO-4)
     --loss lch   log cosh(z(s,a) - z*(s,a))       likewise                                                      (LCO-5)
 
-The target is fixed by the rollout, so each loss is convex in z(s,.). The diff to ppo_baseline.py is the method:
-docs/diffs/ppo_baseline--lco.diff. Relatives: AWR, MPO, REBEL, A*-PO (2505.20686), QRPO (2507.08068), LAD (2602.20132),
-TPO (2604.06159, which fits a target over sampled completions; LCO fits one over the vocabulary, token by token).
+The target is fixed by the rollout, so each loss is convex in z(s,.). All that differs from ppo_baseline.py:
+docs/diffs/ppo_baseline--lco.diff. Closest: APA (2306.02231), the squared error of log pi against log pi_init + A/beta
+on sampled tokens; BPO (2604.18578), the closed-form optimum of a step with a bounded ratio. Relatives: AWR, MPO, REBEL,
+A*-PO (2505.20686), QRPO (2507.08068), LAD (2602.20132), TPO (2604.06159, which fits a target over sampled completions;
+LCO fits one over the vocabulary, token by token).
 
 A comes from one sampled token per state (--advantage gae, group, reward) or, with a --reward_model that has an LM head,
 for the whole vocabulary at once: Z(s,.) of a Q-RM, or log pi_dpo - log pi_ref.
@@ -21,7 +23,8 @@ What differs from the paper (its abstract and introduction; formulas have tags o
     1. Old logits are exact: rebuilt from the rollout's hidden states and a copy of the LM head, never a top-k.
     2. --target linear and --negative_beta_scale: one sampled advantage per state biases exp(A / beta); docs/lco.md.
        The scale is a departure of the authors' released code and is on for real models, where it did best; their
-       others are patches in benchmarks/departures: a moving target, a top 5 of old logits, means by sign.
+       others are patches in benchmarks/departures (a moving target, a top 5 of old logits, means by sign)
+       or are told in docs/lco.md.
 
 Run
     python lco.py                                                                        # this laptop, offline
@@ -99,9 +102,7 @@ class Args:
     resume: bool = arg(False, "continue from the newest checkpoint in --out (from the start if there is none)")
     seed: int = arg(0, "the seed of data order, sampling and new weights", at_least=0)
     device: Literal["auto", "cpu", "cuda"] = arg("auto", "where the run takes place")
-    dtype: Literal["float32", "bfloat16"] = arg(
-        "float32", "the dtype of the computation; master weights stay in float32"
-    )
+    dtype: Literal["auto", "float32", "bfloat16"] = arg("auto", "the dtype of the computation; auto: bfloat16 on CUDA")
     activation_checkpointing: bool = arg(False, "recompute activations in the backward pass: less memory, more time")
     rollout_rows: int = arg(256, "sequences that each rank generates at once", at_least=1)
     eval_every: int = arg(20, "steps between evaluations; there is one before and one after training", at_least=1)
@@ -207,7 +208,17 @@ def whiten(x, mask):
     sums = common.all_sum({"n": count, "x": total, "xx": square}, x.device)
     mean = sums["x"] / sums["n"]
     variance = max(sums["xx"] / sums["n"] - mean**2, 0.0)
+    if variance <= 1e-12 * mean**2:  # all equal: what is left is rounding, which must not grow into a signal
+        return torch.zeros_like(x)
     return (x - mean) / (variance + 1e-8) ** 0.5 * mask
+
+
+# same in: ppo_baseline.py lco.py
+def equal_returns(rewards, mask, gamma: float) -> bool:
+    """Whether all completions of the global batch have the same return, but for rounding, so that none is better."""
+    returns = gae(rewards, torch.zeros_like(rewards), mask, gamma, 1.0)[0][:, 0]
+    most, least = (sign * common.all_max((sign * returns).max(), mask.device) for sign in (1, -1))
+    return most - least <= 1e-6 * max(abs(most), abs(least))
 
 
 def estimate_advantages(batch, args) -> None:
@@ -216,21 +227,35 @@ def estimate_advantages(batch, args) -> None:
     if args.advantage == "gae":
         advantages, batch["returns"] = gae(rewards, batch["values"], mask, args.gamma, args.lam)
         batch["advantages"] = whiten(advantages, mask)
+        if equal_returns(rewards, mask, args.gamma):  # what differs is the critic, which learns alone
+            batch["advantages"] = torch.zeros_like(advantages)
     elif args.advantage == "token":  # QRM-2 without a critic: a baseline that the whole state shares changes no pi*
         batch["advantages"] = rewards * mask
     elif args.advantage == "reward":
         batch["advantages"] = whiten(rewards.sum(1, keepdim=True) * mask, mask)
     else:  # group: less the mean of the prompt's samples; dividing by their deviation would favour prompts with few hits
         groups = rewards.sum(1).view(-1, args.samples_per_prompt)
-        batch["advantages"] = (groups - groups.mean(1, keepdim=True)).view(-1, 1) * mask
+        gaps = groups - groups.mean(1, keepdim=True)
+        gaps = gaps * (gaps.abs() > 1e-6 * groups.abs().amax(1, keepdim=True))  # rounding is no signal
+        batch["advantages"] = gaps.view(-1, 1) * mask
 
 
 # ---- one optimizer step ----------------------------------------------------------------------------------------------
 
 
-def kld_objective(hidden, heads, old, micro, args):
-    """LCO-3 with A known for the sampled token alone; 0 elsewhere. The loss summed over tokens, and metric sums."""
+def states(policy, heads, micro):
+    """(hidden states [N, H], LM head [V, H]) of pi and of pi_old, whose products are the logits of each state."""
     mask = micro["mask"]
+    hidden = common.completion_hidden(policy, micro)[mask]
+    now = hidden, common.head_weight(policy)
+    if "old" in heads:
+        return now, (micro["old_hidden"][mask], heads["old"])
+    return now, tuple(x.detach() for x in now)  # a single update per rollout: pi = pi_old
+
+
+def kld_objective(policy, heads, micro, args):
+    """LCO-3 with A known for the sampled token alone; 0 elsewhere. The loss summed over tokens, and metric sums."""
+    mask, (now, old) = micro["mask"], states(policy, heads, micro)
 
     def loss(logits, old_logits, ids, advantages):
         A = torch.zeros_like(old_logits).scatter(-1, ids[:, None], advantages[:, None])  # A(s,.) [n, V]
@@ -242,15 +267,16 @@ def kld_objective(hidden, heads, old, micro, args):
         return total, metrics | {"loss/policy": total}
 
     columns = [micro["completion_ids"][mask], micro["advantages"][mask]]
-    return common.over_vocabulary(loss, [(hidden, heads["policy"]), old], columns, args.temperature)
+    return common.over_vocabulary(loss, [now, old], columns, args.temperature)
 
 
-def sampled_objective(hidden, heads, old, micro, args):
+def sampled_objective(policy, heads, micro, args):
     """LCO-4 or LCO-5 towards LCO-2, on the sampled token alone: its logit is <h, W[a]>, no vocabulary is touched."""
-    mask = micro["mask"]
-    ids, advantages = micro["completion_ids"][mask], micro["advantages"][mask]
-    logit = (hidden.float() * heads["policy"][ids].float()).sum(-1) / args.temperature
-    old_logit = (old[0].float() * old[1][ids].float()).sum(-1) / args.temperature
+    ids, advantages = (micro[name][micro["mask"]] for name in ("completion_ids", "advantages"))
+    logit, old_logit = (
+        (hidden.float() * torch.nn.functional.embedding(ids, weight).float()).sum(-1) / args.temperature
+        for hidden, weight in states(policy, heads, micro)  # weight[ids] would add up its gradients in no fixed order
+    )
     gap = logit - (old_logit + advantages / scaled_beta(advantages, args.beta, args.negative_beta_scale))
     total = LOSSES[args.loss](gap).sum()
     return total, {
@@ -260,14 +286,14 @@ def sampled_objective(hidden, heads, old, micro, args):
     }
 
 
-def dense_objective(hidden, heads, old, micro, args):
+def dense_objective(policy, heads, micro, args):
     """Each loss with A(s,.) known for the whole vocabulary from a reward model with an LM head.
 
     A(s,a) = A(s,a_t) + scale (Z(s,a) - Z(s,a_t)): the scores of all tokens, on the scale on which the sampled one was
     standardised. It is no noisy sample, so both of its signs have the same beta. LCO-4 and LCO-5 are averaged over
     a ~ pi_old, which is what the sampled losses estimate.
     """
-    mask = micro["mask"]
+    mask, (now, old) = micro["mask"], states(policy, heads, micro)
     models = [(micro[f"{name}_hidden"][mask], heads[name]) for name in ("reward", "reward_ref") if name in heads]
 
     def loss(logits, old_logits, *rest):
@@ -285,22 +311,22 @@ def dense_objective(hidden, heads, old, micro, args):
         return total, step_sizes(logp.detach(), old_logp, target_logp) | {"loss/policy": total}
 
     columns = [micro["completion_ids"][mask], micro["advantages"][mask], micro["scale"][mask]]
-    return common.over_vocabulary(loss, [(hidden, heads["policy"]), old, *models], columns, args.temperature)
+    return common.over_vocabulary(loss, [now, old, *models], columns, args.temperature)
 
 
 def update(models, heads, optimizer, batch, rows, args, train_policy: bool = True):
-    """One optimizer step on some local rows of a batch; returns metric sums over all ranks, and their tokens."""
+    """One optimizer step on some local rows of a batch; returns metric sums over all ranks, and their tokens.
+
+    The policy takes none where all their advantages are 0.
+    """
     device = batch["mask"].device
+    signal = "reward" in heads or common.all_max(batch["advantages"][rows].abs().max(), device) > 0
+    train_policy = train_policy and signal
     tokens = common.all_sum({"n": batch["mask"][rows].sum()}, device)["n"]  # counted first, divided by once
     objective = dense_objective if "reward" in heads else kld_objective if args.loss == "kld" else sampled_objective
     sums = {}
-    for micro in common.micro_batches(batch, rows, args.micro_batch):
-        hidden = common.completion_hidden(models["policy"], micro)[micro["mask"]]
-        now = heads | {"policy": common.head_weight(models["policy"])}
-        old = (hidden.detach(), now["policy"].detach())  # with a single update pi = pi_old
-        if "old" in heads:
-            old = micro["old_hidden"][micro["mask"]], heads["old"]
-        loss, metrics = objective(hidden, now, old, micro, args)
+    for micro in common.accumulate_over(models, common.micro_batches(batch, rows, args.micro_batch)):
+        loss, metrics = objective(models["policy"], heads, micro, args)
         loss = loss * train_policy
         if "critic" in models:
             values, at = common.completion_scalars(models["critic"], micro), micro["mask"]
@@ -309,12 +335,14 @@ def update(models, heads, optimizer, batch, rows, args, train_policy: bool = Tru
         (loss * common.world() / tokens).backward()  # FSDP averages over ranks
         sums = {k: sums.get(k, 0.0) + v for k, v in metrics.items()}
     sums = common.all_sum(sums, device)
+    if not train_policy:  # no gradients, not even 0: with those Adam's momentum would go on
+        models["policy"].zero_grad(set_to_none=True)
     norm = torch.nn.utils.clip_grad_norm_(common.trainable_parameters(models), args.max_grad_norm)
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     common.stop_unless_finite({"grad_norm": norm, **sums})
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return sums | {"grad_norm": norm.item() * tokens}, tokens
+    return sums | {"grad_norm": norm.item() * tokens, "policy/updates": train_policy * tokens}, tokens
 
 
 # ---- the run ---------------------------------------------------------------------------------------------------------
@@ -364,15 +392,15 @@ def train(args) -> None:
             for mine in common.minibatch_rows(args.seed, step, epoch, len(rows) * common.world(), args.minibatches):
                 new, n = update(models, heads, optimizer, batch, mine, args, train_policy=step >= args.critic_warmup)
                 if tokens == 0 and "policy/ratio_gap" in new:  # mse and lch know no ratio
-                    common.stop_unless_on_policy(new["policy/ratio_gap"] / n, args.dtype)
+                    common.stop_unless_on_policy(new["policy/ratio_gap"] / n, args.dtype, device)
                 sums, tokens = {k: sums.get(k, 0.0) + v for k, v in new.items()}, tokens + n
         run.lap("update")
 
         # ---- 6. log; evaluate and save when it is time
         metrics = {k: v / tokens for k, v in sums.items()} | rollout_metrics(batch, task_rewards, finished, args)
         metrics |= {"lr": optimizer.param_groups[0]["lr"], "policy/sampler_gap": gap}
-        if metrics["reward/spread"] == 0 and not args.reward_model:
-            common.say("  no prompt of this step has two different rewards: there is no signal to learn from")
+        if metrics["policy/updates"] == 0 and step >= args.critic_warmup:
+            common.say("  no completion of this step is better than another: the policy stays as it is")
         shown = zip(rows[:4], completions, batch["rewards"].sum(1).tolist())
         shown = [{"kind": "train", "prompt": r["prompt"], "completion": c, "reward": x} for r, c, x in shown]
         run.end_step(metrics, shown)

@@ -79,9 +79,7 @@ class Args:
     resume: bool = arg(False, "continue from the newest checkpoint in --out (from the start if there is none)")
     seed: int = arg(0, "the seed of data order, sampling and new weights", at_least=0)
     device: Literal["auto", "cpu", "cuda"] = arg("auto", "where the run takes place")
-    dtype: Literal["float32", "bfloat16"] = arg(
-        "float32", "the dtype of the computation; master weights stay in float32"
-    )
+    dtype: Literal["auto", "float32", "bfloat16"] = arg("auto", "the dtype of the computation; auto: bfloat16 on CUDA")
     activation_checkpointing: bool = arg(False, "recompute activations in the backward pass: less memory, more time")
     rollout_rows: int = arg(256, "sequences that each rank generates at once", at_least=1)
     eval_every: int = arg(20, "steps between evaluations; there is one before and one after training", at_least=1)
@@ -161,7 +159,17 @@ def whiten(x, mask):
     sums = common.all_sum({"n": count, "x": total, "xx": square}, x.device)
     mean = sums["x"] / sums["n"]
     variance = max(sums["xx"] / sums["n"] - mean**2, 0.0)
+    if variance <= 1e-12 * mean**2:  # all equal: what is left is rounding, which must not grow into a signal
+        return torch.zeros_like(x)
     return (x - mean) / (variance + 1e-8) ** 0.5 * mask
+
+
+# same in: ppo_baseline.py lco.py
+def equal_returns(rewards, mask, gamma: float) -> bool:
+    """Whether all completions of the global batch have the same return, but for rounding, so that none is better."""
+    returns = gae(rewards, torch.zeros_like(rewards), mask, gamma, 1.0)[0][:, 0]
+    most, least = (sign * common.all_max((sign * returns).max(), mask.device) for sign in (1, -1))
+    return most - least <= 1e-6 * max(abs(most), abs(least))
 
 
 def estimate_advantages(batch, args) -> None:
@@ -170,13 +178,17 @@ def estimate_advantages(batch, args) -> None:
     if args.advantage == "gae":
         advantages, batch["returns"] = gae(rewards, batch["values"], mask, args.gamma, args.lam)
         batch["advantages"] = whiten(advantages, mask)
+        if equal_returns(rewards, mask, args.gamma):  # what differs is the critic, which learns alone
+            batch["advantages"] = torch.zeros_like(advantages)
     elif args.advantage == "token":  # QRM-2: the reward of a token already tells what follows, so nothing is summed
         batch["advantages"], batch["returns"] = (rewards - batch.get("values", 0.0)) * mask, rewards
     elif args.advantage == "reward":
         batch["advantages"] = whiten(rewards.sum(1, keepdim=True) * mask, mask)
     else:  # group: less the mean of the prompt's samples; dividing by their deviation would favour prompts with few hits
         groups = rewards.sum(1).view(-1, args.samples_per_prompt)
-        batch["advantages"] = (groups - groups.mean(1, keepdim=True)).view(-1, 1) * mask
+        gaps = groups - groups.mean(1, keepdim=True)
+        gaps = gaps * (gaps.abs() > 1e-6 * groups.abs().amax(1, keepdim=True))  # rounding is no signal
+        batch["advantages"] = gaps.view(-1, 1) * mask
 
 
 # ---- one optimizer step ----------------------------------------------------------------------------------------------
@@ -192,11 +204,15 @@ def policy_objective(policy, micro, args):
 
 
 def update(models, optimizer, batch, rows, args, train_policy: bool = True):
-    """One optimizer step on some local rows of a batch; returns metric sums over all ranks, and their tokens."""
+    """One optimizer step on some local rows of a batch; returns metric sums over all ranks, and their tokens.
+
+    The policy takes none where all their advantages are 0.
+    """
     device = batch["mask"].device
+    train_policy = train_policy and common.all_max(batch["advantages"][rows].abs().max(), device) > 0
     tokens = common.all_sum({"n": batch["mask"][rows].sum()}, device)["n"]  # counted first, divided by once
     sums = {}
-    for micro in common.micro_batches(batch, rows, args.micro_batch):
+    for micro in common.accumulate_over(models, common.micro_batches(batch, rows, args.micro_batch)):
         loss, metrics = policy_objective(models["policy"], micro, args)
         loss = loss * train_policy
         if "critic" in models:
@@ -206,12 +222,14 @@ def update(models, optimizer, batch, rows, args, train_policy: bool = True):
         (loss * common.world() / tokens).backward()  # FSDP averages over ranks
         sums = {k: sums.get(k, 0.0) + v for k, v in metrics.items()}
     sums = common.all_sum(sums, device)
+    if not train_policy:  # no gradients, not even 0: with those Adam's momentum would go on
+        models["policy"].zero_grad(set_to_none=True)
     norm = torch.nn.utils.clip_grad_norm_(common.trainable_parameters(models), args.max_grad_norm)
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     common.stop_unless_finite({"grad_norm": norm, **sums})
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return sums | {"grad_norm": norm.item() * tokens}, tokens
+    return sums | {"grad_norm": norm.item() * tokens, "policy/updates": train_policy * tokens}, tokens
 
 
 # ---- the run ---------------------------------------------------------------------------------------------------------
@@ -261,15 +279,15 @@ def train(args) -> None:
             for mine in common.minibatch_rows(args.seed, step, epoch, len(rows) * common.world(), args.minibatches):
                 new, n = update(models, optimizer, batch, mine, args, train_policy=step >= args.critic_warmup)
                 if tokens == 0:
-                    common.stop_unless_on_policy(new["policy/ratio_gap"] / n, args.dtype)
+                    common.stop_unless_on_policy(new["policy/ratio_gap"] / n, args.dtype, device)
                 sums, tokens = {k: sums.get(k, 0.0) + v for k, v in new.items()}, tokens + n
         run.lap("update")
 
         # ---- 6. log; evaluate and save when it is time
         metrics = {k: v / tokens for k, v in sums.items()} | rollout_metrics(batch, task_rewards, finished, args)
         metrics |= {"lr": optimizer.param_groups[0]["lr"], "policy/sampler_gap": gap}
-        if metrics["reward/spread"] == 0 and not args.reward_model:
-            common.say("  no prompt of this step has two different rewards: there is no signal to learn from")
+        if metrics["policy/updates"] == 0 and step >= args.critic_warmup:
+            common.say("  no completion of this step is better than another: the policy stays as it is")
         shown = zip(rows[:4], completions, batch["rewards"].sum(1).tolist())
         shown = [{"kind": "train", "prompt": r["prompt"], "completion": c, "reward": x} for r, c, x in shown]
         run.end_step(metrics, shown)

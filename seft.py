@@ -7,7 +7,8 @@ paper, [T] told by third parties, [I] inferred here. x: a prompt, (y_l, y_h): th
     warm-up    L = -log R0(y_h | x, y_l)                                                                [T]    (SEFT-1)
     labels     gap(a -> b) = mean log R0(b | x, a) - mean log R0(a | x, a)
                need = gap(y_l -> y_h) - gap(y_h -> y_l):  No <= 0 < Minor <= median < Major             [I]    (SEFT-2)
-               by the R0 of the other half of the pairs [I]; also No: a y_h that R0 itself would keep   [I]
+               by an R0 that learnt from other pairs [T], here those of the other half [I]; also No: a y_h
+               that R0 itself would keep                                                                [I]
     reviser    L = -w log R(label | x, y) - log R(y_h | x, y, label);  nothing follows No               [T]    (SEFT-3)
     revision   y* = y0 where R(No | x, y0) > t, else what R writes under the likelier of Major, Minor   [P], t [I]
     evolution  L = -log pi(y* | x), y0 ~ pi(. | x) for unannotated x, in rounds                         [P]    (SEFT-4)
@@ -152,9 +153,7 @@ class Args:
     resume: bool = arg(False, "continue from the newest checkpoint in --out (from the start if there is none)")
     seed: int = arg(0, "the seed of data order, sampling and new weights", at_least=0)
     device: Literal["auto", "cpu", "cuda"] = arg("auto", "where the run takes place")
-    dtype: Literal["float32", "bfloat16"] = arg(
-        "float32", "the dtype of the computation; master weights stay in float32"
-    )
+    dtype: Literal["auto", "float32", "bfloat16"] = arg("auto", "the dtype of the computation; auto: bfloat16 on CUDA")
     activation_checkpointing: bool = arg(False, "recompute activations in the backward pass: less memory, more time")
     rollout_rows: int = arg(256, "sequences that each rank generates at once", at_least=1)
     eval_every: int = arg(20, "steps between evaluations; there is one before and one after training", at_least=1)
@@ -277,7 +276,8 @@ def accumulate(models, batch, args) -> dict[str, float]:
     counts = common.all_sum(counts, device)
     whole = args.label_weight * counts["label"] + counts["rest"]
     sums = {}
-    for micro in common.micro_batches(batch, list(range(len(batch["mask"]))), args.micro_batch):
+    pieces = common.micro_batches(batch, list(range(len(batch["mask"]))), args.micro_batch)
+    for micro in common.accumulate_over(models, pieces):
         parts = objective(models, micro, args)
         (parts["loss/total"] / whole * common.world()).backward()  # FSDP averages over ranks
         for name, x in parts.items():

@@ -27,19 +27,21 @@ TOKENS = 16  # of an answer
 REWARD = """
 import re
 
-from tasks import last_number
+from tasks import sum_correct
 
 def reward(prompts, completions, rows):
-    totals = [sum(map(int, re.findall(r"[0-9]+", prompt[-1]["content"]))) for prompt in prompts]
-    return [float(last_number(text) == str(total)) for text, total in zip(completions, totals)]
+    questions = [prompt[-1]["content"] for prompt in prompts]
+    totals = [sum(map(int, re.findall(r"[0-9]+", question))) for question in questions]
+    return [float(sum_correct(q, str(total), text)) for q, total, text in zip(questions, totals, completions)]
 """
 
 
 def write_prompts(out: Path) -> list[dict]:
     """prompts.jsonl, test.jsonl and reward.py; returns the prompts that get pairs."""
     import tasks
+    from builtin import tasks as toys
 
-    train, test = tasks.word_rows()
+    train, test = toys.word_rows()
     paired, free = train[:40], train[40:]
 
     def asked(rows: list[dict]) -> list[dict]:

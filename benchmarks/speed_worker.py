@@ -617,7 +617,7 @@ def vocabulary(spec: dict, gate: Gate) -> None:
 
 def bare_policy(common, config=None, name=None):
     """A policy alone: a model of the project, or one with random weights of this shape."""
-    import types
+    import functools
 
     import torch
 
@@ -630,7 +630,7 @@ def bare_policy(common, config=None, name=None):
     shape = dict(hidden_size=config["H"], intermediate_size=2 * config["H"], num_hidden_layers=config["layers"])
     shape |= dict(num_attention_heads=heads, num_key_value_heads=heads, vocab_size=config["V"])
     model = AutoModelForCausalLM.from_config(LlamaConfig(**shape, max_position_embeddings=4096))
-    model.final_hidden = types.MethodType(common._final_hidden, model)
+    model.final_hidden = functools.partial(common._final_hidden, model)
     return model
 
 

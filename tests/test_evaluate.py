@@ -4,6 +4,8 @@ import functools
 import itertools
 import json
 import math
+import shutil
+import sys
 from pathlib import Path
 
 import check
@@ -13,8 +15,8 @@ import lco
 import numpy as np
 import pytest
 import qrm
-import tasks
-from conftest import TINY, flags, read_metrics, run_here, run_script
+from builtin import tasks as toys
+from conftest import ROOT, TINY, flags, read_metrics, run_here, run_script
 
 import torch
 
@@ -161,6 +163,52 @@ def test_same_numbers_as_training(tiny_model, reward_file, tmp_path):
         assert last and last.items() <= {k: pytest.approx(v) for k, v in values(found).items()}.items()
 
 
+def test_sizes_of_training(tiny_model, tmp_path):
+    """`--model runs/x/model` needs no sizes: those of the run, else what the model's positions allow."""
+    more = dict(test_rows=3, samples_per_prompt=1)
+    trained = run_here(lco, **TINY | dict(model=tiny_model, steps=1), out=str(tmp_path / "run"))
+    model = str(trained / "model")
+    found = run(tmp_path / "a", model=model, **more)
+    assert (found["max_prompt"], found["max_new_tokens"]) == (TINY["max_prompt"], TINY["max_new_tokens"])
+    assert run(tmp_path / "b", model=model, max_new_tokens=7, **more)["max_prompt"] == TINY["max_prompt"]
+    alone = shutil.copytree(model, tmp_path / "alone")
+    found = run(tmp_path / "c", model=str(alone), **more)
+    assert (found["max_prompt"], found["max_new_tokens"]) == (32, 32)
+    found = run(tmp_path / "d", model=str(alone), max_prompt=40, **more)
+    assert (found["max_prompt"], found["max_new_tokens"]) == (40, 24)
+
+
+def test_first_command_after_training(tmp_path):
+    """A copy of the built-in model, as a training run leaves it: its 128 positions are enough."""
+    (tmp_path / "run").mkdir()
+    shutil.copytree(ROOT / "builtin" / "policy", tmp_path / "run" / "model")
+    (tmp_path / "run" / "args.json").write_text(json.dumps({"args": {"max_prompt": 24, "max_new_tokens": 24}}))
+    less = flags(test_rows=8, samples_per_prompt=1, out=tmp_path / "found")
+    run_script("evaluate.py", "--model", tmp_path / "run" / "model", *less)
+    row = json.loads((tmp_path / "found" / "result.json").read_text())
+    assert (row["max_prompt"], row["max_new_tokens"]) == (24, 24)
+
+
+def test_without_packages_and_git(base, tmp_path, monkeypatch):
+    """What an evaluation does not use need not be installed, and its work is not lost at the end."""
+    from importlib import metadata
+
+    known = metadata.distribution
+
+    def distribution(name):
+        if name in ("datasets", "math-verify"):
+            raise metadata.PackageNotFoundError(name)
+        return known(name)
+
+    monkeypatch.setattr(metadata, "distribution", distribution)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    row = run(tmp_path / "run", **base)
+    assert row["versions"]["datasets"] is None and row["versions"]["math-verify"] is None and row["versions"]["torch"]
+    assert row["git"] is None
+
+
 def prompts_file(folder: Path) -> str:
     return write(folder / "prompts.jsonl", [{"prompt": f"{i}+{i + 1}="} for i in range(20)])
 
@@ -239,7 +287,7 @@ def test_stop(base, tmp_path):
 def reward_run(tiny_model, tmp_path_factory):
     """reward_run(kind): arguments that rate a reward model of qrm.py, and the last line of what it logged."""
     home = tmp_path_factory.mktemp("rewards")
-    pairs = write(home / "pairs.jsonl", tasks.chain_pairs(21, 0))
+    pairs = write(home / "pairs.jsonl", toys.chain_pairs(21, 0))
     small = dict(model=tiny_model, pairs=pairs, step_separator="=", micro_batch=4, test_pairs=5)
 
     @functools.cache

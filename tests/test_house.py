@@ -32,6 +32,7 @@ PAPER_WORDS = re.compile(
 # The same name, with the meaning or the choices of each method.
 METHOD_ARGUMENTS = {"stage", "objective", "loss", "advantage", "beta", "gamma", "steps", "kl_estimator"}
 METHOD_ARGUMENTS |= {"pairs", "reward_model", "reward_ref", "test_pairs"}  # trained in qrm.py, rated in evaluate.py
+METHOD_ARGUMENTS |= {"max_prompt", "max_new_tokens"}  # evaluate.py takes those of training
 
 
 def make_diff(a: Path, b: Path) -> str:

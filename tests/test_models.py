@@ -207,7 +207,7 @@ def test_refused_head_bias(tmp_path, letter_tokenizer):
 
 
 def test_refused_dtype(tiny_model):
-    with pytest.raises(common.BadInput, match="--dtype must be float32 or bfloat16, found float16"):
+    with pytest.raises(common.BadInput, match="--dtype must be one of auto, float32, bfloat16; found .float16.*"):
         common.load_model(tiny_model, device=CPU, dtype="float16")
 
 

@@ -12,6 +12,7 @@ import common
 import pytest
 import qrm
 import tasks
+from builtin import tasks as toys
 from conftest import TINY, assert_same_metrics, flags, read_metrics, run_script
 
 import torch
@@ -66,7 +67,7 @@ def weights(folder: Path) -> bytes:
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory) -> str:
     """21 pairs of the built-in task with labels of their steps; 16 of them train, in 4 steps an epoch."""
-    return write(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", tasks.chain_pairs(21, 0))
+    return write(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", toys.chain_pairs(21, 0))
 
 
 @pytest.fixture(scope="module")
@@ -133,15 +134,15 @@ def test_pairs(bare):
     rows = read(bare[0] / "pairs" / "pairs.jsonl")
     kept = read_metrics(bare[0] / "pairs")[-1]["pairs/kept"]
     assert len(rows) == kept >= 16
-    truth = [{"answer": str(sum(tasks.chain_terms(row["prompt"][:-1])))} for row in rows]
-    assert all(tasks.chain_correct([row["chosen"] for row in rows], truth))
-    assert not any(tasks.chain_correct([row["rejected"] for row in rows], truth))
+    truth = [{"answer": str(sum(toys.chain_terms(row["prompt"][:-1])))} for row in rows]
+    assert all(toys.chain_correct([row["chosen"] for row in rows], truth))
+    assert not any(toys.chain_correct([row["rejected"] for row in rows], truth))
     assert len({row["prompt"] for row in rows}) == len(rows)
-    assert not any(tasks.chain_is_held_out(row["prompt"]) for row in rows)
+    assert not any(toys.chain_is_held_out(row["prompt"]) for row in rows)
     tokenizer = common.load_tokenizer("builtin")
     for row in rows:
         for side in ("chosen", "rejected"):
-            assert row[f"{side}_labels"] == tasks.chain_step_labels(row, row[side])
+            assert row[f"{side}_labels"] == toys.chain_step_labels(row, row[side])
             ids = common.encode_completion(tokenizer, row[side])
             assert len(qrm.find_steps([ids], tokenizer, "=")[0]) == len(row[f"{side}_labels"])
 
@@ -286,7 +287,7 @@ def test_held_out_accuracy_is_that_of_the_exported_model(reward_run, reward_base
 def test_steps_without_pairs(reward_base, tmp_path):
     """Rows {prompt, steps, labels} train a step reward model; there are no pairs to compare."""
     rows = []
-    for pair in tasks.chain_pairs(21, 1):
+    for pair in toys.chain_pairs(21, 1):
         rows.append({"prompt": pair["prompt"], "steps": pair["rejected"].split("="), "labels": pair["rejected_labels"]})
     changes = dict(objective="step_prm", pairs=write(tmp_path / "steps.jsonl", rows), out=str(tmp_path / "run"))
     lines = read_metrics(run("reward", **reward_base | changes))
@@ -694,7 +695,7 @@ def test_pairs_of_wrong_columns(refused, tmp_path):
     def file(rows):
         return write(tmp_path / "rows.jsonl", rows)
 
-    good = tasks.chain_pairs(21, 0)
+    good = toys.chain_pairs(21, 0)
     bare = [{k: row[k] for k in ("prompt", "chosen", "rejected")} for row in good]
     steps = [{"prompt": row["prompt"], "steps": ["1", "2"], "labels": [True, False]} for row in good]
     short = [*good[:7], good[7] | {"rejected_labels": good[7]["rejected_labels"][:-1]}, *good[8:]]

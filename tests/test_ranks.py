@@ -11,6 +11,7 @@ import lco
 import ppo_baseline
 import pytest
 from conftest import (
+    REWARD,
     ROOT,
     TINY,
     assert_same_metrics,
@@ -30,7 +31,13 @@ JOBS = {  # name: (script, what it changes)
     "kld": ("lco", dict(loss="kld", advantage="group")),
     "mse": ("lco", dict(loss="mse", advantage="gae", beta=2.0)),
     "lora": ("lco", dict(loss="kld", advantage="group", lora_rank=4, kl_coef=0.1)),
+    "sparse": ("lco", dict(loss="mse", advantage="group", samples_per_prompt=2, steps=6)),
 }
+# A signal in one prompt of two: often on one rank alone, where both must update the policy, and often on none.
+SPARSE = REWARD.replace("reward(", "varied(") + """
+def reward(prompts, completions, rows):
+    return [x * (sum(map(ord, p)) % 2) for x, p in zip(varied(prompts, completions, rows), prompts)]
+"""
 DRIVER = """
 import json, sys
 import common, lco, ppo_baseline
@@ -51,10 +58,18 @@ def base(tiny_model, reward_file) -> dict:
 
 
 @pytest.fixture(scope="module")
-def two_ranks(base, tmp_path_factory):
+def changes_of(tmp_path_factory):
+    """changes_of(name): what a job changes, its reward file included."""
+    file = tmp_path_factory.mktemp("sparse") / "reward.py"
+    file.write_text(SPARSE)
+    return lambda name: JOBS[name][1] | (dict(reward_file=str(file)) if name == "sparse" else {})
+
+
+@pytest.fixture(scope="module")
+def two_ranks(base, changes_of, tmp_path_factory):
     """Run folders of all JOBS, of one in bfloat16 and of one that was stopped, from a single torchrun on two ranks."""
     home = tmp_path_factory.mktemp("two_ranks")
-    jobs = [(script, base | changes | {"out": str(home / name)}, None) for name, (script, changes) in JOBS.items()]
+    jobs = [(JOBS[name][0], base | changes_of(name) | {"out": str(home / name)}, None) for name in JOBS]
     jobs.append(("lco", base | {"out": str(home / "bfloat16"), "dtype": "bfloat16"}, None))
     jobs.append(("ppo_baseline", base | {"out": str(home / "stopped"), "steps": 5}, 2))
     (home / "driver.py").write_text(DRIVER)
@@ -64,11 +79,13 @@ def two_ranks(base, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", JOBS)
-def test_two_ranks_are_one(name, base, two_ranks, out):
+def test_two_ranks_are_one(name, base, changes_of, two_ranks, out):
     """1 process = 2 ranks, to a relative 1e-5 in every metric."""
-    script, changes = JOBS[name]
-    alone = read_metrics(run_here(SCRIPTS[script], **base | changes, out=out))
-    assert len(alone) == 4 and alone[1]["reward/spread"] > 0.5
+    alone = read_metrics(run_here(SCRIPTS[JOBS[name][0]], **base | changes_of(name), out=out))
+    if name == "sparse":
+        assert len({line["policy/updates"] for line in alone[1:]} & {0.0, 1.0}) == 2
+    else:
+        assert len(alone) == 4 and alone[1]["reward/spread"] > 0.5
     assert_same_metrics(alone, read_metrics(two_ranks / name))
 
 

@@ -1,6 +1,6 @@
 """The sampler against Hugging Face's, against the softmax, and against itself in any arrangement of the batch."""
 
-import types
+import functools
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def build(config):
     """A random model with strong preferences, its head untied (a tied one repeats its input); dropout is off."""
     torch.manual_seed(1)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    model.final_hidden = types.MethodType(common._final_hidden, model)
+    model.final_hidden = functools.partial(common._final_hidden, model)
     model.pack_limit = common._pack_limit(model.config)
     return model
 

@@ -4,7 +4,11 @@ import dataclasses
 import inspect
 import json
 import math
+import os
 import re
+import shutil
+import subprocess
+import sys
 from unittest import mock
 
 import common
@@ -13,7 +17,8 @@ import ppo_baseline
 import pytest
 import qrm
 import tasks
-from conftest import REWARD, TINY, assert_same_metrics, check_here, flags, read_metrics, run_here, run_script
+from conftest import REWARD, ROOT, TINY, assert_same_metrics, check_here, flags, read_metrics, run_here, run_script
+from safetensors.torch import load_file
 
 import torch
 
@@ -158,49 +163,95 @@ def test_ppo(loss, advantage, base, out):
     assert ("critic/explained_variance" in lines[1]) == (advantage == "gae")
 
 
-@pytest.mark.parametrize("advantage", ["gae", "reward", "group", "dpo"])
+@pytest.mark.parametrize("advantage", ["gae", "reward", "group", "token"])
 @pytest.mark.parametrize("loss", ["kld", "mse", "lch"])
 def test_lco(loss, advantage, base, out, tiny_model, other_model):
     """Every loss with every advantage; that of two models is dense."""
-    dpo = dict(dpo_model=other_model, dpo_ref=tiny_model) if advantage == "dpo" else {}
+    dpo = dict(reward_model=other_model, reward_ref=tiny_model) if advantage == "token" else {}
     lines = trained(lco, base, out, loss=loss, advantage=advantage, **dpo)
     assert ("loss/value" in lines[1]) == (advantage == "gae")
-    dense = loss == "kld" or advantage == "dpo"
+    dense = loss == "kld" or advantage == "token"
     assert ("lco/target_kl" in lines[1]) == dense and ("lco/gap" in lines[1]) != dense
     assert not dense or lines[1]["lco/target_kl"] > 0
 
 
 @pytest.mark.parametrize("head", ["lm", "scalar"])
 @pytest.mark.parametrize("loss", ["kld", "mse", "lch"])
-def test_lco_with_token_scores(loss, head, base, out, other_model, scalar_model):
-    """--advantage qrm: dense where the scores come from an LM head, one a token where they come from a scalar head."""
-    lines = trained(
-        lco, base, out, loss=loss, advantage="qrm", qrm_model={"lm": other_model, "scalar": scalar_model}[head]
-    )
+def test_lco_with_token_scores(loss, head, base, out, lm_judge, scalar_model):
+    """--reward_model: dense where it has an LM head, one score per token where it has a scalar head."""
+    judge = {"lm": lm_judge, "scalar": scalar_model}[head]
+    lines = trained(lco, base, out, loss=loss, advantage="token", reward_model=judge)
     assert "loss/value" not in lines[1] and ("lco/target_kl" in lines[1]) == (loss == "kld" or head == "lm")
 
 
+@pytest.mark.parametrize("advantage", ["token", "gae", "group", "reward"])
+@pytest.mark.parametrize("loss", ["ppo", "reinforce"])
+def test_ppo_with_a_reward_model(loss, advantage, base, out, scalar_model, tmp_path):
+    """Its scores are the rewards, on prompts that nothing else grades; QRM-2 takes a critic for PPO alone."""
+    data = tmp_path / "prompts.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"{i}+{i + 1}="}) + "\n" for i in range(20)))
+    changes = dict(reward_model=scalar_model, reward_file="", dataset=str(data), loss=loss, advantage=advantage)
+    lines = trained(ppo_baseline, base, out, **changes)
+    assert ("loss/value" in lines[1]) == (advantage == "gae" or (advantage, loss) == ("token", "ppo"))
+    assert "eval/reward" in lines[0]
+
+
+@pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
+def test_reward_models_that_cannot_be_used(script, base, out, tiny_model, scalar_model, gpt2_model):
+    for changes, message in (
+        (dict(reward_model=tiny_model), "give --reward_ref"),
+        (dict(reward_model=scalar_model, reward_ref=tiny_model), "has a scalar head"),
+        (dict(reward_ref=tiny_model), "give both"),
+        (dict(reward_model=gpt2_model, reward_ref=gpt2_model), "the tokenizers of"),
+    ):
+        with pytest.raises(common.BadInput, match=message):
+            run_here(script, **base | changes, out=out)
+
+
+def test_token_rewards_of_a_reward_model(base, scalar_model):
+    """Standardised over the tokens that it scores: all of them, or (an ORM) the last ones alone."""
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]]).bool()
+    batch = {"mask": mask, "scores": torch.tensor([[1.0, 2.0, 6.0, 0], [3.0, 4.0, 0, 0]])}
+    args = ppo_baseline.Args(reward_model=scalar_model)
+    last = ppo_baseline.token_rewards(None, batch, [True, True], args)
+    torch.testing.assert_close(last, torch.tensor([[0, 0, 1.0, 0], [0, -1.0, 0, 0]]))
+    with mock.patch.object(common, "score_of", return_value="mean"):
+        every = ppo_baseline.token_rewards(None, batch, [True, True], args)
+    z = torch.tensor([1.0, 2.0, 6.0, 3.0, 4.0])
+    torch.testing.assert_close(every[mask], (z - z.mean()) / z.std(correction=0))
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_dense_scores_in_closed_form(temperature, base, out, other_model):
+def test_dense_scores_in_closed_form(temperature, base, out, lm_judge):
     """A(s,a) = (log phi(a|s) - mean) / deviation, both over the sampled tokens; the loss against whole logits."""
-    names = dict(loss="kld", advantage="qrm", qrm_model=other_model, beta=2.0, temperature=temperature)
+    names = dict(loss="kld", advantage="token", reward_model=lm_judge, beta=2.0, temperature=temperature)
     args = lco.Args(**base | names, out=out)
     models, _ = lco.build(args, torch.device("cpu"))
     rows = [[3, 4, 5], [6, 7, 8, 9, 1], [5]]
     batch = common.make_batch([[2, 3], [4], [5, 6, 7]], rows, 0, torch.device("cpu"))
-    batch["rewards"] = torch.zeros(batch["mask"].shape)
-    heads = lco.score(models, batch, args)
+    heads = lco.evaluate_models(models, batch, args)
+    batch["rewards"] = lco.token_rewards(None, batch, [True] * 3, args)
     lco.estimate_advantages(batch, args)
     with torch.no_grad():
-        loss, _ = lco.objective(models, heads, batch, args)
+        loss, _ = lco.dense_objective(models["policy"], heads, batch, args)
         mask, ids = batch["mask"], batch["completion_ids"][batch["mask"]]
         z, q = (common.completion_hidden(m, batch)[mask] @ common.head_weight(m).T for m in models.values())
     scores = q.log_softmax(-1)
     sampled = scores.gather(-1, ids[:, None])
     dense = (scores - sampled.mean()) / sampled.std(correction=0)
-    exact = dataclasses.replace(args, negative_beta_scale=1.0)
-    expected, _ = lco.vocabulary_loss(z / temperature, z / temperature, dense, exact)
+    target = lco.target_logprobs(z / temperature, dense, 2.0, "exp")
+    expected = lco.kld_loss((z / temperature).log_softmax(-1), target)
     torch.testing.assert_close(loss, expected.sum(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def lm_judge(other_model, tmp_path_factory):
+    """A Q-RM with an LM head: a language model that says how it scores answers."""
+    folder = tmp_path_factory.mktemp("judge") / "model"
+    shutil.copytree(other_model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"reward_score": "mean"}))
+    return str(folder)
 
 
 @pytest.fixture(scope="module")
@@ -224,14 +275,8 @@ def other_model(tiny_model, tmp_path_factory):
 
 
 LCO_SWITCHES = [
-    dict(loss="kld", moving_target=True),
-    dict(moving_target=True, loss="mse"),
     dict(loss="kld", negative_beta_scale=100.0),
-    dict(loss="kld", token_mean="signed"),
-    dict(token_mean="signed", loss="lch"),
-    dict(loss="kld", fill="balanced", negative_beta_scale=1.0),
     dict(loss="kld", target="linear"),
-    dict(loss="kld", target="linear", fill="balanced", beta=0.5, negative_beta_scale=1.0),
     dict(loss="kld", kl_coef=0.1, lora_rank=4),
 ]
 COMMON_SWITCHES = [
@@ -259,15 +304,6 @@ def test_switches(script, switches, base, out):
         assert lines[1]["policy/kl_old"] == pytest.approx(0, abs=1e-6) and lines[2]["policy/kl_old"] > 1e-6
 
 
-def test_old_topk(base, out):
-    """With as many kept logits as there are symbols, only the rounding to fp16 is left of the authors' top-k."""
-    trained(lco, base, out, loss="kld", old_topk=16)
-
-
-def test_old_topk_of_the_authors(base, out):
-    trained(lco, base, out, loss="kld", old_topk=5)
-
-
 def test_critic_warmup_leaves_the_policy_alone(base, tmp_path):
     """While the critic warms up, not one weight of the policy moves, and the critic's loss falls."""
     from safetensors.torch import load_file
@@ -285,36 +321,55 @@ def test_few_rows(base, out):
     trained(lco, base, out, prompts_per_step=1, samples_per_prompt=2, minibatches=1)
 
 
-SINGLE = {
-    "ppo": (ppo_baseline, dict(loss="ppo")),
-    "lch": (lco, dict(loss="lch")),
-    "kld": (lco, dict(loss="kld", advantage="gae")),
-    "qrm": (qrm, dict(stage="policy", reward="rule")),
-}
+SINGLE = {"ppo": (ppo_baseline, dict(loss="ppo")), "lch": (lco, dict(loss="lch")), "kld": (lco, dict(advantage="gae"))}
 
 
 @pytest.mark.parametrize("name", SINGLE)
-def test_single_update_asks_pi_old_in_passing(name, base, tmp_path):
-    """One update a rollout spares the forward of pi_old; it is there with more updates, and for a KL penalty."""
+def test_single_update_needs_no_forward_of_pi_old(name, base, tmp_path):
+    """With one update per rollout pi = pi_old; it is evaluated with more updates, and for a KL penalty."""
     script, changes = SINGLE[name]
     settings = base | dict(minibatches=1, advantage="group") | changes
-    runs, reads = {}, {}
-    for asked in (False, True):
+    evaluate, runs, reads = script.evaluate_models, {}, {}
+
+    def as_if(**more):
+        return lambda models, batch, args: evaluate(models, batch, dataclasses.replace(args, **more))
+
+    for key, more in {"one": {}, "two": dict(minibatches=2), "epochs": dict(epochs=2)}.items():
         with (
             mock.patch.object(common, "completion_hidden", wraps=common.completion_hidden) as read,
-            mock.patch.object(script, "one_update", (lambda args: False) if asked else script.one_update),
+            mock.patch.object(script, "evaluate_models", as_if(**more)),
         ):
-            runs[asked] = read_metrics(run_here(script, **settings, out=str(tmp_path / f"{asked}")))
-        reads[asked] = read.call_count
-    assert_same_metrics(runs[False], runs[True], relative=1e-4, floor=1e-5)
-    assert reads[True] == 2 * reads[False]  # score and update read equally many micro-batches
-    one = script.Args(**settings)
-    assert script.one_update(one)
-    for more in (dict(minibatches=2), dict(epochs=2), dict(kl_coef=0.1)):
-        assert not script.one_update(dataclasses.replace(one, **more))
+            runs[key] = read_metrics(run_here(script, **settings, out=str(tmp_path / key)))
+        reads[key] = read.call_count
+    for key in ("two", "epochs"):
+        assert_same_metrics(runs["one"], runs[key], relative=1e-4, floor=1e-5)
+        assert reads[key] > reads["one"]
+    kept = {}
+    with mock.patch.object(script, "evaluate_models", lambda *given: (evaluate(*given), kept.update(given[1]))[0]):
+        run_here(script, **settings | dict(kl_coef=0.1), out=str(tmp_path / "kl"))
+    assert "old_logprobs" in kept
 
 
 # ---- the user's own data ---------------------------------------------------------------------------------------------
+
+
+def test_a_copy_needs_three_files(tmp_path):
+    """lco.py, common.py and tasks.py alone in a folder train a model given by its path, on a file, with its reward."""
+    for name in ("lco.py", "common.py", "tasks.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "builtin" / "policy", tmp_path / "start")
+    prompts = [{"prompt": f"{a}+{b}="} for a in range(1, 6) for b in range(1, 6)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
+    (tmp_path / "mine.py").write_text("def reward(prompts, completions, rows): return [len(c) for c in completions]\n")
+    settings = dict(model="start", dataset="prompts.jsonl", reward_file="mine.py", out="run", steps=1, test_rows=4)
+    settings |= dict(prompts_per_step=4, samples_per_prompt=4, micro_batch=8, max_prompt=16, max_new_tokens=16, lr=1e-4)
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    words = [sys.executable, "lco.py", *flags(**settings)]
+    done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert [line["step"] for line in read_metrics(tmp_path / "run")] == [0, 1]
+    start, end = (load_file(tmp_path / name / "model.safetensors") for name in ("start", "run/model"))
+    assert start.keys() == end.keys() and any(not torch.equal(start[name], end[name]) for name in start)
 
 
 @pytest.mark.parametrize("column", ["prompt", "messages"])
@@ -369,7 +424,7 @@ def test_check_passes(script, changes, base, capsys):
 def test_check_passes_for_every_loss(base, capsys, tiny_model, other_model):
     check_here(ppo_baseline, **base, loss="reinforce", advantage="reward")
     check_here(lco, **base, loss="mse")
-    check_here(lco, **base, loss="lch", advantage="dpo", dpo_model=other_model, dpo_ref=tiny_model)
+    check_here(lco, **base, loss="lch", advantage="token", reward_model=other_model, reward_ref=tiny_model)
     assert capsys.readouterr().out.count("all checks passed") == 3
 
 
@@ -415,13 +470,13 @@ def leave_out_eos(monkeypatch):
 
 
 def mean_a_micro_batch(monkeypatch):
-    objective = lco.objective
+    objective = lco.kld_objective
 
-    def mean(models, heads, micro, *rest):
-        loss, metrics = objective(models, heads, micro, *rest)
+    def mean(policy, heads, micro, *rest):
+        loss, metrics = objective(policy, heads, micro, *rest)
         return loss / micro["mask"].sum(), metrics
 
-    monkeypatch.setattr(lco, "objective", mean)
+    monkeypatch.setattr(lco, "kld_objective", mean)
 
 
 def sample_from_the_top(monkeypatch):
@@ -440,13 +495,13 @@ def forget_the_optimizer(monkeypatch):
 
 
 def remember_other_logits(monkeypatch):
-    score = lco.score
+    score = lco.evaluate_models
 
     def scaled(*args):
         heads = score(*args)
         return {name: 1.1 * weight for name, weight in heads.items()}
 
-    monkeypatch.setattr(lco, "score", scaled)
+    monkeypatch.setattr(lco, "evaluate_models", scaled)
 
 
 @pytest.mark.parametrize(

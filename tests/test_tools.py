@@ -1,12 +1,20 @@
 """The tools beside the scripts: pages of runs, and built-in pairs as a file."""
 
+import itertools
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import common
+import lco
+import ppo_baseline
+import pytest
 import report
 import tasks
+from builtin import tasks as toys
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -73,9 +81,35 @@ def test_panels_hold_what_can_be_seen_together():
 
 
 def test_pairs_in_a_file_are_those_of_seft(tmp_path):
-    for task, made in (("chains", tasks.chain_pairs), ("strings", tasks.string_pairs)):
+    for task, made in (("chains", toys.chain_pairs), ("strings", toys.string_pairs)):
         done = tool("builtin_pairs.py", "--task", task, "--rows", "30", "--seed", "1", "--out", tmp_path / task)
         assert done.returncode == 0, done.stderr
         rows = tasks.load_pairs(str(tmp_path / task / "pairs.jsonl"))
         expected = [{k: row[k] for k in ("prompt", "chosen", "rejected")} for row in made(20, 1)]
         assert len(rows) == 30 and rows[:20] == expected
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_the_real_model_of_the_readme_in_both_shells(shell, tmp_path):
+    """The block is typed into a shell as it stands: each script gets its arguments one by one, and the model's folder."""
+    if not shutil.which(shell):
+        pytest.skip(f"{shell} is not installed")
+    lines = (ROOT / "README.md").read_text().splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("    MODEL="))
+    block = itertools.takewhile(lambda line: line.startswith("    "), lines[start:])
+    script = "\n".join(line.removeprefix("    ") for line in block)
+    fake = tmp_path / "python"
+    fake.write_text('#!/bin/sh\n[ "$1" = -c ] && echo "/a folder" && exit\nprintf "%s\\n" "$#" "$@"\n')
+    fake.chmod(0o755)
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run([shell, "-c", script], capture_output=True, text=True, env=env, timeout=20)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    words = done.stdout.splitlines()
+    calls = []
+    while words:
+        count = int(words.pop(0))
+        calls.append([words.pop(0) for _ in range(count)])
+    assert [call[0] for call in calls] == ["lco.py", "ppo_baseline.py"] and calls[0][1:] == calls[1][1:]
+    for call, module in zip(calls, (lco, ppo_baseline)):
+        args = common.parse_args(module.Args, module.BUILTIN, call[1:])
+        assert args.model == "/a folder" and args.task == "words" and args.lr == 2e-5 and args.steps == 14
