@@ -122,7 +122,7 @@ class Checks:
         """The script's train(), and whether it can be resumed."""
         words = [f"--{name} {getattr(args, name)}" for name in ("stage", "objective", "loss") if hasattr(args, name)]
         self.say(f"---- {self.module.__name__} {' '.join(words)}")
-        twin = {name: args.model for name in ("teacher", "ref_teacher") if getattr(args, name, "")}
+        twin = {name: args.model for name in ("teacher", "ref_teacher") if hasattr(args, name)}
         if twin:
             self.report("a model is at distance 0 from itself", self.at_distance_0, replace(args, **twin))
         self.looking, self.rollout, self.gap, self.told = True, None, None, set()

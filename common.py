@@ -487,25 +487,6 @@ def _from_pretrained(cls, what: str, name: str, **options):
         raise BadInput(f"--model {name}: no {what} could be loaded ({str(error).splitlines()[0]})") from error
 
 
-def fingerprint(name: str) -> str:
-    """A hash of the weights of a model, the same wherever they lie. All ranks must ask together: rank 0 reads them."""
-
-    def digest() -> str:
-        folder = Path(model_path(name))
-        if not folder.is_dir():
-            from huggingface_hub import snapshot_download
-
-            folder = Path(snapshot_download(name, allow_patterns=["*.safetensors"]))
-        total, files = hashlib.sha256(), sorted(folder.glob("*.safetensors"))
-        require(bool(files), f"--model {name}: the folder has no .safetensors file")
-        for file in files:
-            with file.open("rb") as weights:
-                total.update(hashlib.file_digest(weights, "sha256").digest())
-        return total.hexdigest()[:16]
-
-    return from_rank_0(digest() if rank() == 0 else None)
-
-
 def load_tokenizer(name: str):
     """The tokenizer of a model, with a padding token (whose identity never matters: masks come from lengths)."""
     from transformers import AutoTokenizer
@@ -1748,71 +1729,6 @@ def _merge_adapters(model, state: dict) -> dict:
         update = layer.scaling["default"] * (update.T if layer.fan_in_fan_out else update)
         merged[f"{name}.weight"] = merged[f"{name}.weight"] + update
     return merged
-
-
-class RowCache:
-    """Tensors of numbered rows in a folder: made once, read back a row at a time, refused when they are of other rows.
-
-    key: what the tensors are a function of, in JSON's types. With several nodes the folder must be on a shared file
-    system. A cache that was interrupted goes on with the blocks that are missing.
-    """
-
-    BLOCK = 64
-
-    def __init__(self, folder: str | Path, key: dict):
-        self.folder, self.open = Path(folder), {}
-        file = self.folder / "key.json"
-        found = from_rank_0(json.loads(file.read_text()) if rank() == 0 and file.exists() else None)
-        for name in key if found else ():
-            require(
-                found.get(name) == key[name],
-                f"the cache {self.folder} is stale: its {name} is {found.get(name)!r}, that of this run {key[name]!r}; "
-                "delete it or choose another folder",
-            )
-        if rank() == 0 and not found:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_whole(file, json.dumps(key, indent=2) + "\n")
-        dist.barrier()
-        self.whole = from_rank_0((self.folder / "shared.safetensors").exists())
-
-    def fill(self, count: int, compute, shared) -> None:
-        """compute(rows) -> {name: tensor} for each of these row numbers; shared() -> {name: tensor}, written last.
-
-        Ranks take turns in blocks and may compute different numbers of them: see gathered().
-        """
-        for first in range(rank() * self.BLOCK, count, world() * self.BLOCK):
-            if not self._file(first).exists():
-                rows = range(first, min(first + self.BLOCK, count))
-                tensors = zip(rows, compute(list(rows)))
-                self._save(self._file(first), {f"{row}.{k}": v for row, each in tensors for k, v in each.items()})
-        dist.barrier()
-        if rank() == 0:
-            self._save(self.folder / "shared.safetensors", shared())
-        dist.barrier()
-        self.whole = True
-
-    def shared(self) -> dict[str, torch.Tensor]:
-        from safetensors.torch import load_file
-
-        return load_file(self.folder / "shared.safetensors")
-
-    def row(self, row: int, names: list[str]) -> dict[str, torch.Tensor]:
-        from safetensors import safe_open
-
-        file = self._file(row)
-        if file not in self.open:
-            self.open[file] = safe_open(file, "pt")
-        return {name: self.open[file].get_tensor(f"{row}.{name}") for name in names}
-
-    def _file(self, row: int) -> Path:
-        return self.folder / f"rows-{row // self.BLOCK * self.BLOCK:08d}.safetensors"
-
-    def _save(self, file: Path, tensors: dict) -> None:
-        from safetensors.torch import save_file
-
-        part = file.with_name(file.name + ".part")
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, part)
-        part.replace(file)
 
 
 def estimate_memory(

@@ -165,7 +165,8 @@ def train(args) -> None:
         # ---- 3. log; evaluate and save when it is time
         run.end_step(metrics | {"lr": optimizer.param_groups[0]["lr"]})
     if args.loss == "dpo":  # adpa.py compares the model with what it was aligned from
-        policy.config.aligned_from = str(Path(args.model).resolve()) if Path(args.model).is_dir() else args.model
+        local = args.model not in common.BUILTIN and Path(args.model).is_dir()
+        policy.config.aligned_from = str(Path(args.model).resolve()) if local else args.model
     run.finish(policy, tokenizer)
 
 
