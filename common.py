@@ -350,7 +350,9 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _boolean(word: str) -> bool:
-    return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[word.lower()]
+    if word.lower() not in ("true", "false"):
+        raise ValueError(word)
+    return word.lower() == "true"
 
 
 def _comments(cls) -> dict[str, str]:
@@ -973,7 +975,7 @@ def answer_scores(scores: torch.Tensor, mask: torch.Tensor, how: str) -> torch.T
 
 
 def score_of(name: str, ref: str) -> str:
-    """How the score of an answer comes from its tokens: as the model's folder says; the sum for a log-ratio to `ref`."""
+    """How the score of an answer comes from its tokens: as its folder says; the sum for a log-ratio to `ref`."""
     config = load_config(name)
     if ref:
         require(not has_scalar_head(config), f"--reward_ref: {name} has a scalar head, and so no log-probabilities")
@@ -1249,6 +1251,35 @@ class Sampling:
         return {name: total / n for name, total in sums.items()}, samples
 
 
+def rollout_metrics(batch, task_rewards: list, finished: list[bool], samples: int) -> dict[str, float]:
+    """Global means over completions, prompts and tokens of a rollout."""
+    mask = batch["mask"]
+    task_reward = torch.tensor([sum(s) if isinstance(s, list) else s for s in task_rewards], dtype=torch.float64)
+    by_prompt = task_reward.view(-1, samples)
+    sums = {
+        "rows": len(task_rewards),
+        "tokens": mask.sum(),
+        "reward/mean": task_reward.sum(),
+        "reward/spread": (by_prompt.amax(1) > by_prompt.amin(1)).sum() * samples,
+        "length/mean": mask.sum(),
+        "length/finished": sum(finished),
+    }
+    if "kl" in batch:
+        sums["kl/ref"] = batch["kl"].sum()
+    if "values" in batch:
+        returns, error = batch["returns"][mask].double(), (batch["returns"] - batch["values"])[mask].double()
+        sums |= {"r": returns.sum(), "rr": returns.square().sum(), "e": error.sum(), "ee": error.square().sum()}
+    sums = all_sum(sums, mask.device)
+    rows, tokens = sums.pop("rows"), sums.pop("tokens")
+    metrics = {k: v / rows for k, v in sums.items() if k.split("/")[0] in ("reward", "length")}
+    if "kl" in batch:
+        metrics["kl/ref"] = sums["kl/ref"] / tokens
+    if "values" in batch:
+        variance, unexplained = (sums[k + k] / tokens - (sums[k] / tokens) ** 2 for k in "re")
+        metrics["critic/explained_variance"] = 1 - unexplained / variance if variance > 1e-12 else None
+    return metrics
+
+
 def _repeat(rows: list, times: int) -> list:
     return [row for row in rows for _ in range(times)]
 
@@ -1259,7 +1290,7 @@ def _repeat(rows: list, times: int) -> list:
 
 
 def _chunk(weight: torch.Tensor, mib: int | None) -> int:
-    """Tokens whose fp32 logits take `mib` MiB: 64 on CPUs (below 32 the C heap fragments), 256 on GPUs (docs/gpu.md)."""
+    """Tokens whose fp32 logits take `mib` MiB: 64 on CPUs (below 32 the heap fragments), 256 on GPUs (docs/gpu.md)."""
     mib = mib if mib is not None else 256 if weight.is_cuda else 64
     return max(1, mib * 2**20 // (4 * weight.shape[0]))
 

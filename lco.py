@@ -68,8 +68,8 @@ class Args:
     missing_eos_penalty: float = arg(0.0, "the penalty on the reward of a completion without an end", at_least=0)
     # method
     loss: Literal["kld", "mse", "lch"] = arg("kld", "LCO-3, LCO-4 or LCO-5; docs/lco.md says which suits which model")
-    advantage: Literal["gae", "token", "reward", "group"] = arg(
-        "group", "GAE; the token's own reward (QRM-2); the return, whitened; or less the mean of its prompt"
+    advantage: Literal["gae", "token", "return", "reward", "group"] = arg(
+        "group", "GAE; the token's reward (QRM-2); the return to go; that of the answer; or less its prompt's mean"
     )
     beta: float = arg(1.0, "the step size: pi* = pi_old exp(A / beta); tune it by lco/target_kl", at_least=1e-6)
     negative_beta_scale: float = arg(
@@ -121,17 +121,22 @@ BUILTIN = dict(
 
 
 def scaled_beta(advantages, beta: float, negative_beta_scale: float):
-    """beta for each advantage. Dividing by a larger one where A < 0 keeps noise from pushing the policy off its mode."""
+    """beta for each advantage; a larger one where A < 0 keeps noise from pushing the policy off its mode."""
     return torch.where(advantages < 0, beta * negative_beta_scale, beta)
 
 
 def target_logprobs(old_logits, advantages, beta, target: str):
-    """log pi* [N, V] from A(s,.) [N, V]: LCO-1, or its first order in A / beta, whose mean over a noisy A is unbiased."""
+    """log pi* [N, V] from A(s,.) [N, V]: LCO-1, or its first order in A / beta, unbiased for a noisy A."""
     if target == "exp":
         return (old_logits + advantages / beta).log_softmax(-1)
     old, step = old_logits.softmax(-1), advantages / beta
     q = old * (1 + step - (old * step).sum(-1, keepdim=True)).clamp_min(0)
     return (q / q.sum(-1, keepdim=True)).log()
+
+
+def target_gap(logits, old_logits, advantages, beta):
+    """z - z* (LCO-2), elementwise."""
+    return logits - (old_logits + advantages / beta)
 
 
 def kld_loss(logp, target_logp):
@@ -221,6 +226,7 @@ def equal_returns(rewards, mask, gamma: float) -> bool:
     return most - least <= 1e-6 * max(abs(most), abs(least))
 
 
+# same in: ppo_baseline.py lco.py
 def estimate_advantages(batch, args) -> None:
     """Add `advantages` [B, T] (and with a critic its targets, `returns`) to a batch that has `rewards` [B, T]."""
     mask, rewards = batch["mask"], batch["rewards"]
@@ -229,11 +235,13 @@ def estimate_advantages(batch, args) -> None:
         batch["advantages"] = whiten(advantages, mask)
         if equal_returns(rewards, mask, args.gamma):  # what differs is the critic, which learns alone
             batch["advantages"] = torch.zeros_like(advantages)
-    elif args.advantage == "token":  # QRM-2 without a critic: a baseline that the whole state shares changes no pi*
-        batch["advantages"] = rewards * mask
+    elif args.advantage == "token":  # QRM-2: the reward of a token already tells what follows, so nothing is summed
+        batch["advantages"], batch["returns"] = (rewards - batch.get("values", 0.0)) * mask, rewards
+    elif args.advantage == "return":
+        batch["advantages"] = whiten(gae(rewards, torch.zeros_like(rewards), mask, args.gamma, 1.0)[0], mask)
     elif args.advantage == "reward":
         batch["advantages"] = whiten(rewards.sum(1, keepdim=True) * mask, mask)
-    else:  # group: less the mean of the prompt's samples; dividing by their deviation would favour prompts with few hits
+    else:  # group: less the mean of the prompt's samples; a division by their deviation would favour few hits
         groups = rewards.sum(1).view(-1, args.samples_per_prompt)
         gaps = groups - groups.mean(1, keepdim=True)
         gaps = gaps * (gaps.abs() > 1e-6 * groups.abs().amax(1, keepdim=True))  # rounding is no signal
@@ -263,8 +271,7 @@ def kld_objective(policy, heads, micro, args):
         target_logp = target_logprobs(old_logits, A, beta, args.target)
         logp = logits.log_softmax(-1)
         total = kld_loss(logp, target_logp).sum()
-        metrics = step_sizes(logp.detach(), old_logits.log_softmax(-1), target_logp)
-        return total, metrics | {"loss/policy": total}
+        return total, step_sizes(logp.detach(), old_logits.log_softmax(-1), target_logp) | {"loss/policy": total}
 
     columns = [micro["completion_ids"][mask], micro["advantages"][mask]]
     return common.over_vocabulary(loss, [now, old], columns, args.temperature)
@@ -277,21 +284,16 @@ def sampled_objective(policy, heads, micro, args):
         (hidden.float() * torch.nn.functional.embedding(ids, weight).float()).sum(-1) / args.temperature
         for hidden, weight in states(policy, heads, micro)  # weight[ids] would add up its gradients in no fixed order
     )
-    gap = logit - (old_logit + advantages / scaled_beta(advantages, args.beta, args.negative_beta_scale))
+    gap = target_gap(logit, old_logit, advantages, scaled_beta(advantages, args.beta, args.negative_beta_scale))
     total = LOSSES[args.loss](gap).sum()
-    return total, {
-        "lco/gap": gap.detach().abs().sum(),
-        "policy/logit_gap": (logit - old_logit).detach().abs().sum(),
-        "loss/policy": total.detach(),
-    }
+    metrics = {"lco/gap": gap.detach().abs().sum(), "policy/logit_gap": (logit - old_logit).detach().abs().sum()}
+    return total, metrics | {"loss/policy": total.detach()}
 
 
 def dense_objective(policy, heads, micro, args):
-    """Each loss with A(s,.) known for the whole vocabulary from a reward model with an LM head.
+    """Each loss with A(s,a) = A(s,a_t) + scale (Z(s,a) - Z(s,a_t)) of the whole vocabulary, Z by an LM head.
 
-    A(s,a) = A(s,a_t) + scale (Z(s,a) - Z(s,a_t)): the scores of all tokens, on the scale on which the sampled one was
-    standardised. It is no noisy sample, so both of its signs have the same beta. LCO-4 and LCO-5 are averaged over
-    a ~ pi_old, which is what the sampled losses estimate.
+    It is no noisy sample, so both signs have the same beta. LCO-4 and -5 are means over a ~ pi_old, as if sampled.
     """
     mask, (now, old) = micro["mask"], states(policy, heads, micro)
     models = [(micro[f"{name}_hidden"][mask], heads[name]) for name in ("reward", "reward_ref") if name in heads]
@@ -307,7 +309,7 @@ def dense_objective(policy, heads, micro, args):
         if args.loss == "kld":
             total = kld_loss(logp, target_logp).sum()
         else:
-            total = (old_logp.exp() * LOSSES[args.loss](logits - (old_logits + A / args.beta))).sum()
+            total = (old_logp.exp() * LOSSES[args.loss](target_gap(logits, old_logits, A, args.beta))).sum()
         return total, step_sizes(logp.detach(), old_logp, target_logp) | {"loss/policy": total}
 
     columns = [micro["completion_ids"][mask], micro["advantages"][mask], micro["scale"][mask]]
@@ -397,8 +399,9 @@ def train(args) -> None:
         run.lap("update")
 
         # ---- 6. log; evaluate and save when it is time
-        metrics = {k: v / tokens for k, v in sums.items()} | rollout_metrics(batch, task_rewards, finished, args)
-        metrics |= {"lr": optimizer.param_groups[0]["lr"], "policy/sampler_gap": gap}
+        metrics = common.rollout_metrics(batch, task_rewards, finished, args.samples_per_prompt)
+        metrics |= {k: v / tokens for k, v in sums.items()} | {"policy/sampler_gap": gap}
+        metrics["lr"] = optimizer.param_groups[0]["lr"]
         if metrics["policy/updates"] == 0 and step >= args.critic_warmup:
             common.say("  no completion of this step is better than another: the policy stays as it is")
         shown = zip(rows[:4], completions, batch["rewards"].sum(1).tolist())
@@ -453,11 +456,10 @@ def prepare(args):
 
 
 @torch.no_grad()
-def evaluate_models(models, batch, args) -> dict[str, torch.Tensor]:
-    """Add [B, T] of each token before any update: log-probabilities, values, scores; [B, T, H]: final hidden states.
+def evaluate_models(models, batch, args):
+    """Add [B, T] of each token before any update: log-probabilities by pi_old and the reference, values, scores.
 
-    Of pi_old (and of a dense reward model) hidden states are kept, and their LM heads [V, H] are returned: with both,
-    exact logits are rebuilt inside the loss, a chunk at a time.
+    Of pi_old and a dense reward model final states are kept; with their LM heads, returned, the loss rebuilds logits.
     """
     one_update = args.epochs * args.minibatches == 1 and not args.kl_coef  # then pi = pi_old in the only update
     kept = {} if one_update else {"old": models["policy"]}
@@ -513,39 +515,9 @@ def token_rewards(task_rewards, batch, finished, args):
     cut = torch.tensor([not done for done in finished], device=mask.device)
     rewards = rewards.scatter_add(1, last[:, None], -args.missing_eos_penalty * cut[:, None].float())
     if args.kl_coef:
-        kl = kl_estimate(batch["old_logprobs"], batch["ref_logprobs"], args.kl_estimator)
-        rewards = rewards - args.kl_coef * kl * mask
+        batch["kl"] = kl_estimate(batch["old_logprobs"], batch["ref_logprobs"], args.kl_estimator) * mask
+        rewards = rewards - args.kl_coef * batch["kl"]
     return rewards
-
-
-# same in: ppo_baseline.py lco.py
-def rollout_metrics(batch, task_rewards, finished, args) -> dict[str, float]:
-    """Global means over completions, prompts and tokens of a rollout."""
-    mask = batch["mask"]
-    task_reward = torch.tensor([sum(s) if isinstance(s, list) else s for s in task_rewards], dtype=torch.float64)
-    by_prompt = task_reward.view(-1, args.samples_per_prompt)
-    sums = {
-        "rows": len(task_rewards),
-        "tokens": mask.sum(),
-        "reward/mean": task_reward.sum(),
-        "reward/spread": (by_prompt.amax(1) > by_prompt.amin(1)).sum() * args.samples_per_prompt,
-        "length/mean": mask.sum(),
-        "length/finished": sum(finished),
-    }
-    if args.kl_coef:
-        sums["kl/ref"] = (kl_estimate(batch["old_logprobs"], batch["ref_logprobs"], args.kl_estimator) * mask).sum()
-    if "values" in batch:
-        returns, error = batch["returns"][mask].double(), (batch["returns"] - batch["values"])[mask].double()
-        sums |= {"r": returns.sum(), "rr": returns.square().sum(), "e": error.sum(), "ee": error.square().sum()}
-    sums = common.all_sum(sums, mask.device)
-    rows, tokens = sums.pop("rows"), sums.pop("tokens")
-    metrics = {k: v / rows for k, v in sums.items() if k.split("/")[0] in ("reward", "length")}
-    if args.kl_coef:
-        metrics["kl/ref"] = sums["kl/ref"] / tokens
-    if "values" in batch:
-        variance, unexplained = (sums[k + k] / tokens - (sums[k] / tokens) ** 2 for k in "re")
-        metrics["critic/explained_variance"] = 1 - unexplained / variance if variance > 1e-12 else None
-    return metrics
 
 
 if __name__ == "__main__":

@@ -53,7 +53,9 @@ class Args:
     loss: Literal["ppo", "reinforce"] = arg(
         "ppo", "PPO-1, or -A_t log pi(a_t|s_t): the same trunk without ratio and clip"
     )
-    advantage: Literal["gae", "token", "reward", "group"] = arg("gae", "GAE; the token's own reward (QRM-2); the return, whitened; or less the mean of its prompt")
+    advantage: Literal["gae", "token", "return", "reward", "group"] = arg(
+        "gae", "GAE; the token's reward (QRM-2); the return to go; that of the answer; or less its prompt's mean"
+    )
     clip: float = arg(0.2, "the eps of PPO-1", at_least=1e-6)
     gamma: float = arg(1.0, "the discount", at_least=0)
     lam: float = arg(0.95, "the lambda of GAE", at_least=0)
@@ -172,6 +174,7 @@ def equal_returns(rewards, mask, gamma: float) -> bool:
     return most - least <= 1e-6 * max(abs(most), abs(least))
 
 
+# same in: ppo_baseline.py lco.py
 def estimate_advantages(batch, args) -> None:
     """Add `advantages` [B, T] (and with a critic its targets, `returns`) to a batch that has `rewards` [B, T]."""
     mask, rewards = batch["mask"], batch["rewards"]
@@ -182,9 +185,11 @@ def estimate_advantages(batch, args) -> None:
             batch["advantages"] = torch.zeros_like(advantages)
     elif args.advantage == "token":  # QRM-2: the reward of a token already tells what follows, so nothing is summed
         batch["advantages"], batch["returns"] = (rewards - batch.get("values", 0.0)) * mask, rewards
+    elif args.advantage == "return":
+        batch["advantages"] = whiten(gae(rewards, torch.zeros_like(rewards), mask, args.gamma, 1.0)[0], mask)
     elif args.advantage == "reward":
         batch["advantages"] = whiten(rewards.sum(1, keepdim=True) * mask, mask)
-    else:  # group: less the mean of the prompt's samples; dividing by their deviation would favour prompts with few hits
+    else:  # group: less the mean of the prompt's samples; a division by their deviation would favour few hits
         groups = rewards.sum(1).view(-1, args.samples_per_prompt)
         gaps = groups - groups.mean(1, keepdim=True)
         gaps = gaps * (gaps.abs() > 1e-6 * groups.abs().amax(1, keepdim=True))  # rounding is no signal
@@ -209,7 +214,8 @@ def update(models, optimizer, batch, rows, args, train_policy: bool = True):
     The policy takes none where all their advantages are 0.
     """
     device = batch["mask"].device
-    train_policy = train_policy and common.all_max(batch["advantages"][rows].abs().max(), device) > 0
+    signal = common.all_max(batch["advantages"][rows].abs().max(), device) > 0
+    train_policy = train_policy and signal
     tokens = common.all_sum({"n": batch["mask"][rows].sum()}, device)["n"]  # counted first, divided by once
     sums = {}
     for micro in common.accumulate_over(models, common.micro_batches(batch, rows, args.micro_batch)):
@@ -284,8 +290,9 @@ def train(args) -> None:
         run.lap("update")
 
         # ---- 6. log; evaluate and save when it is time
-        metrics = {k: v / tokens for k, v in sums.items()} | rollout_metrics(batch, task_rewards, finished, args)
-        metrics |= {"lr": optimizer.param_groups[0]["lr"], "policy/sampler_gap": gap}
+        metrics = common.rollout_metrics(batch, task_rewards, finished, args.samples_per_prompt)
+        metrics |= {k: v / tokens for k, v in sums.items()} | {"policy/sampler_gap": gap}
+        metrics["lr"] = optimizer.param_groups[0]["lr"]
         if metrics["policy/updates"] == 0 and step >= args.critic_warmup:
             common.say("  no completion of this step is better than another: the policy stays as it is")
         shown = zip(rows[:4], completions, batch["rewards"].sum(1).tolist())
@@ -338,7 +345,7 @@ def prepare(args):
 
 
 @torch.no_grad()
-def evaluate_models(models, batch, args) -> None:
+def evaluate_models(models, batch, args):
     """Add [B, T] of each token before any update: log-probabilities by pi_old and the reference, values, scores."""
     one_update = args.epochs * args.minibatches == 1 and not args.kl_coef  # then pi = pi_old in the only update
 
@@ -381,39 +388,9 @@ def token_rewards(task_rewards, batch, finished, args):
     cut = torch.tensor([not done for done in finished], device=mask.device)
     rewards = rewards.scatter_add(1, last[:, None], -args.missing_eos_penalty * cut[:, None].float())
     if args.kl_coef:
-        kl = kl_estimate(batch["old_logprobs"], batch["ref_logprobs"], args.kl_estimator)
-        rewards = rewards - args.kl_coef * kl * mask
+        batch["kl"] = kl_estimate(batch["old_logprobs"], batch["ref_logprobs"], args.kl_estimator) * mask
+        rewards = rewards - args.kl_coef * batch["kl"]
     return rewards
-
-
-# same in: ppo_baseline.py lco.py
-def rollout_metrics(batch, task_rewards, finished, args) -> dict[str, float]:
-    """Global means over completions, prompts and tokens of a rollout."""
-    mask = batch["mask"]
-    task_reward = torch.tensor([sum(s) if isinstance(s, list) else s for s in task_rewards], dtype=torch.float64)
-    by_prompt = task_reward.view(-1, args.samples_per_prompt)
-    sums = {
-        "rows": len(task_rewards),
-        "tokens": mask.sum(),
-        "reward/mean": task_reward.sum(),
-        "reward/spread": (by_prompt.amax(1) > by_prompt.amin(1)).sum() * args.samples_per_prompt,
-        "length/mean": mask.sum(),
-        "length/finished": sum(finished),
-    }
-    if args.kl_coef:
-        sums["kl/ref"] = (kl_estimate(batch["old_logprobs"], batch["ref_logprobs"], args.kl_estimator) * mask).sum()
-    if "values" in batch:
-        returns, error = batch["returns"][mask].double(), (batch["returns"] - batch["values"])[mask].double()
-        sums |= {"r": returns.sum(), "rr": returns.square().sum(), "e": error.sum(), "ee": error.square().sum()}
-    sums = common.all_sum(sums, mask.device)
-    rows, tokens = sums.pop("rows"), sums.pop("tokens")
-    metrics = {k: v / rows for k, v in sums.items() if k.split("/")[0] in ("reward", "length")}
-    if args.kl_coef:
-        metrics["kl/ref"] = sums["kl/ref"] / tokens
-    if "values" in batch:
-        variance, unexplained = (sums[k + k] / tokens - (sums[k] / tokens) ** 2 for k in "re")
-        metrics["critic/explained_variance"] = 1 - unexplained / variance if variance > 1e-12 else None
-    return metrics
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 Chen et al. 2025, "Discriminative Policy Optimization for Token-Level Reward Models" (ICML, arXiv:2505.23363). A
 discriminative policy phi(a|s) = softmax_a Z(s,a) is trained apart from generation. Under maximum-entropy RL its optimum
-has beta log phi*(s,a) = Q*(s,a) - V*(s): Z is Q up to a scale and an offset per state. Bradley-Terry on the mean over the
-tokens of an answer y gives
+has beta log phi*(s,a) = Q*(s,a) - V*(s): Z is Q up to a scale and an offset per state. Bradley-Terry on the mean over
+the tokens of an answer y gives
 
     L = -log sigmoid( beta (mean_t Z(s_t, a_t) over y_w - mean_t Z(s_t, a_t) over y_l) - margin )               (QRM-1)
 

@@ -20,13 +20,7 @@ from conftest import ROOT, TINY, flags, read_metrics, run_here, run_script
 
 import torch
 
-KINDS = {  # name: what --stage reward of qrm.py changes
-    "qrm": dict(objective="qrm"),
-    "qrm-lm": dict(objective="qrm", head="lm"),
-    "orm": dict(objective="orm"),
-    "step_prm": dict(objective="step_prm"),
-    "dpo": dict(objective="dpo", head="lm"),
-}
+KINDS = {"qrm": dict(objective="qrm"), "qrm-lm": dict(objective="qrm", head="lm"), "orm": dict(objective="orm")}
 FILES = ["args.json", "metrics.jsonl", "result.json", "samples.jsonl", "source.py"]
 DRIVER = """
 import json, sys
@@ -292,11 +286,9 @@ def reward_run(tiny_model, tmp_path_factory):
 
     @functools.cache
     def of(kind: str):
-        more = dict(max_prompt=24, max_new_tokens=24, pairs_per_step=4, reward_lr=3e-3, eval_every=2, stage="reward")
-        settings = small | more | KINDS[kind] | {"out": str(home / kind)}
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(common.RunFolder, "report", lambda self: None)
-            qrm.train_reward(qrm.Args(**settings))
+        more = dict(max_prompt=24, max_new_tokens=24, pairs_per_step=4, lr=3e-3, eval_every=2)
+        settings = {k: v for k, v in small.items() if k != "step_separator"} | more | KINDS[kind]
+        run_here(qrm, **settings, out=str(home / kind))
         return small | {"reward_model": str(home / kind / "model")}, read_metrics(home / kind)[-1]
 
     return of
