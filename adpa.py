@@ -141,6 +141,9 @@ def within(logp, size: int):
     return logp[:, :size] - inside, 1 - inside[:, 0].exp()
 
 
+# ---- one optimizer step ----------------------------------------------------------------------------------------------
+
+
 def objective(models, micro, counts, args):
     """The share of a micro-batch in the loss of its step, and in each metric, which are means."""
     chosen, states = (micro[side][:, None] & micro["mask"] for side in ("chosen", "states"))
@@ -178,9 +181,6 @@ def objective(models, micro, counts, args):
     total, sums = common.over_vocabulary(loss, [(hidden[states], head), *frozen], [], args.temperature)
     metrics = {name: x / counts["states"] for name, x in sums.items()} | {"loss/nll": nll.detach()}
     return args.nll * nll + args.gamma * total / counts["states"], metrics
-
-
-# ---- one optimizer step ----------------------------------------------------------------------------------------------
 
 
 # same in: dpo.py dckd.py adpa.py

@@ -117,6 +117,9 @@ def within(logp, size: int):
     return logp[:, :size] - inside, 1 - inside[:, 0].exp()
 
 
+# ---- one optimizer step ----------------------------------------------------------------------------------------------
+
+
 def objective(models, micro, counts, args):
     """The share of a micro-batch in the loss of its step, and in each metric, which are means."""
     mask = micro["mask"]
@@ -131,9 +134,6 @@ def objective(models, micro, counts, args):
         return dckd_loss(*logits_and_columns, args.chosen_weight, args.rejected_weight)
 
     return common.over_vocabulary(loss, heads, columns, args.temperature)
-
-
-# ---- one optimizer step ----------------------------------------------------------------------------------------------
 
 
 # same in: dpo.py dckd.py adpa.py

@@ -93,6 +93,9 @@ def dpo_loss(better, worse, ref_better, ref_worse, beta: float, label_smoothing:
     return loss.sum(), {"dpo/accuracy": (margin > 0).sum(), "dpo/margin": margin.detach().sum()}
 
 
+# ---- one optimizer step ----------------------------------------------------------------------------------------------
+
+
 def objective(models, micro, counts, args):
     """The share of a micro-batch in the loss of its step, and in each metric, which are means."""
     chosen = micro["chosen"]  # [B]
@@ -108,9 +111,6 @@ def objective(models, micro, counts, args):
     loss, sums = dpo_loss(*pairs, args.beta, args.label_smoothing)
     metrics |= {name: x / counts["pairs"] for name, x in (sums | {"loss/dpo": loss.detach()}).items()}
     return loss / counts["pairs"] + args.nll * nll, metrics
-
-
-# ---- one optimizer step ----------------------------------------------------------------------------------------------
 
 
 # same in: dpo.py dckd.py adpa.py

@@ -541,7 +541,8 @@ def load_demonstrations(dataset: str) -> list[dict]:
         return load_pairs(dataset)
     if "messages" not in raw[0] and not {"prompt", "completion"} <= set(raw[0]):
         found = ", ".join(raw[0]) or "(none)"
-        raise BadInput(f"{dataset}: it has the columns {found}; expected messages, prompt+completion or chosen+rejected")
+        expected = "messages, prompt+completion or chosen+rejected"
+        raise BadInput(f"{dataset}: it has the columns {found}; expected {expected}")
     rows = []
     for i, row in enumerate(raw, 1):
         where = f"{dataset}: row {i}"
