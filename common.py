@@ -29,6 +29,7 @@ except ModuleNotFoundError:  # delete cpu.py and only speed changes
 
 import argparse
 import contextlib
+import copy
 import functools
 import gc
 import hashlib
@@ -52,7 +53,7 @@ import weakref
 from collections import Counter
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from datetime import timedelta
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -145,6 +146,10 @@ def launch(main, device: str = "auto") -> None:
     try:
         if cpu and local_device(device).type == "cpu":
             cpu.keep_freed_memory()
+        elif importlib.util.find_spec("gpu"):
+            import gpu
+
+            gpu.prepare()
         record(main)()
         dist.barrier()
         code = _exit_code
@@ -437,43 +442,18 @@ BUILTIN["builtin-aligned"] = _HERE / "aligned"  # builtin after dpo.py
 
 
 def model_path(name: str) -> str:
-    """Where the model lies: a built-in one, a Hub name, a folder, or the converted copy of a folder's GGUF file."""
+    """Where the model lies: a built-in one, a Hub name or a folder."""
     if name in BUILTIN:
         folder = BUILTIN[name]
         require(folder.exists(), f"the built-in model is missing: expected the folder {folder}")
         return str(folder)
     folder = Path(name)
     if folder.is_dir():
-        gguf = sorted(folder.glob("*.gguf"))
-        if gguf and not (folder / "config.json").exists():
-            require(len(gguf) == 1, f"--model {name}: expected one .gguf file, found {len(gguf)}")
-            return str(_convert_gguf(gguf[0]))
-        require((folder / "config.json").exists(), f"--model {name}: the folder has no config.json and no .gguf file")
+        require((folder / "config.json").exists(), f"--model {name}: the folder has no config.json")
     else:
         local = name.startswith((".", "/", "~")) or name.count("/") > 1
         require(not local, f"--model {name}: no such folder")
     return name
-
-
-def _convert_gguf(file: Path) -> Path:
-    """A safetensors copy of a GGUF file, made once (transformers takes half a minute to dequantise 100 MB)."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    stat = file.stat()
-    key = hashlib.sha256(f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:16]
-    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    target = home / "minalign" / f"{file.stem}-{key}"
-    if not target.exists():
-        work = target.with_name(f"{target.name}.{os.getpid()}")  # renamed when whole: ranks may race, none can see half
-        model = AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
-        )
-        model.save_pretrained(work)
-        AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(work)
-        with contextlib.suppress(OSError):
-            work.rename(target)
-        shutil.rmtree(work, ignore_errors=True)
-    return target
 
 
 # Code that comes with a model from the Hub runs with all rights of the user, so it is refused unless this is set to 1.
@@ -812,19 +792,81 @@ def trainable_parameters(model) -> list[torch.nn.Parameter]:
 # ======================================================================================================================
 
 
-def encode_prompt(tokenizer, prompt: str | list[dict]) -> list[int]:
-    """Ids of a prompt: text as it is, messages through the chat template (joined by newlines where there is none)."""
+def encode_prompt(tokenizer, prompt: str | list[dict], changes: Counter | None = None) -> list[int]:
+    """Ids of a prompt: text as it is, messages through the chat template (joined by newlines where there is none).
+
+    If the last message is the assistant's, it is the beginning of the answer, which is continued. Text may have been
+    rendered elsewhere: of two tokens that begin a sequence one is kept, and none that ends an answer. `changes` counts
+    such prompts.
+    """
     if isinstance(prompt, str):
-        return tokenizer(prompt)["input_ids"]
-    if tokenizer.chat_template is None:
-        return tokenizer("\n".join(m["content"] for m in prompt) + "\n")["input_ids"]
-    ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)
-    return ids["input_ids"]
+        ids = tokenizer(prompt)["input_ids"]
+    elif tokenizer.chat_template is None:
+        text = "\n".join(m["content"] for m in prompt)
+        ids = tokenizer(text if prompt[-1]["role"] == "assistant" else text + "\n")["input_ids"]
+    else:
+        begun, where = prompt[-1]["role"] == "assistant", getattr(prompt, "where", "a prompt in messages")
+        how = dict(add_generation_prompt=not begun, continue_final_message=begun, tokenize=True, return_dict=True)
+        try:
+            ids = tokenizer.apply_chat_template(prompt, **how)["input_ids"]
+        except Exception as error:  # templates raise errors of many kinds
+            reason = " ".join(str(error).split())
+            raise BadInput(f"{where}: the chat template refuses its messages ({reason})") from error
+        require(
+            ids[-1] not in _ends(tokenizer),
+            f"{where}: the chat template ends the prompt with {tokenizer.decode(ids[-1:])!r}, which ends an answer; "
+            "expected one that begins the assistant's turn",
+        )
+    begin, end = 0, len(ids)
+    while end - begin > 1 and ids[begin] == ids[begin + 1] == tokenizer.bos_token_id:
+        begin += 1
+    while end - begin > 1 and ids[end - 1] in _ends(tokenizer):
+        end -= 1
+    if changes is not None:
+        changes["prompts began twice with BOS, one kept"] += begin > 0
+        changes["prompts ended with EOS, taken off"] += end < len(ids)
+    return ids[begin:end]
 
 
-def encode_completion(tokenizer, text: str) -> list[int]:
-    """Ids of an answer as the policy would have sampled it: the text, then the end of the sequence."""
-    return tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+def encode_completion(tokenizer, text: str, prompt: str | list[dict] = (), changes: Counter | None = None) -> list[int]:
+    """Ids of an answer as the policy would have sampled it: the text, then one token that ends it.
+
+    The answer to messages ends as the chat template ends it, an answer to text with EOS or the end that it brings.
+    """
+    ids, ends = tokenizer(text, add_special_tokens=False)["input_ids"], _ends(tokenizer)
+    length = len(ids)
+    while length and ids[length - 1] in ends:
+        length -= 1
+    if changes is not None:
+        changes["answers had an end of their own, none added"] += length < len(ids)
+    own_end = ids[length] if length < len(ids) else tokenizer.eos_token_id
+    return ids[:length] + [own_end if isinstance(prompt, str) else answer_end(tokenizer)]
+
+
+def answer_end(tokenizer) -> int:
+    """The token with which the chat template ends the assistant's turn; EOS if it has none, or there is no template."""
+    return _answer_end(tokenizer, str(tokenizer.chat_template))
+
+
+@lru_cache(maxsize=8)
+def _answer_end(tokenizer, chat_template: str) -> int:
+    messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "the answer"}]
+    try:
+        tail = tokenizer.apply_chat_template(messages, tokenize=False).rpartition("the answer")[2]
+    except Exception:  # no template, or one that refuses these two
+        return tokenizer.eos_token_id
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    ids = tokenizer(tail, add_special_tokens=False)["input_ids"]
+    return next((i for i in ids if i in special), tokenizer.eos_token_id)
+
+
+def _ends(tokenizer) -> tuple[int, int]:
+    return tokenizer.eos_token_id, answer_end(tokenizer)
+
+
+def changed(changes: Counter) -> str:
+    """What was changed, as the end of a note: '; 3 prompts began twice with BOS, one kept'."""
+    return "".join(f"; {count} {what}" for what, count in changes.items() if count)
 
 
 def encode_pairs(
@@ -835,10 +877,10 @@ def encode_pairs(
     sides: the columns that hold answers. Rows that are longer than a limit, or whose two answers are the same tokens,
     are left out; the note counts them.
     """
-    rows, long, same = [], 0, 0
+    rows, long, same, changes = [], 0, 0, Counter()
     for pair in pairs:
-        ids = {"prompt_ids": encode_prompt(tokenizer, pair["prompt"])}
-        answers = [encode_completion(tokenizer, pair[side]) for side in sides]
+        ids = {"prompt_ids": encode_prompt(tokenizer, pair["prompt"], changes)}
+        answers = [encode_completion(tokenizer, pair[side], pair["prompt"], changes) for side in sides]
         ids |= {f"{side}_ids": answer for side, answer in zip(sides, answers)}
         longest = max(map(len, answers))
         if len(ids["prompt_ids"]) > max_prompt or longest > max_new_tokens:
@@ -849,7 +891,7 @@ def encode_pairs(
             rows.append(pair | ids)
     require(bool(rows), f"no pair is left: {long} of {len(pairs)} are too long, {same} have two equal answers")
     note = f"{len(rows)} pairs" + (f"; {long} too long, left out" if long else "")
-    return rows, note + (f"; {same} with two equal answers, left out" if same else "")
+    return rows, note + (f"; {same} with two equal answers, left out" if same else "") + changed(changes)
 
 
 def decode(tokenizer, completion_ids: list[list[int]]) -> list[str]:
@@ -1040,10 +1082,27 @@ def _read(model, forward, batch: dict) -> torch.Tensor:
 
 
 def stop_ids(model, tokenizer) -> list[int]:
-    """All tokens that end a completion: the tokenizer's, and those of the model's generation settings."""
+    """All tokens that end a completion: the tokenizer's, its chat template's, and those of the generation settings."""
     extra = model.generation_config.eos_token_id
     extra = [] if extra is None else extra if isinstance(extra, list) else [extra]
-    return sorted({tokenizer.eos_token_id, *extra})
+    return sorted({*_ends(tokenizer), *extra})
+
+
+class _Pulse:
+    """Shows that a long rollout is alive: every 20 seconds a line with the tokens so far, and their rate."""
+
+    def start(self) -> None:
+        self.began = self.last = time.perf_counter()
+        self.tokens = 0
+
+    def beat(self, tokens: int) -> None:
+        self.tokens, now = self.tokens + tokens, time.perf_counter()
+        if now - self.last > 20:
+            self.last = now
+            say(f"  generating: {self.tokens:,} tokens so far, {self.tokens / (now - self.began):,.0f} per second")
+
+
+pulse = _Pulse()
 
 
 def generate(
@@ -1066,6 +1125,7 @@ def generate(
     Sampling inverts the whole distribution at `temperature`: no top-k, no top-p, no banned token, so the policy that
     samples is the policy that is trained.
     """
+    pulse.start()
     order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))
     at_once = max(1, rows_at_once // samples)
     completions, logprobs = ([[]] * (len(prompt_ids) * samples) for _ in range(2))
@@ -1141,6 +1201,7 @@ def _generate(model, max_new_tokens, temperature, stop_ids, pad_id, prompt_ids, 
         lengths[rows[ended]] = t + 1
         alive &= ~ended
         left = int(alive.sum())
+        pulse.beat(left)
         if left == 0 or t + 1 == max_new_tokens:
             break
         if left <= 0.75 * len(alive):  # drop finished rows; each time costs one copy of the cache
@@ -1290,7 +1351,7 @@ def _repeat(rows: list, times: int) -> list:
 
 
 def _chunk(weight: torch.Tensor, mib: int | None) -> int:
-    """Tokens whose fp32 logits take `mib` MiB: 64 on CPUs (below 32 the heap fragments), 256 on GPUs (docs/gpu.md)."""
+    """Tokens whose fp32 logits take `mib` MiB: by default 64 on CPUs (below 32 the heap fragments), 256 on GPUs."""
     mib = mib if mib is not None else 256 if weight.is_cuda else 64
     return max(1, mib * 2**20 // (4 * weight.shape[0]))
 
@@ -1313,8 +1374,11 @@ def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     """total += a @ b."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
-    else:
+        return
+    try:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    except (TypeError, RuntimeError):
+        total += torch.mm(a, b, out_dtype=total.dtype)
 
 
 def over_vocabulary(fn, heads, columns, temperature: float = 1.0, chunk_mib: int | None = None):
@@ -1765,21 +1829,105 @@ def _merge_adapters(model, state: dict) -> dict:
 def estimate_memory(
     models: dict, *, rows: int, micro_batch: int, rollout_rows: int, max_prompt: int, max_new_tokens: int, dtype: str
 ) -> tuple[bool, str]:
-    """A rough peak of a rank with `rows` completions a step, in words: weights and Adam, KV cache, activations."""
-    tokens = max_prompt + max_new_tokens
-    gib, width = 2**30, 2 if dtype == "bfloat16" else 4
-    config = next(iter(models.values())).config.get_text_config()
+    """The peak of a rank with `rows` completions a step, in words."""
+    device = next(iter(models.values())).device
+    sizes = dict(rows=rows, micro_batch=micro_batch, rollout_rows=rollout_rows, new_tokens=max_new_tokens)
+    parts = memory_parts(
+        models,
+        **sizes,
+        tokens=max_prompt + max_new_tokens,
+        shards=min(_ranks_of_shards(m, device) for m in models.values()),
+        dtype=compute_dtype(dtype, device),
+        chunk_mib=256 if device.type == "cuda" else 64,
+    )
+    words = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in parts.items())
+    return True, f"about {peak_memory(parts) / 2**30:.1f} GiB a rank: {words}"
+
+
+def peak_memory(parts: dict[str, float]) -> float:
+    """The largest of loading, rollout and update; `state` is there all the time."""
+    loading, rollout = parts["loading"], parts["whole weights"] + parts["KV cache"] + parts["sampling"]
+    update = parts["embeddings and head"] + parts["activations"] + parts["vocabulary"] + parts["kept states"]
+    return parts["state"] + max(loading, rollout, update)
+
+
+def memory_parts(
+    models: dict,
+    *,
+    shards: int,
+    rows: int,
+    micro_batch: int,
+    rollout_rows: int,
+    tokens: int,
+    new_tokens: int,
+    dtype: str,
+    chunk_mib: int,
+) -> dict[str, float]:
+    """Bytes of a rank by what holds them; the first model is the policy. Models may be on the meta device.
+
+    state: shards of weights, and of gradients and Adam's two moments (fp32) where they are trained.
+    loading: the group with the embeddings before it is sharded, in 2 bytes (bfloat16 files).
+    whole weights, KV cache, sampling: of a rollout, where FSDP copies weights (more than one rank, or bfloat16).
+    embeddings and head: FSDP's root group, whole: weights, gradients, what the reduction reads, the head's gradient in
+    fp32, the head of the rollout policy; of models that are not trained, the weights. Also one block, gathered ahead.
+    activations: counted layer by layer; with recomputation the input of each layer, and one layer.
+    """
+    width, fsdp = 2 if dtype == "bfloat16" else 4, shards > 1 or dtype == "bfloat16"
+    first = next(iter(models.values()))
+    config = first.config.get_text_config()
+    at_once, kept = micro_batch * tokens, dict.fromkeys(("state", "roots", "activations"), 0.0)
+    for model in models.values():
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        total = sum(p.numel() for p in model.parameters())
+        blocks = [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or [])]
+        in_blocks = sum(p.numel() for block in blocks for p in block.parameters())
+        root, block = total - in_blocks, in_blocks / max(1, len(blocks))
+        kept["state"] += (16 * trained + width * (total - trained)) / shards
+        whole_root = trained == total
+        kept["roots"] += fsdp * (root * (2 * width + 4 * whole_root if whole_root else width) + 2 * width * block)
+        if trained:
+            text = model.config.get_text_config()
+            layer = kept_per_token(model, dtype) / text.num_hidden_layers
+            recomputed = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+            inputs = text.num_hidden_layers * text.hidden_size * width
+            kept["activations"] += at_once * (inputs + layer if recomputed else layer * text.num_hidden_layers)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    state = sum(p.numel() * (16 if p.requires_grad else 4) for m in models.values() for p in m.parameters()) / world()
-    whole = max(sum(p.numel() for p in m.parameters()) for m in models.values()) * width * (world() > 1)
-    cache = 2 * config.num_hidden_layers * heads * head * width * min(rows, rollout_rows) * tokens
-    layer = 12 * config.hidden_size + 3 * (getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
-    activations = config.num_hidden_layers * layer * width * micro_batch * tokens
-    kept = rows * max_new_tokens * config.hidden_size * width
-    logits = 8 * min(64 * 2**20, 4 * config.vocab_size * micro_batch * max_new_tokens)
-    peak = state + max(whole + cache, activations + logits + kept)
-    return True, (
-        f"about {peak / gib:.1f} GiB a rank: weights and Adam {state / gib:.1f}, KV cache {cache / gib:.1f}, "
-        f"activations {activations / gib:.1f}, logits {logits / gib:.1f}, kept states {kept / gib:.1f}"
-    )
+    matrix = config.vocab_size * config.hidden_size
+    alive = min(rows, rollout_rows)
+    policy = sum(p.numel() for p in first.parameters())
+    return {
+        "state": kept["state"],
+        "loading": 2 * fsdp * first.get_input_embeddings().weight.numel(),
+        "whole weights": fsdp * width * policy,
+        "KV cache": 2 * config.num_hidden_layers * heads * head * width * alive * tokens,
+        "sampling": 16 * alive * config.vocab_size,
+        "embeddings and head": kept["roots"] + 6 * matrix,
+        "activations": kept["activations"],
+        "vocabulary": 15 * min(chunk_mib * 2**20, 4 * config.vocab_size * micro_batch * new_tokens),
+        "kept states": rows * new_tokens * config.hidden_size * width,
+    }
+
+
+def kept_per_token(model, dtype: str) -> float:
+    """Bytes that the body keeps of each token for the backward pass, counted on a copy without storage."""
+    kept, S, config = {}, 8, copy.deepcopy(model.config)
+
+    def keep(x):
+        kept[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
+        return x
+
+    def plain(rope: dict) -> dict:  # other kinds look at the positions, which here have no values
+        return {k: plain(v) if isinstance(v, dict) else "default" if k == "rope_type" else v for k, v in rope.items()}
+
+    text = config.get_text_config()
+    if getattr(text, "rope_parameters", None):
+        text.rope_parameters = plain(text.rope_parameters)
+    with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        body = type(model)(config).to(getattr(torch, dtype)).base_model
+        inputs = dict(input_ids=torch.zeros(1, S, dtype=torch.long), position_ids=torch.arange(S)[None])
+        inputs["attention_mask"] = torch.ones(1, 1, S, S, dtype=torch.bool)  # of this shape: it is not looked at
+        out = body(**inputs, use_cache=False)
+    weights = {p.untyped_storage()._cdata for p in body.parameters()}
+    del out  # until here it kept the graph, and so the storages, alive
+    return sum(size for key, size in kept.items() if key not in weights) / S

@@ -339,8 +339,7 @@ def prepare(args):
     )
     tokenizer = common.load_tokenizer(args.model)
     common.fits_context(args.model, args.max_prompt + args.max_new_tokens)
-    length = lambda prompt: len(common.encode_prompt(tokenizer, prompt))  # noqa: E731
-    task = tasks.fit_prompts(task, length, args.max_prompt, args.long_prompts)
+    task = tasks.fit_prompts(task, tokenizer, args.max_prompt, args.long_prompts)
     common.say(task.note)
     return task
 

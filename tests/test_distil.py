@@ -270,7 +270,7 @@ def shift_the_frozen_models(script, monkeypatch):
 
 
 def leave_out_eos(script, monkeypatch):
-    monkeypatch.setattr(common, "encode_completion", lambda t, text: t(text, add_special_tokens=False)["input_ids"])
+    monkeypatch.setattr(common, "encode_completion", lambda t, text, *_: t(text, add_special_tokens=False)["input_ids"])
 
 
 @pytest.mark.parametrize("name", ["dckd", "adpa"])
