@@ -10,7 +10,6 @@ Contents
     7. vocabulary    losses over [N, V] logits that never exist at once
     8. run folder    metrics, samples, plot, report
     9. checkpoints   atomic, resumable on any number of ranks, exported in Hugging Face format
-    10. pre-flight   what --check and --diagnose look at
 
 Shapes: B sequences, P prompt positions, T completion positions, H hidden width, V vocabulary, N unmasked tokens.
 
@@ -19,27 +18,26 @@ Nothing here knows a method. A line that could change a number in a paper belong
 
 import os
 
-# Before torch is imported. Threads that spin for long while they wait ruin a step when anything else runs, threads that
-# sleep at once are woken too late for the next product: some 20 microseconds are the middle (docs/speed.md).
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-# Large tensors on the CPU in huge pages, so that logits of a whole vocabulary cost fewer page faults.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 # On a GPU the shapes of rollouts and updates alternate, which would leave holes in the memory that is kept.
 if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
+try:
+    import cpu  # before torch: it sets how OpenMP threads wait
+except ModuleNotFoundError:  # delete cpu.py and only speed changes
+    cpu = None
+
+import argparse
 import contextlib
 import copy
-import ctypes
 import functools
 import gc
-import hashlib
 import importlib.util
+import inspect
 import json
 import math
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -47,9 +45,10 @@ import sys
 import threading
 import time
 import traceback
+import typing
 import weakref
 from collections import Counter
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
@@ -72,7 +71,6 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map
 
 # ======================================================================================================================
@@ -80,6 +78,7 @@ from torch.utils._pytree import tree_map
 # ======================================================================================================================
 
 _stop = threading.Event()  # set by SIGTERM or SIGINT; ranks agree on it once a step
+_signal = _exit_code = 0  # the signal that asked for an early end; what the process returns after one
 _store = None  # shared by all ranks; holds the message of the rank that failed first
 
 
@@ -141,14 +140,15 @@ def launch(main, device: str = "auto") -> None:
 
     code = 0
     try:
-        if local_device(device).type == "cpu":
-            _keep_freed_memory()
+        if cpu and local_device(device).type == "cpu":
+            cpu.keep_freed_memory()
         elif importlib.util.find_spec("gpu"):
             import gpu
 
             gpu.prepare()
         record(main)()
         dist.barrier()
+        code = _exit_code
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except BadInput as error:
@@ -169,14 +169,6 @@ def launch(main, device: str = "auto") -> None:
     dist.destroy_process_group()
 
 
-def _keep_freed_memory() -> None:
-    """What a step frees serves the next one. Else glibc returns it: clearing pages took a third of an update."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:
-        mallopt(-4, 0)  # M_MMAP_MAX: large tensors come from the heap too
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: whose end is never given back
-
-
 def _store_says_failed() -> bool:
     try:
         return _store.check(["failed"])
@@ -186,8 +178,12 @@ def _store_says_failed() -> bool:
 
 def _on_signal(number, frame) -> None:
     """First signal: finish the step, save, leave. Second one, or a rank that has failed: leave now."""
+    global _signal
     if _stop.is_set() and number == signal.SIGINT:
         os._exit(130)
+    if rank() == 0:  # not print(), which may be what was interrupted
+        os.write(2, b"\nstopping after this step, with a checkpoint; Ctrl-C again stops at once, without one\n")
+    _signal = number
     _stop.set()
     # torchrun sends the same SIGTERM when a peer died. Then there is no next step to wait for.
     threading.Thread(target=lambda: _store_says_failed() and os._exit(1), daemon=True).start()
@@ -248,7 +244,7 @@ def _stop_if_apart(gap: float, limit: float, who: str) -> None:
     if not gap <= limit:
         raise RuntimeError(
             f"{who} differs from the rollout policy by {gap:.2g} (limit {limit:.2g}): "
-            "log-probabilities depend on padding, batch size or dropout, or weights changed in between; try --check"
+            "log-probabilities depend on padding, batch size or dropout, or weights changed in between; try check.py"
         )
 
 
@@ -283,39 +279,92 @@ class BadInput(ValueError):
     """A wrong argument or file. Its message is one sentence: what, where, what was found, what was expected."""
 
 
-def arg(default, help: str):
-    """A dataclass field whose help sentence is the manual of the argument."""
-    return field(default=default, metadata={"help": help})
+def arg(default, help: str, at_least: float | None = None, at_most: float | None = None):
+    """A field of Args: its default, the sentence that is its manual, and the values that are legal."""
+    metadata = {"help": help, "at_least": at_least, "at_most": at_most}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def parse_args(cls, builtin: dict, argv: list[str] | None = None):
-    """An instance of the dataclass `cls` from the command line.
+    """An instance of the dataclass `cls` from the command line, with legal values.
 
     The defaults of `cls` are for real models. With a built-in model, and --model is one by default, `builtin` replaces
     the defaults of the arguments that are not given.
     """
-    from transformers import HfArgumentParser
-
-    parser = HfArgumentParser(cls, allow_abbrev=False)
-
-    def parse():
-        args, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
-        if unknown:
-            parser.error(f"unknown arguments: {' '.join(unknown)}")
-        return args
-
-    args = parse()
+    parser = _Parser(usage="%(prog)s [--name value ...]", allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    groups, types = {}, typing.get_type_hints(cls)
+    for f in fields(cls):
+        comment = _comments(cls).get(f.name, "arguments")
+        group = groups[comment] if comment in groups else groups.setdefault(comment, parser.add_argument_group(comment))
+        default = f.default if f.default is not MISSING else f.default_factory()
+        legal = [f"default: {default!r}"] if default not in ("", []) else []
+        legal += [f"{word} {f.metadata[key]}" for key, word in _LIMITS.items() if f.metadata[key] is not None]
+        kind, options = types[f.name], {"metavar": ""}
+        if typing.get_origin(kind) is typing.Literal:
+            legal[:0] = [", ".join(map(str, typing.get_args(kind)))]
+            kind = type(default)
+        elif typing.get_origin(kind) is list:
+            kind, options["nargs"] = typing.get_args(kind)[0], "*"
+        elif kind is bool:
+            kind, options = _boolean, options | {"nargs": "?", "const": True}
+        help = f.metadata["help"] + f" ({'; '.join(legal)})" * bool(legal)
+        group.add_argument(f"--{f.name}", type=kind, help=help.replace("%", "%%"), **options)
+    given = vars(parser.parse_args(argv))
+    args = cls(**given)
     if args.model in BUILTIN:
-        parser.set_defaults(**builtin)
-        args = parse()
-    if args.model == "builtin" and f"builtin-{args.task}" in BUILTIN:  # each built-in task has its own alphabet
+        args = cls(**builtin | given)
+    if args.model == "builtin" and f"builtin-{getattr(args, 'task', '')}" in BUILTIN:  # its own alphabet
         args.model = f"builtin-{args.task}"
     if args.dtype == "auto":
         kind = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
         args.dtype = compute_dtype("auto", torch.device(kind))
         if os.environ.get("RANK", "0") == "0":
             print(f"--dtype auto: {args.dtype} on {kind}", flush=True)
+    try:
+        return check_args(args)
+    except BadInput as error:
+        parser.error(str(error))
+
+
+def check_args(args):
+    """The same arguments, or an error that names the first one whose value is not legal."""
+    types = typing.get_type_hints(type(args))
+    for f in fields(args):
+        value = getattr(args, f.name)
+        if typing.get_origin(types[f.name]) is typing.Literal:
+            one_of(**{f.name: (value, typing.get_args(types[f.name]))})
+        for key, word in _LIMITS.items():
+            limit, sign = f.metadata[key], 1 if key == "at_least" else -1
+            inside = limit is None or (math.isfinite(value) and sign * value >= sign * limit)
+            require(inside, f"--{f.name} must be {word} {limit}, found {value}")
     return args
+
+
+_LIMITS = {"at_least": "at least", "at_most": "at most"}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def _boolean(word: str) -> bool:
+    if word.lower() not in ("true", "false"):
+        raise ValueError(word)
+    return word.lower() == "true"
+
+
+def _comments(cls) -> dict[str, str]:
+    """The comment that each field of a dataclass stands under."""
+    comment, found = "", {}
+    for line in inspect.getsource(cls).splitlines():
+        if match := re.fullmatch(r"    # (.+)", line):
+            comment = match[1]
+        elif match := re.match(r"    (\w+): ", line):
+            found[match[1]] = comment
+    return found
 
 
 def require(condition: bool, message: str) -> None:
@@ -323,21 +372,14 @@ def require(condition: bool, message: str) -> None:
         raise BadInput(message)
 
 
-def at_least(least: float, **values) -> None:
-    """Every value is a finite number and not below `least`, or an error that names the argument."""
-    for name, value in values.items():
-        require(math.isfinite(value) and value >= least, f"--{name} must be at least {least}, found {value}")
-
-
 def one_of(**choices) -> None:
     """one_of(loss=(value, allowed)): the value is one of those allowed."""
     for name, (value, allowed) in choices.items():
-        require(value in allowed, f"--{name} must be one of {', '.join(allowed)}; found {value!r}")
+        require(value in allowed, f"--{name} must be one of {', '.join(map(str, allowed))}; found {value!r}")
 
 
 def split_evenly(prompts: int, samples: int, minibatches: int, micro_batch: int) -> str:
     """The derived sizes of a step in words, or an error that names what does not divide."""
-    at_least(1, prompts_per_step=prompts, samples_per_prompt=samples, minibatches=minibatches, micro_batch=micro_batch)
     require(prompts % world() == 0, f"--prompts_per_step {prompts} does not divide among {world()} ranks")
     rows = prompts * samples // world()
     require(
@@ -393,51 +435,31 @@ def minibatch_rows(seed: int, step: int, epoch: int, rows_total: int, minibatche
 _HERE = Path(__file__).resolve().parent / "builtin"
 SMALL = 2**28  # parameters of a model that is run on a few tokens before a run begins
 BUILTIN = {"builtin": _HERE / "policy", "builtin-small": _HERE / "small", "builtin-strings": _HERE / "strings"}
+BUILTIN["builtin-aligned"] = _HERE / "aligned"  # builtin after dpo.py
 
 
 def model_path(name: str) -> str:
-    """Where the model lies: a built-in one, a Hub name, a folder, or the converted copy of a folder's GGUF file."""
+    """Where the model lies: a built-in one, a Hub name or a folder."""
     if name in BUILTIN:
         folder = BUILTIN[name]
         require(folder.exists(), f"the built-in model is missing: expected the folder {folder}")
         return str(folder)
     folder = Path(name)
     if folder.is_dir():
-        gguf = sorted(folder.glob("*.gguf"))
-        if gguf and not (folder / "config.json").exists():
-            require(len(gguf) == 1, f"--model {name}: expected one .gguf file, found {len(gguf)}")
-            return str(_convert_gguf(gguf[0]))
-        require((folder / "config.json").exists(), f"--model {name}: the folder has no config.json and no .gguf file")
+        require((folder / "config.json").exists(), f"--model {name}: the folder has no config.json")
     else:
         local = name.startswith((".", "/", "~")) or name.count("/") > 1
         require(not local, f"--model {name}: no such folder")
     return name
 
 
-def _convert_gguf(file: Path) -> Path:
-    """A safetensors copy of a GGUF file, made once (transformers takes half a minute to dequantise 100 MB)."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    stat = file.stat()
-    key = hashlib.sha256(f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:16]
-    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    target = home / "minalign" / f"{file.stem}-{key}"
-    if not target.exists():
-        work = target.with_name(f"{target.name}.{os.getpid()}")  # renamed when whole: ranks may race, none can see half
-        model = AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
-        )
-        model.save_pretrained(work)
-        AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(work)
-        with contextlib.suppress(OSError):
-            work.rename(target)
-        shutil.rmtree(work, ignore_errors=True)
-    return target
+# Code that comes with a model from the Hub runs with all rights of the user, so it is refused unless this is set to 1.
+TRUST_REMOTE_CODE = os.environ.get("TRUST_REMOTE_CODE") == "1"
 
 
 def _from_pretrained(cls, what: str, name: str, **options):
     try:
-        return cls.from_pretrained(model_path(name), **options)
+        return cls.from_pretrained(model_path(name), trust_remote_code=TRUST_REMOTE_CODE, **options)
     except BadInput:
         raise
     except Exception as error:  # whatever a library of readers raises about a file
@@ -448,35 +470,16 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def fingerprint(name: str) -> str:
-    """A hash of the weights of a model, the same wherever they lie. All ranks must ask together: rank 0 reads them."""
-
-    def digest() -> str:
-        folder = Path(model_path(name))
-        if not folder.is_dir():
-            from huggingface_hub import snapshot_download
-
-            folder = Path(snapshot_download(name, allow_patterns=["*.safetensors"]))
-        total, files = hashlib.sha256(), sorted(folder.glob("*.safetensors"))
-        require(bool(files), f"--model {name}: the folder has no .safetensors file")
-        for file in files:
-            with file.open("rb") as weights:
-                total.update(hashlib.file_digest(weights, "sha256").digest())
-        return total.hexdigest()[:16]
-
-    return from_rank_0(digest() if rank() == 0 else None)
-
-
-def load_tokenizer(name: str, trust_remote_code: bool = False):
+def load_tokenizer(name: str):
     """The tokenizer of a model, with a padding token (whose identity never matters: masks come from lengths).
 
     Scripts load the tokenizers of all their models before they make a folder, so what cannot be used is refused here.
     """
     from transformers import AutoTokenizer
 
-    tokenizer = _from_pretrained(AutoTokenizer, "tokenizer", name, trust_remote_code=trust_remote_code)
+    tokenizer = _from_pretrained(AutoTokenizer, "tokenizer", name)
     require(tokenizer.eos_token_id is not None, f"--model {name}: its tokenizer has no end-of-sequence token")
-    rows = load_config(name, trust_remote_code).get_text_config().vocab_size
+    rows = load_config(name).get_text_config().vocab_size
     text = {f"{key}_token" for key in ("bos", "eos", "unk", "sep", "cls", "mask")}
     special = {key: token for key, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
     never = {token for key, token in special.items() if key not in text}  # padding, places of images: not in a text
@@ -488,19 +491,19 @@ def load_tokenizer(name: str, trust_remote_code: bool = False):
     )
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:
         tokenizer.pad_token = tokenizer.eos_token
-    check_model(name, trust_remote_code=trust_remote_code)
+    check_model(name)
     return tokenizer
 
 
-def load_config(name: str, trust_remote_code: bool = False):
+def load_config(name: str):
     from transformers import AutoConfig
 
-    return _from_pretrained(AutoConfig, "configuration", name, trust_remote_code=trust_remote_code)
+    return _from_pretrained(AutoConfig, "configuration", name)
 
 
-def fits_context(name: str, tokens: int, trust_remote_code: bool = False) -> None:
+def fits_context(name: str, tokens: int) -> None:
     """Raise when the model has fewer positions than `tokens`, those of the longest prompt and completion."""
-    config = load_config(name, trust_remote_code)
+    config = load_config(name)
     limit = getattr(config.get_text_config(), "max_position_embeddings", None) or tokens
     require(tokens <= limit, f"--max_prompt + --max_new_tokens is {tokens}: {name} has {limit} positions")
 
@@ -525,7 +528,6 @@ def load_model(
     lora_rank: int = 0,
     trainable: bool = True,
     activation_checkpointing: bool = False,
-    trust_remote_code: bool = False,
     seed: int = 0,
 ):
     """A model whose trained weights are fp32, dropout off, sharded with FSDP2 where that changes anything.
@@ -541,9 +543,9 @@ def load_model(
     gc.collect()  # FSDP's states and models are cycles: without this, models that are no longer used keep their memory
     torch.cuda.empty_cache()
     dtype = compute_dtype(dtype, device)
-    check_model(name, head, trust_remote_code)
+    check_model(name, head)
     torch.manual_seed(seed)  # new weights (adapters, heads) are the same on every rank
-    model, file_dtype = _load(name, head, trust_remote_code)
+    model, file_dtype = _load(name, head)
     head = "scalar" if has_scalar_head(model.config) else "lm"
     _fp32_buffers(model)
     model.requires_grad_(trainable)
@@ -572,7 +574,7 @@ def wrap(model, dtype: str, device: torch.device, frozen: str = "float32"):
     return _shard(model, device, dtype, frozen)
 
 
-def _load(name: str, head: str, trust_remote_code: bool):
+def _load(name: str, head: str):
     """A model as a map of its file, with the head that load_model promises, and the dtype of the file.
 
     Every tensor of the file has a place and every weight is in the file, or the model is refused. A new scalar head
@@ -580,19 +582,19 @@ def _load(name: str, head: str, trust_remote_code: bool):
     """
     from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
-    config = load_config(name, trust_remote_code)
+    config = load_config(name)
     why = _unsupported(config)
     require(not why, f"--model {name}: {why}")
     new = not has_scalar_head(config)
     scalar = head == "scalar" or head == "saved" and not new
-    for part in _configs(config):  # dropout and the like: off
+    for part in configs(config):  # dropout and the like: off
         for key, value in vars(part).items():
             if isinstance(value, float) and "drop" in key:
                 setattr(part, key, 0.0)
     if scalar:
         config.num_labels, config.classifier_dropout = 1, 0.0
     dtype = _file_dtype(name)
-    options = dict(config=config, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True)
+    options = dict(config=config, dtype=dtype, use_safetensors=True)
     with quiet_transformers():  # it would warn of what is refused below
         cls = AutoModelForTokenClassification if scalar else AutoModelForCausalLM
         model, found = _from_pretrained(cls, "model", name, output_loading_info=True, **options)
@@ -616,15 +618,15 @@ def _load(name: str, head: str, trust_remote_code: bool):
     return model, dtype
 
 
-def _configs(config) -> list:
+def configs(config) -> list:
     """A configuration and those inside it."""
     inner = [getattr(config, key, None) for key in config.sub_configs]
-    return [config, *(c for part in inner if hasattr(part, "sub_configs") for c in _configs(part))]
+    return [config, *(c for part in inner if hasattr(part, "sub_configs") for c in configs(part))]
 
 
 def _unsupported(config) -> str | None:
     """Why a model cannot be used, as far as its configuration tells."""
-    for part in _configs(config):
+    for part in configs(config):
         quantised = getattr(part, "quantization_config", None)
         if quantised:
             method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
@@ -639,12 +641,12 @@ def _unsupported(config) -> str | None:
 
 
 @functools.cache
-def check_model(name: str, head: str = "saved", trust_remote_code: bool = False) -> None:
+def check_model(name: str, head: str = "saved") -> None:
     """Raise unless the model is whole and is used here as it was made: see _load(), _check_logits() and _check_body().
 
     head: as for load_model(). Tensors are maps of the files; of a large model only the LM head is read.
     """
-    model, _ = _load(name, head, trust_remote_code)
+    model, _ = _load(name, head)
     kinds = {type(layer).__name__ for layer in _cache_layers(model.config) if not _is_attention(layer)}
     state = kinds or getattr(model, "_is_stateful", False)
     require(not state, f"--model {name}: it has layers with a recurrent state, which are not supported")
@@ -707,7 +709,7 @@ def _check_body(name: str, model) -> None:
     mask = torch.tensor([[0, 0] + [1] * n])
     try:
         whole = body(input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=torch.arange(n + 3)[None])[0]
-        cache = _cache(model.config)
+        cache = new_cache(model.config)
         read = dict(past_key_values=cache, use_cache=True)
         position = (mask.cumsum(1) - 1).clamp_min(0)
         found = [body(input_ids=padded, attention_mask=mask, position_ids=position, **read)[0][:, 2:]]
@@ -893,6 +895,16 @@ def adapters_off(model):
         yield model
     finally:
         model.enable_adapters()
+
+
+@contextlib.contextmanager
+def reference(models):
+    """The policy as it was at the start: its frozen copy models["ref"], or the policy without its adapters."""
+    if "ref" in models:
+        yield models["ref"]
+    else:
+        with adapters_off(models["policy"]) as policy:
+            yield policy
 
 
 @contextlib.contextmanager
@@ -1125,6 +1137,63 @@ def completion_scalars(model, batch: dict, after: bool = False) -> torch.Tensor:
     return scalars[:, 1:] if after else scalars[:, :-1]
 
 
+def policy_logprobs(model, batch: dict, temperature: float = 1.0):
+    """log-probabilities of the completion tokens, and entropies: [B, T], 0 where masked. Alike for pi, pi_old, ref."""
+    mask = batch["mask"]
+    hidden, ids = completion_hidden(model, batch)[mask], batch["completion_ids"][mask]  # [N, H], [N]
+    flat = token_logprobs(hidden, head_weight(model), ids, temperature)
+    return tuple(torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, x) for x in flat)
+
+
+def token_scores(model, batch: dict, ref=None) -> torch.Tensor:
+    """The score that a reward model gives each completion token, [B, T], fp32; 0 where masked.
+
+    A scalar head is read at the token itself, which it has seen. An LM head gives the log-probability of the token,
+    less that by `ref` where there is one.
+    """
+    if has_scalar_head(model.config):
+        return completion_scalars(model, batch, after=True) * batch["mask"]
+    scores = policy_logprobs(model, batch)[0]
+    return scores if ref is None else scores - policy_logprobs(ref, batch)[0]
+
+
+def answer_scores(scores: torch.Tensor, mask: torch.Tensor, how: str) -> torch.Tensor:
+    """[B] from the scores of tokens [B, T]: their `mean`, their `sum`, or that of the `last` one."""
+    if how == "last":
+        return scores.gather(1, mask.sum(1, keepdim=True) - 1)[:, 0]
+    return (scores * mask).sum(1) / (mask.sum(1) if how == "mean" else 1)
+
+
+def score_of(name: str, ref: str) -> str:
+    """How the score of an answer comes from its tokens: as its folder says; the sum for a log-ratio to `ref`."""
+    config = load_config(name)
+    if ref:
+        require(not has_scalar_head(config), f"--reward_ref: {name} has a scalar head, and so no log-probabilities")
+        return "sum"
+    known = getattr(config, "reward_score", "last" if has_scalar_head(config) else None)
+    require(known, f"--reward_model {name} is a language model: give --reward_ref, the model that it was aligned from")
+    return known
+
+
+def scored_by(models, how: str, tokenizer, max_prompt: int, micro_batch: int):
+    """reward(prompts, completions, rows) of a task without one: the score of models["reward"] for each answer."""
+
+    @torch.no_grad()
+    def reward(prompts, completions, rows) -> list[float]:
+        judges = {name: models[name] for name in ("reward", "reward_ref") if name in models}
+        with gathered(*judges.values()):  # ranks may have different numbers of rows in an evaluation, or none
+            if not rows:
+                return []
+            prompt_ids = [encode_prompt(tokenizer, prompt)[-max_prompt:] for prompt in prompts]
+            ids, device = [row["completion_ids"] for row in rows], next(judges["reward"].parameters()).device
+            batch = make_batch(prompt_ids, ids, tokenizer.pad_token_id, device)
+            one = lambda micro: {"x": token_scores(judges["reward"], micro, judges.get("reward_ref"))}  # noqa: E731
+            scores = map_rows(one, batch, micro_batch)["x"]
+        return answer_scores(scores, batch["mask"], how).tolist()
+
+    return reward
+
+
 def _read(model, forward, batch: dict) -> torch.Tensor:
     """forward(...) at the last token of each prompt and at each token of its completion, [B, 1 + T, ...].
 
@@ -1167,6 +1236,23 @@ def stop_ids(model, tokenizer) -> list[int]:
     return sorted({*_ends(tokenizer), *extra})
 
 
+class _Pulse:
+    """Shows that a long rollout is alive: every 20 seconds a line with the tokens so far, and their rate."""
+
+    def start(self) -> None:
+        self.began = self.last = time.perf_counter()
+        self.tokens = 0
+
+    def beat(self, tokens: int) -> None:
+        self.tokens, now = self.tokens + tokens, time.perf_counter()
+        if now - self.last > 20:
+            self.last = now
+            say(f"  generating: {self.tokens:,} tokens so far, {self.tokens / (now - self.began):,.0f} per second")
+
+
+pulse = _Pulse()
+
+
 def generate(
     model,
     prompt_ids: list[list[int]],
@@ -1187,11 +1273,12 @@ def generate(
     Sampling inverts the whole distribution at `temperature`: no top-k, no top-p, no banned token, so the policy that
     samples is the policy that is trained.
     """
+    pulse.start()
     order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))
     at_once = max(1, rows_at_once // samples)
     completions, logprobs = ([[]] * (len(prompt_ids) * samples) for _ in range(2))
     most = min(at_once, len(order)) * samples
-    with gathered(model), _sampling(model), _packed(model), _threads(model, most):
+    with gathered(model), _sampling(model), cpu.fast_decoding(model, most) if cpu else contextlib.nullcontext():
         limits = max_new_tokens, temperature, stop_ids, pad_id
         decode = _decoder(model, most, max(map(len, prompt_ids), default=0) + max_new_tokens, *limits)
         for i in range(0, len(order), at_once):
@@ -1225,69 +1312,11 @@ def _sampling(model):
         model.train(before)
 
 
-@contextlib.contextmanager
-def _packed(model):
-    """Linear layers with copies of their weights in oneDNN's order meanwhile: decoding takes up to 1.4 times less time.
+def new_cache(config):
+    """An empty KV cache."""
+    from transformers.cache_utils import DynamicCache
 
-    For float32 on a CPU. Small weights and many rows (a prompt) gain nothing and are left alone.
-    """
-    weight, layers = head_weight(model), []
-    if weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available():
-        layers = [m for m in model.modules() if type(m) is torch.nn.Linear and m.weight.numel() >= 2**18]
-    for layer in layers:
-        weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), 16)
-        layer.forward = partial(_packed_linear, layer, weight)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.forward
-
-
-def _packed_linear(layer, weight, x):
-    if x.shape[:-1].numel() > 64:
-        return F.linear(x, layer.weight, layer.bias)
-    return torch.ops.mkldnn._linear_pointwise(x, weight, layer.bias, "none", [], "")
-
-
-@contextlib.contextmanager
-def _threads(model, rows: int):
-    """One thread meanwhile where the products are small: another one takes longer to wake than to multiply."""
-    before, layers = torch.get_num_threads(), (m for m in model.modules() if isinstance(m, torch.nn.Linear))
-    if rows * max((layer.weight.numel() for layer in layers), default=math.inf) < 2**22:
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _cache(config):
-    """A DynamicCache with room for tokens to come, so that a token does not copy all those before it."""
-    from transformers.cache_utils import DynamicCache, DynamicLayer
-
-    class Roomy(DynamicLayer):
-        room, seen = (), None
-
-        def update(self, keys, values, *args, **kwargs):
-            n = self.get_seq_length()
-            if n == 0:
-                return super().update(keys, values)
-            end = n + keys.shape[-2]
-            if self.keys is not self.seen or end > self.room[0].shape[-2]:  # other rows than last time, or it is full
-                both, more = (self.keys, self.values), end + end // 4 + 32
-                self.room = [x.new_empty(*x.shape[:2], more, x.shape[3]) for x in both]
-                for room, x in zip(self.room, both):
-                    room[:, :, :n] = x
-            for room, x in zip(self.room, (keys, values)):
-                room[:, :, n:end] = x
-            self.keys, self.values = (room[:, :, :end] for room in self.room)
-            self.seen = self.keys
-            return self.keys, self.values
-
-    cache = DynamicCache(config=config)
-    cache.layers = [Roomy() if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    return cache
+    return (cpu.roomy_cache if cpu else DynamicCache)(config=config)
 
 
 def _generate(model, max_new_tokens, temperature, stop_ids, pad_id, prompt_ids, samples, noise):
@@ -1298,7 +1327,7 @@ def _generate(model, max_new_tokens, temperature, stop_ids, pad_id, prompt_ids, 
     attention = batch["prompt_mask"].long()
     position = attention.cumsum(1) - 1
     stop = torch.tensor(stop_ids, device=device)
-    cache = _cache(model.config)
+    cache = new_cache(model.config)
     hidden = model.final_hidden(
         input_ids=batch["prompt_ids"],
         attention_mask=attention,
@@ -1325,6 +1354,7 @@ def _generate(model, max_new_tokens, temperature, stop_ids, pad_id, prompt_ids, 
         lengths[rows[ended]] = t + 1
         alive &= ~ended
         left = int(alive.sum())
+        pulse.beat(left)
         if left == 0 or t + 1 == max_new_tokens:
             break
         if left <= 0.75 * len(alive):  # drop finished rows; each time costs one copy of the cache
@@ -1433,6 +1463,35 @@ class Sampling:
         sums = all_sum(sums, next(self.policy.parameters()).device)
         n = sums.pop("n")
         return {name: total / n for name, total in sums.items()}, samples
+
+
+def rollout_metrics(batch, task_rewards: list, finished: list[bool], samples: int) -> dict[str, float]:
+    """Global means over completions, prompts and tokens of a rollout."""
+    mask = batch["mask"]
+    task_reward = torch.tensor([sum(s) if isinstance(s, list) else s for s in task_rewards], dtype=torch.float64)
+    by_prompt = task_reward.view(-1, samples)
+    sums = {
+        "rows": len(task_rewards),
+        "tokens": mask.sum(),
+        "reward/mean": task_reward.sum(),
+        "reward/spread": (by_prompt.amax(1) > by_prompt.amin(1)).sum() * samples,
+        "length/mean": mask.sum(),
+        "length/finished": sum(finished),
+    }
+    if "kl" in batch:
+        sums["kl/ref"] = batch["kl"].sum()
+    if "values" in batch:
+        returns, error = batch["returns"][mask].double(), (batch["returns"] - batch["values"])[mask].double()
+        sums |= {"r": returns.sum(), "rr": returns.square().sum(), "e": error.sum(), "ee": error.square().sum()}
+    sums = all_sum(sums, mask.device)
+    rows, tokens = sums.pop("rows"), sums.pop("tokens")
+    metrics = {k: v / rows for k, v in sums.items() if k.split("/")[0] in ("reward", "length")}
+    if "kl" in batch:
+        metrics["kl/ref"] = sums["kl/ref"] / tokens
+    if "values" in batch:
+        variance, unexplained = (sums[k + k] / tokens - (sums[k] / tokens) ** 2 for k in "re")
+        metrics["critic/explained_variance"] = 1 - unexplained / variance if variance > 1e-12 else None
+    return metrics
 
 
 def _repeat(rows: list, times: int) -> list:
@@ -1586,7 +1645,8 @@ class _TokenLogprobs(torch.autograd.Function):
 # 8. run folder
 # ======================================================================================================================
 
-FREE_TO_CHANGE = {"out", "resume", "check", "device", "micro_batch", "rollout_rows", "save_every", "wandb"}
+ON_SCREEN = ("reward/mean", "loss/", "kl/", "policy/kl_old", "policy/logit_gap", "length/mean", "revise/", "eval/")
+FREE_TO_CHANGE = {"out", "resume", "device", "micro_batch", "rollout_rows", "save_every", "wandb"}
 
 
 def from_rank_0(value):
@@ -1597,19 +1657,15 @@ def from_rank_0(value):
 
 
 class RunFolder:
-    """args.json, source.py, metrics.jsonl, samples.jsonl, plot.png, report.html, checkpoint/, model/. Rank 0 writes.
+    """args.json, source.py, metrics.jsonl, samples.jsonl, plot.png, report.html, checkpoint/, model/. Rank 0 writes."""
 
-    panels: {title: [metric, ...]}, what plot.png shows; show: the metrics of the printed line.
-    """
-
-    def __init__(self, args, script: str, panels: dict[str, list[str]], show: list[str]):
+    def __init__(self, args, script: str):
         name = Path(script).stem
         self.path = Path(from_rank_0(args.out or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"))
         settings = asdict(args)
         resume = settings.get("resume", False)  # a script without steps has none of these
-        self.panels, self.show, self.steps = panels, show, settings.get("steps", 0)
-        self.clock, self.first = time.time(), None
-        self.tracker = None
+        self.settings, self.total = settings, settings.get("steps", 0)
+        self.first = self.tracker = None
         files = [p.name for p in self.path.iterdir() if p.suffix != ".part"] if self.path.is_dir() else []
         files = from_rank_0(files)
         require(not resume or args.out, "--resume needs --out, the folder of the run to go on with")
@@ -1628,6 +1684,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
         if ranks_of_node() < world():
             _require_shared(self.path)
+        say(f"run folder: {self.path}")
         if rank() != 0:
             return
         if settings.get("wandb"):
@@ -1641,18 +1698,6 @@ class RunFolder:
         shutil.copy(script, self.path / "source.py")
         for name in ("metrics.jsonl", "samples.jsonl"):
             (self.path / name).touch()
-
-    def resume(self, model, optimizer) -> int:
-        """Load the newest checkpoint, if there is one; returns the step to go on with."""
-        newest = latest_checkpoint(self.path)
-        if newest is None:
-            self.cut(-1)
-            return 0
-        step, path = newest
-        load_checkpoint(path, model, optimizer)
-        self.cut(step)
-        say(f"resumed from {path}")
-        return step
 
     def cut(self, step: int) -> None:
         """Forget what was logged after `step`: the checkpoint that the run goes on from was written there."""
@@ -1673,10 +1718,11 @@ class RunFolder:
         self.first = self.first if self.first is not None else (step, time.time())
         done, seconds = step - self.first[0], time.time() - self.first[1]
         pace = seconds / done if done else 0.0
-        left = int(pace * (self.steps - step))
-        shown = [f"{k.removesuffix('/mean')} {metrics[k]:.4g}" for k in self.show if metrics.get(k) is not None]
+        left = int(pace * (self.total - step))
+        names = [k for start in ON_SCREEN for k in metrics if k.startswith(start) and metrics[k] is not None]
+        shown = [f"{k.removesuffix('/mean')} {metrics[k]:.4g}" for k in names]
         eta = f"{pace:.2f} s/step  {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left" if done else ""
-        print(f"step {step}/{self.steps}  " + "  ".join([*shown, eta]), flush=True)
+        print(f"step {step}/{self.total}  " + "  ".join([*shown, eta]), flush=True)
 
     def samples(self, step: int, samples: list[dict]) -> None:
         """Rows {kind, prompt, completion, reward} into samples.jsonl."""
@@ -1685,74 +1731,93 @@ class RunFolder:
                 file.writelines(json.dumps({"step": step, **sample}) + "\n" for sample in samples)
 
     def report(self) -> None:
-        """plot.png, and report.html: curves, samples and settings in one file without links."""
-        if rank() == 0:
-            metrics = [json.loads(line) for line in (self.path / "metrics.jsonl").read_text().splitlines()]
-            samples = [json.loads(line) for line in (self.path / "samples.jsonl").read_text().splitlines()]
-            _plot(self.path / "plot.png", metrics, self.panels, self.path.name)
-            _report(self.path, metrics, samples)
+        """plot.png and report.html, if report.py is there."""
+        if rank() == 0 and importlib.util.find_spec("report"):
+            import report
+
+            report.write_report(self.path)
+
+    def token_page(self, name: str, title: str, answers: list[dict]) -> None:
+        """A page of answers with coloured tokens, if report.py is there; see report.token_page()."""
+        if rank() == 0 and importlib.util.find_spec("report"):
+            import report
+
+            report.token_page(self.path / name, title, answers)
 
 
-def token_page(path: Path, title: str, answers: list[dict], note: str = "") -> None:
-    """One self-contained page of answers whose tokens are coloured by numbers, one colouring under the other.
+class Run(RunFolder):
+    """What happens around the loop of a script: evaluation, log, checkpoints, an early end.
 
-    answers: rows {prompt, kind, tokens: [str], scores: {name: [float]}}. Each colouring is standardised over the page:
-    blue is above its mean, red below, white at it. The number itself shows on hovering.
+    run = Run(args, __file__)                              refuses a folder that is in use, before a model is loaded
+    for step in run.steps(models, optimizer, evaluate):    goes on from a checkpoint, or evaluates first
+        run.lap("update")                                  time/update: the seconds since the last lap
+        run.end_step(metrics, samples)                     logs; evaluates and saves when it is time
+    run.finish(policy, tokenizer)                          model/ and report.html; after an early end, how to go on
     """
-    from html import escape
 
-    names = list(dict.fromkeys(name for answer in answers for name in answer["scores"]))
-    scale = {}
-    for name in names:
-        values = np.array([x for answer in answers for x in answer["scores"].get(name, [])])
-        scale[name] = values.mean(), values.std() + 1e-8
+    stop_after = None  # tests end a run after this step, as a signal would
+    step, stopped = -1, False
 
-    def span(token: str, value: float, name: str) -> str:
-        z = max(-2.0, min(2.0, (value - scale[name][0]) / scale[name][1])) / 2
-        colour = (255 - 150 * z, 255 - 75 * z, 255) if z > 0 else (255, 255 + 135 * z, 255 + 150 * z)
-        red, green, blue = map(round, colour)
-        text = escape(token).replace("\n", "↵\n")
-        return f'<span style="background:rgb({red},{green},{blue})" title="{name}: {value:.3f}">{text}</span>'
-
-    blocks = []
-    for answer in answers:
-        prompt = answer["prompt"]
-        prompt = prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
-        lines = "".join(
-            f"<tr><th>{escape(name)}</th><td>"
-            + "".join(span(t, x, name) for t, x in zip(answer["tokens"], answer["scores"][name]))
-            + "</td></tr>"
-            for name in names
-            if name in answer["scores"]
-        )
-        kind = escape(answer["kind"])
-        blocks.append(f'<h3 class="{kind}">{escape(prompt)} <small>{kind}</small></h3><table>{lines}</table>')
-    write_whole(
-        path,
-        f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title><style>
-body {{ font: 15px/1.45 system-ui, sans-serif; max-width: 1000px; margin: 2em auto; padding: 0 1em; color: #222 }}
-h3 {{ font: 600 15px monospace; margin: 1.4em 0 .2em; white-space: pre-wrap }} small {{ color: #888 }}
-table {{ border-collapse: collapse }} th {{ font-weight: 400; text-align: right; color: #666; font-size: 13px;
-padding: .1em .8em .1em 0; vertical-align: top; white-space: nowrap }}
-td {{ font: 16px/1.5 monospace; white-space: pre-wrap }} td span {{ padding: .12em .08em; border: 1px solid #eee }}
-</style><h1>{escape(title)}</h1><p>Each line is the same answer, its tokens coloured by one kind of score:
-<span style="background:rgb(105,180,255)">above</span> or <span style="background:rgb(255,120,105)">below</span> the
-mean of that line over this page. Hover for the number. {escape(note)}</p>
-{"".join(blocks)}</html>""",
-    )
-
-
-class Clock:
-    """Seconds of the parts of a step: clock.lap("rollout") ends a part; `laps` has time/rollout ... and time/step."""
-
-    def __init__(self):
-        self.start = self.last = time.perf_counter()
-        self.laps = {}
+    def steps(self, models, optimizer, evaluate):
+        """The numbers of the steps that are left. evaluate() -> (metrics, samples) runs on all ranks."""
+        self.models, self.optimizer, self.evaluate = models, optimizer, evaluate
+        self.start = self._resume() if self.settings["resume"] else 0
+        if self.start == 0:
+            held_out, examples = evaluate()
+            self.samples(0, examples)
+            self.log(0, held_out)
+        for self.step in range(self.start, self.total):
+            self.laps = {}
+            self.began = self.last = time.perf_counter()
+            yield self.step
+            if self.stopped:
+                return
 
     def lap(self, name: str) -> None:
+        """time/<name>: seconds since the last lap of this step; time/step: since its beginning."""
         now = time.perf_counter()
-        self.laps |= {f"time/{name}": now - self.last, "time/step": now - self.start}
+        self.laps |= {f"time/{name}": now - self.last, "time/step": now - self.began}
         self.last = now
+
+    def end_step(self, metrics: dict, samples: list[dict] = (), evaluate: bool = False) -> None:
+        """evaluate: also where --eval_every would not."""
+        step, last = self.step + 1, self.step + 1 == self.total
+        self.samples(step, samples)
+        if last or evaluate or step % self.settings["eval_every"] == 0:
+            held_out, examples = self.evaluate()
+            metrics = metrics | held_out
+            self.samples(step, examples)
+        self.log(step, metrics | self.laps)
+        device = next(self.models.parameters()).device
+        self.stopped = (stop_requested(device) or step == self.stop_after) and not last
+        if last or self.stopped or step % self.settings["save_every"] == 0:
+            save_checkpoint(self.path, step, self.models, self.optimizer)
+
+    def finish(self, policy, tokenizer) -> None:
+        global _exit_code
+        export_model(self.path / "model", policy, tokenizer)
+        self.report()
+        if self.stopped:
+            number = int(all_max(_signal, torch.device("cpu")))
+            _exit_code = 128 + number if number else 0
+            words = sys.argv + ([] if self.settings["out"] else ["--out", str(self.path)])
+            words += [] if "--resume" in words else ["--resume"]
+            say(
+                f"stopped after step {self.step + 1} of {self.total}, whose checkpoint and model are in {self.path}; "
+                f"to go on: python {shlex.join(words)}"
+            )
+
+    def _resume(self) -> int:
+        """Load the newest checkpoint, if there is one; returns the step to go on with."""
+        newest = latest_checkpoint(self.path)
+        if newest is None:
+            self.cut(-1)
+            return 0
+        step, path = newest
+        load_checkpoint(path, self.models, self.optimizer)
+        self.cut(step)
+        say(f"resumed from {path}")
+        return step
 
 
 def _require_shared(folder: Path, seconds: float = 30) -> None:
@@ -1785,69 +1850,6 @@ def _git_commit() -> str | None:
         return None
     return out.stdout.strip() or None
 
-
-def _plot(path: Path, metrics: list[dict], panels: dict[str, list[str]], title: str) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    panels = {t: [k for k in keys if any(m.get(k) is not None for m in metrics)] for t, keys in panels.items()}
-    panels = {t: keys for t, keys in panels.items() if keys}
-    columns = min(3, len(panels))
-    rows = math.ceil(len(panels) / max(1, columns))
-    figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 2.9 * rows), squeeze=False)
-    for axis, (name, keys) in zip(axes.flat, panels.items()):
-        for key in keys:
-            points = [(m["step"], m[key]) for m in metrics if m.get(key) is not None]
-            style = {"marker": "o", "markersize": 3.5} if len(points) < 12 else {}
-            axis.plot(*zip(*points), label=key, linewidth=1.6, **style)
-        axis.set_title(name, fontsize=10, loc="left")
-        axis.set_xlabel("step", fontsize=8)
-        axis.tick_params(labelsize=8)
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(fontsize=7.5, frameon=False)
-    for axis in list(axes.flat)[len(panels) :]:
-        axis.axis("off")
-    figure.suptitle(title, fontsize=11, x=0.01, ha="left")
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-
-
-def _report(folder: Path, metrics: list[dict], samples: list[dict]) -> None:
-    import base64
-    from html import escape
-
-    def text(prompt) -> str:
-        return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
-
-    def table(header: list[str], rows: list[list]) -> str:
-        head = "".join(f"<th>{escape(h)}</th>" for h in header)
-        body = "".join("<tr>" + "".join(f"<td>{escape(str(c))}</td>" for c in row) + "</tr>" for row in rows)
-        return f"<table><tr>{head}</tr>{body}</table>"
-
-    about = json.loads((folder / "args.json").read_text())
-    image = base64.b64encode((folder / "plot.png").read_bytes()).decode()
-    evaluated = [m for m in metrics if any(k.startswith("eval/") for k in m)] or [{}]
-    first, last = evaluated[0], evaluated[-1]
-    evals = [[k, f"{first[k]:.4f}", f"{last.get(k, float('nan')):.4f}"] for k in first if k.startswith("eval/")]
-    steps = sorted({s["step"] for s in samples})
-    chosen = [s for s in samples if s["step"] in (steps[0], steps[len(steps) // 2], steps[-1])] if steps else []
-    rows = [[s["step"], s["kind"], text(s["prompt"]), s["completion"], f"{s['reward']:.3g}"] for s in chosen]
-    page = f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(folder.name)}</title><style>
-body {{ font: 15px/1.45 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222 }}
-table {{ border-collapse: collapse; margin: .5em 0 }} img {{ max-width: 100% }}
-td, th {{ text-align: left; vertical-align: top; padding: .25em .7em; border-bottom: 1px solid #ddd;
-          white-space: pre-wrap; font-size: 13px }} code {{ background: #f4f4f4; padding: .1em .3em }}
-</style><h1>{escape(folder.name)}</h1><p><code>{escape(about["command"])}</code></p>
-<h2>Before and after</h2>{table(["held-out metric", f"step {first.get('step')}", f"step {last.get('step')}"], evals)}
-<h2>Curves</h2><img alt="learning curves" src="data:image/png;base64,{image}">
-<h2>Samples</h2>{table(["step", "kind", "prompt", "completion", "reward"], rows)}
-<h2>Settings</h2>{table(["argument", "value"], [[k, v] for k, v in about["args"].items()])}
-<p>{escape(f"world size {about['world']}, torch {about['torch']}, git {about['git']}, {about['time']}")}</p></html>"""
-    write_whole(folder / "report.html", page)
 
 
 # ======================================================================================================================
@@ -1977,179 +1979,6 @@ def _merge_adapters(model, state: dict) -> dict:
     return merged
 
 
-class RowCache:
-    """Tensors of numbered rows in a folder: made once, read back a row at a time, refused when they are of other rows.
-
-    key: what the tensors are a function of, in JSON's types. With several nodes the folder must be on a shared file
-    system. A cache that was interrupted goes on with the blocks that are missing.
-    """
-
-    BLOCK = 64
-
-    def __init__(self, folder: str | Path, key: dict):
-        self.folder, self.open = Path(folder), {}
-        file = self.folder / "key.json"
-        found = from_rank_0(json.loads(file.read_text()) if rank() == 0 and file.exists() else None)
-        for name in key if found else ():
-            require(
-                found.get(name) == key[name],
-                f"the cache {self.folder} is stale: its {name} is {found.get(name)!r}, that of this run {key[name]!r}; "
-                "delete it or choose another folder",
-            )
-        if rank() == 0 and not found:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_whole(file, json.dumps(key, indent=2) + "\n")
-        dist.barrier()
-        self.whole = from_rank_0((self.folder / "shared.safetensors").exists())
-
-    def fill(self, count: int, compute, shared) -> None:
-        """compute(rows) -> {name: tensor} for each of these row numbers; shared() -> {name: tensor}, written last.
-
-        Ranks take turns in blocks and may compute different numbers of them: see gathered().
-        """
-        for first in range(rank() * self.BLOCK, count, world() * self.BLOCK):
-            if not self._file(first).exists():
-                rows = range(first, min(first + self.BLOCK, count))
-                tensors = zip(rows, compute(list(rows)))
-                self._save(self._file(first), {f"{row}.{k}": v for row, each in tensors for k, v in each.items()})
-        dist.barrier()
-        if rank() == 0:
-            self._save(self.folder / "shared.safetensors", shared())
-        dist.barrier()
-        self.whole = True
-
-    def shared(self) -> dict[str, torch.Tensor]:
-        from safetensors.torch import load_file
-
-        return load_file(self.folder / "shared.safetensors")
-
-    def row(self, row: int, names: list[str]) -> dict[str, torch.Tensor]:
-        from safetensors import safe_open
-
-        file = self._file(row)
-        if file not in self.open:
-            self.open[file] = safe_open(file, "pt")
-        return {name: self.open[file].get_tensor(f"{row}.{name}") for name in names}
-
-    def _file(self, row: int) -> Path:
-        return self.folder / f"rows-{row // self.BLOCK * self.BLOCK:08d}.safetensors"
-
-    def _save(self, file: Path, tensors: dict) -> None:
-        from safetensors.torch import save_file
-
-        part = file.with_name(file.name + ".part")
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, part)
-        part.replace(file)
-
-
-# ======================================================================================================================
-# 10. pre-flight
-# ======================================================================================================================
-
-
-def preflight(*checks) -> None:
-    """Run (name, function) in order and print a table; function() -> (ok, detail). The first failure exits with 1."""
-    for name, function in checks:
-        started = time.perf_counter()
-        ok, detail = function()
-        ok = not all_max(float(not ok), torch.device("cpu"))
-        say(f"{'pass' if ok else 'FAIL'}  {name:<44} {detail}  ({time.perf_counter() - started:.1f} s)")
-        if not ok:
-            raise SystemExit(1)
-    say("all checks passed")
-
-
-def check_vocabulary(models: dict, tokenizer) -> tuple[bool, str]:
-    """Every id of the tokenizer has a row in each model's embeddings."""
-    rows = {name: m.config.get_text_config().vocab_size for name, m in models.items()}
-    top = max(tokenizer.get_vocab().values())
-    return all(top < n for n in rows.values()), f"largest id {top}, rows {rows}"
-
-
-def check_dropout(models: dict) -> tuple[bool, str]:
-    modules = [m for model in models.values() for m in model.modules()]
-    parts = [c for model in models.values() for c in _configs(model.config)]
-    left = [(key, value) for part in [*modules, *parts] for key, value in vars(part).items() if "drop" in key]
-    left += [("Dropout.p", m.p) for m in modules if isinstance(m, torch.nn.Dropout)]
-    left = [key for key, value in left if isinstance(value, float) and value > 0]
-    return not left, f"{len(models)} model(s)" if not left else f"still on: {left}"
-
-
-def check_end_of_sequence(batch: dict, completion_ids, finished, stops) -> tuple[bool, str]:
-    """A finished completion ends with exactly one stop token, and the mask includes it."""
-    ok = batch["mask"].sum(1).tolist() == [len(c) for c in completion_ids]
-    for done, ids in zip(finished, completion_ids):
-        ok &= sum(i in stops for i in ids) == int(done) and (ids[-1] in stops) == done
-    return ok, f"{sum(finished)} of {len(finished)} completions ended by themselves, their EOS is in the loss"
-
-
-def check_sampler(per_token, sampling, prompt_ids: list[list[int]], dtype: str) -> tuple[bool, str]:
-    """per_token(batch) -> [B, T] gives sampled tokens the log-probabilities with which they were drawn."""
-    prompt_ids = prompt_ids[:8]
-    noise = uniforms(0, EVAL, 0, range(len(prompt_ids)), sampling.max_new_tokens)
-    completion_ids, sampled = sampling.complete(prompt_ids, 1, noise, return_logprobs=True)
-    device = next(sampling.policy.parameters()).device
-    batch = make_batch(prompt_ids, completion_ids, sampling.tokenizer.pad_token_id, device)
-    try:
-        return True, f"mean |ratio - 1| {sampler_gap(per_token, batch, sampled, dtype):.1e}"
-    except RuntimeError as error:
-        return False, str(error)
-
-
-def check_padding(per_token, batch: dict, tolerance: float) -> tuple[bool, str]:
-    """per_token(batch) -> [B, T] is the same for rows alone, and with more padding on both sides.
-
-    The mean difference counts: in bfloat16 single tokens differ by half a nat between healthy kernels.
-    """
-    B, T = batch["mask"].shape
-    whole = per_token(batch)
-    alone = map_rows(lambda micro: {"x": per_token(micro)}, batch, 1)["x"]
-    wide = {
-        k: F.pad(v, (5, 0) if k.startswith("prompt") else (0, 5))
-        for k, v in batch.items()
-        if k in ("prompt_ids", "prompt_mask", "completion_ids", "mask")
-    }
-    padded = per_token(wide)[:, :T]
-    errors = [(x - whole)[batch["mask"]].abs() for x in (alone, padded)]
-    error, largest = max(e.mean().item() for e in errors), max(e.max().item() for e in errors)
-    return error < tolerance, f"mean difference {error:.1e}, largest {largest:.1e} nats"
-
-
-def check_micro_batches(backward, models, sizes: list[int], tolerance: float) -> tuple[bool, str]:
-    """backward(size) leaves the same gradients for any micro-batch size."""
-    gradients = []
-    for size in sizes:
-        models.zero_grad(set_to_none=True)
-        backward(size)
-        parts = [p.grad for p in trainable_parameters(models) if p.grad is not None]
-        gradients.append(torch.cat([getattr(g, "full_tensor", lambda g=g: g)().flatten() for g in parts]))
-    models.zero_grad(set_to_none=True)
-    norm = gradients[0].norm()
-    error = max(((g - gradients[0]).norm() / norm).item() for g in gradients[1:])
-    return norm > 0 and error < tolerance, f"gradient norm {norm:.3g}, relative difference {error:.1e} for {sizes}"
-
-
-def check_resume(train, args) -> tuple[bool, str]:
-    """train(args, stop_after): two steps at once = one step, and another from its checkpoint, to the last bit."""
-    import tempfile
-
-    home = Path(from_rank_0(tempfile.mkdtemp() if rank() == 0 else None))
-    runs = {}
-    with contextlib.redirect_stdout(None):
-        train(replace(args, out=str(home / "whole")), None)
-        train(replace(args, out=str(home / "parts")), 1)
-        train(replace(args, out=str(home / "parts"), resume=True), None)
-    for name in ("whole", "parts"):
-        lines = [json.loads(line) for line in (home / name / "metrics.jsonl").read_text().splitlines()]
-        metrics = [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines]
-        runs[name] = metrics, [file.read_bytes() for file in sorted((home / name / "model").glob("*.safetensors"))]
-    dist.barrier()
-    if rank() == 0:
-        shutil.rmtree(home)
-    count = sum(len(line) for line in runs["whole"][0])
-    return runs["whole"] == runs["parts"], f"{count} logged numbers and all weights are compared bit by bit"
-
-
 def estimate_memory(
     models: dict, *, rows: int, micro_batch: int, rollout_rows: int, max_prompt: int, max_new_tokens: int, dtype: str
 ) -> tuple[bool, str]:
@@ -2255,45 +2084,3 @@ def kept_per_token(model, dtype: str) -> float:
     weights = {p.untyped_storage()._cdata for p in body.parameters()}
     del out  # until here it kept the graph, and so the storages, alive
     return sum(size for key, size in kept.items() if key not in weights) / S
-
-
-@torch.no_grad()
-def probe_logits(policy, micro: dict, temperature: float, most: int = 256) -> torch.Tensor:
-    """fp64 logits [N, V] of the first completion tokens of a micro-batch; `most` bounds N.
-
-    Where a token is all but certain, the slope of a loss in fp32 is rounding noise and points anywhere.
-    """
-    hidden = completion_hidden(policy, micro)[micro["mask"]][:most]
-    return F.linear(hidden, head_weight(policy)).double() / temperature
-
-
-def diagnose(loss_of, logits, target_logits, states: int = 16, entries: int = 32) -> dict[str, float]:
-    """The shape of a loss at `logits` [N, V]: its slope towards target_logits [N, V], and its curvature.
-
-    loss_of(logits, i) -> the summed loss of the tokens in slice i, as a function of their logits alone.
-    Curvature is that of the `entries` likeliest tokens of the first `states` states: a principal minor of the Hessian,
-    so a negative eigenvalue here proves one of the whole.
-    """
-    n = len(logits)
-    z = logits.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(loss_of(z, slice(0, n)), z)
-    moving = gradient.abs().amax(-1) > 0
-    cosine = F.cosine_similarity(-gradient[moving], (target_logits - logits)[moving], dim=-1)
-    least = []
-    for i in range(min(states, n)):
-        top = logits[i].topk(min(entries, logits.shape[1]))
-
-        def part(x, i=i, top=top):
-            return loss_of(logits[i].scatter(-1, top.indices, x)[None], slice(i, i + 1))
-
-        least.append(torch.linalg.eigvalsh(torch.autograd.functional.hessian(part, top.values))[0].item())
-    sums = {"n": n, "moving": moving.sum(), "away": (cosine < -1e-4).sum(), "cosine": cosine.sum()}
-    sums |= {"states": len(least), "concave": sum(x < -1e-6 for x in least)}
-    sums = all_sum(sums, logits.device)
-    return {
-        "diagnose/zero_gradient": 1 - sums["moving"] / sums["n"],
-        "diagnose/away_from_target": sums["away"] / max(sums["moving"], 1),
-        "diagnose/cosine": sums["cosine"] / max(sums["moving"], 1),
-        "diagnose/not_convex": sums["concave"] / sums["states"],
-        "diagnose/least_eigenvalue": -all_max(-min(least), logits.device),
-    }

@@ -31,9 +31,10 @@ import math
 import sys
 import time
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Literal
 
 import common  # before torch: it sets how OpenMP threads wait
 import tasks
@@ -46,43 +47,45 @@ from common import arg, require
 @dataclass
 class Args:
     # model and data
-    model: str = arg("builtin", "Hub name, or a folder (also one with a single GGUF file); builtin: the one here")
-    dataset: str = arg("", "Hub name or .jsonl/.json/.parquet file; empty: the built-in task")
-    task: str = arg("auto", "auto (by columns), chains, strings, words, gsm8k, math or prompts")
-    test_dataset: str = arg("", "held-out rows; empty: the Hub's test split, else the last rows of --dataset")
-    test_rows: int = arg(256, "held-out prompts in an evaluation")
-    reward_file: str = arg("", "a Python file with reward(prompts, completions, rows) -> list of floats")
-    right_from: float = arg(1.0, "a completion that only --reward_file can grade is right from this reward on")
-    max_prompt: int = arg(0, "longest prompt in tokens; 0: as in training, else 512 or half the model's positions")
-    long_prompts: str = arg("error", "what happens to longer ones: drop, truncate (keeps the end) or error")
-    trust_remote_code: bool = arg(False, "allow code that comes with a model from the Hub")
-    # sampling
-    samples_per_prompt: int = arg(16, "completions of each prompt")
-    k: list[int] = field(
-        default_factory=list, metadata={"help": "Pass@k for these k; empty: powers of 4 up to --samples_per_prompt"}
+    model: str = arg("builtin", "the model: a Hub name, a folder, or builtin, which comes with this repository")
+    dataset: str = arg("", "the data: a Hub name or a .jsonl, .json or .parquet file; empty: the built-in task")
+    task: tasks.Name = arg("auto", "what the data are; auto: their columns decide")
+    test_dataset: str = arg("", "the held-out rows; empty: the test split of the Hub, or the last rows of --dataset")
+    test_rows: int = arg(256, "held-out prompts per evaluation", at_least=1)
+    reward_file: str = arg("", "a Python file with reward(prompts, completions, rows) -> numbers, one per completion")
+    right_from: float = arg(1.0, "the reward from which a completion that only --reward_file can grade counts as right")
+    max_prompt: int = arg(
+        0, "the longest prompt, in tokens; 0: as in training, else 512 or half the model's positions", at_least=0
     )
-    max_new_tokens: int = arg(0, "longest completion in tokens, its EOS included; 0: as for --max_prompt")
-    temperature: float = arg(1.0, "of sampling, and of every log-probability that is taken")
+    long_prompts: Literal["drop", "truncate", "error"] = arg("error", "what happens to longer prompts")
+    # sampling
+    samples_per_prompt: int = arg(16, "completions per prompt", at_least=1)
+    k: list[int] = arg([], "Pass@k for these k; empty: powers of 4 up to --samples_per_prompt")
+    max_new_tokens: int = arg(0, "the longest completion, in tokens, EOS included; 0: as for --max_prompt", at_least=0)
+    temperature: float = arg(1.0, "the temperature of sampling and of every log-probability", at_least=0)
     # answer files
-    format: str = arg(
-        "", "alpaca_eval or mt_bench: answer --dataset in a file for that judge; 0 as temperature: greedy"
+    format: Literal["", "alpaca_eval", "mt_bench"] = arg(
+        "", "answer --dataset in a file for that judge; temperature 0: greedily"
     )
     generator: str = arg("", "the model's name in such a file; empty: made from --model")
     # reward models
-    pairs: str = arg("", "Hub name or file with prompt, chosen, rejected: rate --reward_model on them")
-    reward_model: str = arg("", "what qrm.py --stage reward made, or any token classifier with one label")
+    pairs: str = arg("", "the preference pairs on which --reward_model is rated: a Hub name or file")
+    reward_model: str = arg("", "the reward model: made by qrm.py, or any token classifier with one label")
     reward_ref: str = arg("", "the model that a dpo --reward_model was trained from; empty: --model")
-    objective: str = arg("saved", "how it scores an answer: qrm, orm, step_prm or dpo; saved: as its folder says")
-    test_pairs: int = arg(0, "only the last of the file, those that qrm.py holds out; 0: all")
-    step_separator: str = arg("\n", "what ends a step of an answer, for step_prm")
-    micro_batch: int = arg(8, "sequences in one forward and backward of a rank; changes memory, never the result")
+    objective: Literal["saved", "qrm", "orm", "step_prm", "dpo"] = arg(
+        "saved", "how the reward model scores an answer; saved: as its folder says"
+    )
+    test_pairs: int = arg(
+        0, "the number of pairs from the end of the file, those that qrm.py holds out; 0: all", at_least=0
+    )
+    step_separator: str = arg("\n", "the text that ends a step of an answer, for step_prm")
+    micro_batch: int = arg(8, "sequences per forward pass on each rank; changes memory, never the result", at_least=1)
     # run
-    out: str = arg("", "run folder; empty: runs/<script>-<time>")
-    seed: int = arg(0, "of prompts, sampling, minibatches and new weights")
-    device: str = arg("auto", "auto, cpu or cuda")
-    dtype: str = arg("auto", "of the computation: float32, bfloat16 or auto (which is bfloat16 on CUDA)")
-    rollout_rows: int = arg(256, "sequences that a rank generates at once")
-    check: bool = arg(False, "pre-flight: test this script with this model and task, train nothing")
+    out: str = arg("", "the run folder; empty: runs/<script>-<time>")
+    seed: int = arg(0, "the seed of data order, sampling and new weights", at_least=0)
+    device: Literal["auto", "cpu", "cuda"] = arg("auto", "where the run takes place")
+    dtype: Literal["auto", "float32", "bfloat16"] = arg("auto", "the dtype of the computation; auto: bfloat16 on CUDA")
+    rollout_rows: int = arg(256, "sequences that each rank generates at once", at_least=1)
 
 
 # What the bare command changes: short sums.
@@ -212,7 +215,6 @@ def summary(greedy: list[dict], sampled: list[dict], n: int, ks: list[int]) -> d
 # ---- reward models ---------------------------------------------------------------------------------------------------
 
 
-# same in: qrm.py evaluate.py
 def sequence_score(scores, mask, step_ends, objective: str):
     """The score of each answer [B] from those of its tokens [B, T]; step_ends and mask are bool [B, T].
 
@@ -228,7 +230,6 @@ def sequence_score(scores, mask, step_ends, objective: str):
     return scores.masked_fill(~step_ends, float("inf")).amin(1)
 
 
-# same in: qrm.py evaluate.py
 def token_scores(models, micro, objective: str):
     """Z(s_t, a_t) of each completion token, [B, T], fp32; 0 where masked.
 
@@ -238,32 +239,21 @@ def token_scores(models, micro, objective: str):
     model, mask = models["reward"], micro["mask"]
     if common.has_scalar_head(model.config):
         return common.completion_scalars(model, micro, after=True) * mask
-    scores = answer_logprobs(model, micro)
+    scores = common.policy_logprobs(model, micro)[0]
     if objective == "dpo":
         ref = models["reward_ref"] if "reward_ref" in models else model  # noqa: SIM401 (a ModuleDict has no get)
         with torch.no_grad(), contextlib.nullcontext() if ref is not model else common.adapters_off(model):
-            ref_scores = answer_logprobs(ref, micro)
+            ref_scores = common.policy_logprobs(ref, micro)[0]
         scores = scores - ref_scores
     return scores
 
 
-# same in: qrm.py evaluate.py
-def answer_logprobs(model, micro):
-    """log-probabilities of the completion tokens at temperature 1, [B, T]; 0 where masked."""
-    mask = micro["mask"]
-    hidden, weight = common.completion_hidden(model, micro)[mask], common.head_weight(model)
-    logprobs, _ = common.token_logprobs(hidden, weight, micro["completion_ids"][mask])
-    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, logprobs)
-
-
-# same in: qrm.py evaluate.py
 def find_steps(completion_ids, tokenizer, separator: str) -> list[list[int]]:
     """Where the steps of each completion end: at tokens that contain the separator, and at the last token."""
     contain = {i for i in {i for ids in completion_ids for i in ids} if separator in tokenizer.decode([i])}
     return [[t for t, i in enumerate(ids) if i in contain or t + 1 == len(ids)] for ids in completion_ids]
 
 
-# same in: qrm.py evaluate.py
 def step_mask(completion_ids, tokenizer, separator: str, mask):
     """The same as bool [B, T]."""
     ends = torch.zeros(mask.shape, dtype=torch.bool)
@@ -293,19 +283,9 @@ def pair_margins(models, rows, tokenizer, args, device) -> list[tuple[int, float
 # ---- what is asked for -----------------------------------------------------------------------------------------------
 
 
-def validate(args) -> None:
-    """One clear sentence for each wrong value, before anything is loaded."""
-    common.one_of(
-        format=(args.format, ("", "alpaca_eval", "mt_bench")),
-        objective=(args.objective, ("saved", "qrm", "orm", "step_prm", "dpo")),
-        long_prompts=(args.long_prompts, ("drop", "truncate", "error")),
-        dtype=(args.dtype, ("auto", "float32", "bfloat16")),
-    )
-    common.at_least(1, samples_per_prompt=args.samples_per_prompt, max_prompt=args.max_prompt)
-    common.at_least(1, max_new_tokens=args.max_new_tokens, test_rows=args.test_rows, micro_batch=args.micro_batch)
-    common.at_least(1, rollout_rows=args.rollout_rows)
-    common.at_least(0 if args.format else 1e-6, temperature=args.temperature)
-    common.at_least(0, test_pairs=args.test_pairs, seed=args.seed)
+def check_combinations(args) -> None:
+    """Values that are legal alone and not together."""
+    require(args.temperature > 0 or args.format, f"--temperature must be above 0, found {args.temperature}")
     require(math.isfinite(args.right_from), f"--right_from must be a finite number, found {args.right_from}")
     require(args.step_separator != "", "--step_separator is empty; expected the text that ends a step")
     for k in args.k:
@@ -335,7 +315,7 @@ def with_sizes(args):
     if Path(args.model).is_dir() and file.is_file() and not args.format:
         trained = json.loads(file.read_text()).get("args", {})
         sizes = {name: size or trained.get(name, 0) for name, size in sizes.items()}
-    config = common.load_config(args.model, args.trust_remote_code).get_text_config()
+    config = common.load_config(args.model).get_text_config()
     positions = getattr(config, "max_position_embeddings", None) or 1024
     left = (positions - sum(sizes.values())) // max(1, list(sizes.values()).count(0))
     sizes = {name: size or max(1, min(512, left)) for name, size in sizes.items()}
@@ -345,8 +325,8 @@ def with_sizes(args):
 
 def load_policy(args, device):
     """The model with its sampler; greedy is the same sampler at temperature 0."""
-    shared = dict(dtype=args.dtype, device=device, trust_remote_code=args.trust_remote_code, trainable=False)
-    tokenizer = common.load_tokenizer(args.model, args.trust_remote_code)
+    shared = dict(dtype=args.dtype, device=device, trainable=False)
+    tokenizer = common.load_tokenizer(args.model)
     policy = common.load_model(args.model, **shared)
     limits = args.max_prompt, args.max_new_tokens, args.temperature, args.rollout_rows
     return tokenizer, common.Sampling(policy, tokenizer, *limits)
@@ -357,8 +337,8 @@ def prepare(args):
     task = tasks.load_task(
         args.task, args.dataset, args.reward_file, args.seed, args.test_rows, args.test_dataset, train=False
     )
-    tokenizer = common.load_tokenizer(args.model, args.trust_remote_code)
-    common.fits_context(args.model, args.max_prompt + args.max_new_tokens, args.trust_remote_code)
+    tokenizer = common.load_tokenizer(args.model)
+    common.fits_context(args.model, args.max_prompt + args.max_new_tokens)
     task = tasks.fit_prompts(task, tokenizer, args.max_prompt, args.long_prompts)
     common.say(task.note)
     return task
@@ -368,7 +348,7 @@ def measure_accuracy(args) -> None:
     """Greedy and sampled accuracy on held-out prompts."""
     device, started = common.local_device(args.device), time.time()
     task, n = prepare(args), args.samples_per_prompt
-    run = common.RunFolder(args, __file__, {}, [])
+    run = common.RunFolder(args, __file__)
     tokenizer, sampling = load_policy(args, device)
     stops = set(common.stop_ids(sampling.policy, tokenizer))
     prompts = {i: sampling.encode(row) for i, row in enumerate(task.test)}
@@ -386,17 +366,17 @@ def measure_accuracy(args) -> None:
 def rate_reward_model(args) -> None:
     """Pair accuracy of a reward model."""
     device, started, name = common.local_device(args.device), time.time(), args.reward_model
-    config = common.load_config(name, args.trust_remote_code)
+    config = common.load_config(name)
     saved, scalar = getattr(config, "reward_objective", ""), common.has_scalar_head(config)
     objective = saved if args.objective == "saved" else args.objective
     require(objective != "", f"--objective saved: {name} does not say what it was trained on; name the objective")
     require(saved in ("", objective), f"--objective {objective}: {name} was trained as {saved}")
     fits = {"qrm": True, "dpo": not scalar}.get(objective, scalar)
     require(fits, f"--objective {objective}: {name} is a {'scalar head' if scalar else 'language model'}")
-    tokenizer = common.load_tokenizer(name, args.trust_remote_code)
+    tokenizer = common.load_tokenizer(name)
     ref = args.reward_ref or args.model
     if objective == "dpo":
-        common.same_tokenizer(name, tokenizer, ref, common.load_tokenizer(ref, args.trust_remote_code))
+        common.same_tokenizer(name, tokenizer, ref, common.load_tokenizer(ref))
     limit = getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
     pairs = tasks.load_pairs(args.pairs)
     rows, note = common.encode_pairs(tokenizer, pairs, limit, limit)
@@ -407,8 +387,8 @@ def rate_reward_model(args) -> None:
     steps = objective != "step_prm" or any(args.step_separator in row["chosen"] for row in rows)
     require(steps, f"--step_separator {args.step_separator!r} ends no step of {args.pairs}; expected that of training")
     args = replace(args, objective=objective)
-    run = common.RunFolder(args, __file__, {}, [])
-    shared = dict(dtype=args.dtype, device=device, trust_remote_code=args.trust_remote_code, trainable=False)
+    run = common.RunFolder(args, __file__)
+    shared = dict(dtype=args.dtype, device=device, trainable=False)
     models = torch.nn.ModuleDict({"reward": common.load_model(name, head="saved", **shared)})
     if objective == "dpo":
         models["reward_ref"] = common.load_model(ref, **shared)
@@ -446,10 +426,10 @@ def load_questions(args, tokenizer) -> list[dict]:
 def answer_questions(args) -> None:
     """An answer file for a judge. A turn sees the questions and answers before it."""
     device, started = common.local_device(args.device), time.time()
-    tokenizer = common.load_tokenizer(args.model, args.trust_remote_code)
-    common.fits_context(args.model, args.max_prompt + args.max_new_tokens, args.trust_remote_code)
+    tokenizer = common.load_tokenizer(args.model)
+    common.fits_context(args.model, args.max_prompt + args.max_new_tokens)
     questions = load_questions(args, tokenizer)
-    run = common.RunFolder(args, __file__, {}, [])
+    run = common.RunFolder(args, __file__)
     tokenizer, sampling = load_policy(args, device)
     stops = set(common.stop_ids(sampling.policy, tokenizer))
     chats, ended, cut = [[] for _ in questions], [], 0
@@ -519,43 +499,12 @@ def write(run, args, started: float, metrics: dict, samples: list[dict], task: s
         print(f"{prompts} prompts, {row['seconds']} s: {run.path / 'result.json'}", flush=True)
 
 
-def check(args) -> None:
-    """--check: do scores depend on what stands beside a row? Ten seconds with the built-in model."""
-    device, name = common.local_device(args.device), args.reward_model or args.model
-    shared = dict(dtype=args.dtype, device=device, trust_remote_code=args.trust_remote_code, trainable=False)
-    tokenizer = common.load_tokenizer(name, args.trust_remote_code)
-    model = common.load_model(name, head="saved", **shared)
-    models, tight = torch.nn.ModuleDict({"reward": model}), 0.1 if args.dtype == "bfloat16" else 1e-3
-    pairs, _ = common.encode_pairs(tokenizer, tasks.chain_pairs(4, args.seed), 512, 512)
-    batch = common.make_batch(
-        [row["prompt_ids"] for row in pairs], [row["chosen_ids"] for row in pairs], tokenizer.pad_token_id, device
-    )
-
-    @torch.no_grad()
-    def scores(batch):
-        return token_scores(models, batch, "qrm")
-
-    sizes = ("micro_batch", "rollout_rows", "max_prompt", "max_new_tokens", "dtype")
-    rows = args.test_rows * args.samples_per_prompt // common.world()
-    common.preflight(
-        ("tokenizer and vocabularies agree", lambda: common.check_vocabulary(models, tokenizer)),
-        ("dropout is off", lambda: common.check_dropout(models)),
-        ("scores ignore padding and batch size", lambda: common.check_padding(scores, batch, tight)),
-        ("peak memory", lambda: common.estimate_memory(models, rows=rows, **{k: getattr(args, k) for k in sizes})),
-    )
-
-
 def evaluate(args) -> None:
-    args = with_sizes(args)
-    validate(args)
+    check_combinations(args)
     run = rate_reward_model if args.pairs else answer_questions if args.format else measure_accuracy
-    (check if args.check else run)(args)
-
-
-def main() -> None:
-    evaluate(args)
+    run(args)
 
 
 if __name__ == "__main__":
     args = common.parse_args(Args, BUILTIN)
-    common.launch(main, args.device)
+    common.launch(lambda: evaluate(args), args.device)

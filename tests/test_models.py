@@ -4,7 +4,9 @@ import json
 import re
 import shutil
 
+import check
 import common
+import report
 import pytest
 from conftest import ids_of, save_model
 
@@ -106,7 +108,7 @@ def test_dropout_is_off(head, gpt2_model, tiny_model, tmp_path):
     for name in (gpt2_model, changed(tiny_model, tmp_path / "drops", attention_dropout=0.5, hidden_dropout=0.5)):
         model = common.load_model(name, head=head, device=CPU, lora_rank=2)
         assert model.training
-        assert common.check_dropout({"model": model})[0]
+        assert check.dropout_is_off({"model": model})[0]
         batch = make_batch()
         assert torch.equal(common.completion_hidden(model, batch), common.completion_hidden(model, batch))
 
@@ -120,8 +122,7 @@ def test_padding_and_batch_size_change_nothing(folder):
         mask = batch["mask"]
         return torch.zeros(mask.shape).masked_scatter(mask, logprobs(model, batch))
 
-    ok, detail = common.check_padding(per_token, make_batch(), 1e-5)
-    assert ok, detail
+    assert check.padding_error(per_token, make_batch()) < 1e-5
 
 
 SHAPE = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
@@ -319,7 +320,7 @@ def test_token_page(tmp_path):
         },
         {"prompt": [{"role": "user", "content": "<i>"}], "kind": "rejected", "tokens": ["x"], "scores": {"z": [2.0]}},
     ]
-    common.token_page(tmp_path / "page.html", "A & B", answers, note="<note>")
+    report.token_page(tmp_path / "page.html", "A & B", answers, note="<note>")
     page = (tmp_path / "page.html").read_text()
     assert (
         "<title>A &amp; B</title>" in page and "a&lt;b" in page and "user: &lt;i&gt;" in page and "&lt;note&gt;" in page

@@ -45,7 +45,8 @@ import common, lco, ppo_baseline
 def main():
     for script, settings, stop_after in json.load(open(sys.argv[1])):
         module = {"lco": lco, "ppo_baseline": ppo_baseline}[script]
-        module.train(module.Args(**settings), stop_after)
+        common.Run.stop_after = stop_after
+        module.train(module.Args(**settings))
 
 common.launch(main, "cpu")
 """
@@ -226,6 +227,20 @@ def main():
 common.launch(main, "cpu")
 """)
     run_script(path, THP_MEM_ALLOC_ENABLE="0")
+
+
+def test_ctrl_c_says_how_to_go_on(base, tmp_path):
+    """The step is finished, the model and a checkpoint are there, the exit code is not 0, and the printed command works."""
+    out = tmp_path / "run"
+    process = start(command("lco.py", *flags(**base | {"steps": 500, "eval_every": 1000, "out": str(out)})))
+    wait_for(process, "step 2/500")
+    process.send_signal(signal.SIGINT)
+    done = finish(process, expect=130, timeout=60)
+    assert "stopping after this step" in done.stderr
+    last = read_metrics(out)[-1]["step"]
+    line = done.stdout.splitlines()[-1]
+    assert f"stopped after step {last} of 500" in line and str(out) in line and line.endswith(" --resume")
+    assert (out / "model" / "model.safetensors").exists() and (out / "checkpoint" / f"step-{last:06d}").exists()
 
 
 def test_sigterm_saves_on_all_ranks(base, tmp_path):

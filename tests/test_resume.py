@@ -69,7 +69,7 @@ def test_sigterm_and_resume(base, tmp_path):
     process = start(command("lco.py", *flags(**settings, out=tmp_path / "run")))
     wait_for(process, "step 3/40")
     process.send_signal(signal.SIGTERM)
-    finish(process, timeout=40)
+    finish(process, expect=143, timeout=40)
     stopped = read_metrics(tmp_path / "run")[-1]["step"]
     assert 3 <= stopped < 40
     assert common.latest_checkpoint(tmp_path / "run")[0] == stopped

@@ -6,7 +6,9 @@ import pytest
 import torch
 import transformers
 
+import check
 import common
+import cpu
 
 V = 32
 SHAPE = dict(vocab_size=V, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
@@ -98,7 +100,7 @@ def test_packed_weights_change_nothing(monkeypatch, rows):
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_cache_with_room_is_a_dynamic_cache(name):
     """The same keys and values, to the last bit, while rows are repeated and dropped; a token copies none before it."""
-    ours, theirs = common._cache(CONFIGS[name]()), transformers.DynamicCache(config=CONFIGS[name]())
+    ours, theirs = cpu.roomy_cache(CONFIGS[name]()), transformers.DynamicCache(config=CONFIGS[name]())
     full = len(ours.layers) - 1  # Gemma's first layer has a window, and is left as it is
     changes = {3: lambda cache: cache.batch_repeat_interleave(3), 50: lambda cache: cache.batch_select_indices(kept)}
     rows, copies, kept = 2, 0, torch.tensor([0, 2, 5])
@@ -129,6 +131,15 @@ def test_small_products_take_one_thread(models, rows, threads):
         handle.remove()
         torch.set_num_threads(before)
     assert seen == [threads] * 2
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_without_cpu_py(models, monkeypatch, name):
+    """Delete cpu.py and only speed changes: the same tokens."""
+    prompt_ids, noise = prompts(10), noise_for(10)
+    with_it = generate(models[name], prompt_ids, noise)
+    monkeypatch.setattr(common, "cpu", None)
+    assert generate(models[name], prompt_ids, noise) == with_it
 
 
 def test_stop_tokens(models):
@@ -289,8 +300,7 @@ def test_logprobs_ignore_padding(models, name):
         exact = (logits / 0.7).log_softmax(-1).gather(-1, torch.tensor(completion)[:, None])[:, 0]
         torch.testing.assert_close(found[b, : len(completion)], exact, atol=1e-4, rtol=1e-4)
         assert (found[b, len(completion) :] == 0).all()
-    ok, detail = common.check_padding(lambda micro: logprobs(model, micro), batch, 1e-4)
-    assert ok, detail
+    assert check.padding_error(lambda micro: logprobs(model, micro), batch) < 1e-4
     assert len({len(p) for p in prompt_ids}) > 3 and len({len(c) for c in completion_ids}) > 2
 
 

@@ -6,12 +6,11 @@ import common
 import lco
 import ppo_baseline
 import pytest
-import qrm
-from conftest import TINY, read_metrics, run_here
+from conftest import TINY, check_here, read_metrics, run_here
 
 import torch
 
-SCRIPTS = {"ppo_baseline": ppo_baseline, "lco": lco, "qrm": qrm}
+SCRIPTS = {"ppo_baseline": ppo_baseline, "lco": lco}
 SMALL = TINY | dict(model="builtin", steps=1, max_new_tokens=24)
 LOSSES = {"ppo_baseline": ["ppo"], "lco": ["kld", "mse", "lch"]}
 
@@ -63,8 +62,6 @@ def with_dropout(*given, real=common.load_model, **settings):
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_planted_faults_stop_a_run(name, dtype, fault, tmp_path):
     settings = SMALL | dict(dtype=dtype, out=str(tmp_path / "run"))
-    if name == "qrm":
-        settings |= dict(stage="policy", reward="rule")
     with mock.patch.object(common, *fault), pytest.raises(RuntimeError, match="differs from the rollout policy"):
         run_here(SCRIPTS[name], **settings)
 
@@ -73,6 +70,6 @@ def test_planted_faults_stop_a_run(name, dtype, fault, tmp_path):
 @pytest.mark.parametrize("fault", [("generate", hotter), ("load_model", with_dropout)], ids=lambda fault: fault[0])
 def test_planted_faults_fail_the_preflight(dtype, fault, capsys):
     with mock.patch.object(common, *fault), pytest.raises(SystemExit):
-        lco.check(lco.Args(**SMALL, dtype=dtype))
+        check_here(lco, **SMALL, dtype=dtype)
     failed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("FAIL")]
     assert len(failed) == 1 and ("sampler" in failed[0] or "padding" in failed[0] or "micro-batches" in failed[0])

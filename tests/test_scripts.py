@@ -1,4 +1,4 @@
-"""Every script end to end: its command line, every loss with every advantage, every switch, its run folder, --check."""
+"""Every script end to end: its command line, every loss with every advantage, every switch, its run folder, check.py."""
 
 import dataclasses
 import inspect
@@ -15,9 +15,8 @@ import common
 import lco
 import ppo_baseline
 import pytest
-import qrm
 import tasks
-from conftest import REWARD, ROOT, TINY, assert_same_metrics, flags, read_metrics, run_here, run_script
+from conftest import REWARD, ROOT, TINY, assert_same_metrics, check_here, flags, read_metrics, run_here, run_script
 from safetensors.torch import load_file
 
 import torch
@@ -95,8 +94,6 @@ def test_metrics(bare):
     assert lines[1].keys() >= ROLLOUT | own | {"time/step"}
     step = "policy/logit_gap" if script is lco else "policy/kl_old"
     assert lines[1][step] < 0.1
-    shown = {key for keys in script.PANELS.values() for key in keys}
-    assert {"reward/mean", "loss/policy", step, "grad_norm"} <= shown & lines[1].keys()
 
 
 def test_plot_and_report(bare):
@@ -122,22 +119,25 @@ def test_exported_model_can_be_trained_on(bare, out):
 
 
 def test_check_on_the_command_line():
-    """--check passes for the built-in model, and says what it looked at."""
-    screen = run_script("lco.py", "--check").stdout
+    """check.py passes for the built-in model, and says what it looked at."""
+    screen = run_script("check.py", "lco.py").stdout
     assert "all checks passed" in screen and "FAIL" not in screen
-    for word in ("vocabular", "dropout", "EOS", "padding", "KL = 0", "micro-batches", "resuming", "GiB"):
+    for word in ("vocabular", "dropout", "EOS", "padding", "sampler", "KL = 0", "micro-batches", "resuming", "GiB"):
         assert word in screen, word
 
 
 @pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
-def test_help(script, capsys):
-    """--help prints every argument with its sentence."""
+def test_help(script, capsys, monkeypatch):
+    """--help prints every argument with its sentence, default and legal values, under the comments of Args."""
+    monkeypatch.setenv("COLUMNS", "400")
     with pytest.raises(SystemExit) as stop:
         common.parse_args(script.Args, script.BUILTIN, ["--help"])
     assert stop.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     for field in dataclasses.fields(script.Args):
         assert f"--{field.name}" in text and " ".join(field.metadata["help"].split()) in text, field.name
+    assert "optimisation: --steps" in text and "(kld, mse, lch; default: 'kld')" in text or script is not lco
+    assert "(default: 0.95; at least 0)" in text
 
 
 def test_builtin_defaults_are_for_the_built_in_model():
@@ -148,7 +148,7 @@ def test_builtin_defaults_are_for_the_built_in_model():
         given = common.parse_args(script.Args, script.BUILTIN, ["--lr", "0.5"])
         assert given.lr == 0.5 and given.max_prompt == script.BUILTIN["max_prompt"]
         other = common.parse_args(script.Args, script.BUILTIN, ["--model", "x/y"])
-        assert dataclasses.replace(other, model="builtin") == script.Args()
+        assert dataclasses.replace(other, model="builtin", dtype="auto") == script.Args()
 
 
 # ---- losses, advantages, switches ------------------------------------------------------------------------------------
@@ -162,49 +162,95 @@ def test_ppo(loss, advantage, base, out):
     assert ("critic/explained_variance" in lines[1]) == (advantage == "gae")
 
 
-@pytest.mark.parametrize("advantage", ["gae", "reward", "group", "dpo"])
+@pytest.mark.parametrize("advantage", ["gae", "reward", "group", "token"])
 @pytest.mark.parametrize("loss", ["kld", "mse", "lch"])
 def test_lco(loss, advantage, base, out, tiny_model, other_model):
     """Every loss with every advantage; that of two models is dense."""
-    dpo = dict(dpo_model=other_model, dpo_ref=tiny_model) if advantage == "dpo" else {}
+    dpo = dict(reward_model=other_model, reward_ref=tiny_model) if advantage == "token" else {}
     lines = trained(lco, base, out, loss=loss, advantage=advantage, **dpo)
     assert ("loss/value" in lines[1]) == (advantage == "gae")
-    dense = loss == "kld" or advantage == "dpo"
+    dense = loss == "kld" or advantage == "token"
     assert ("lco/target_kl" in lines[1]) == dense and ("lco/gap" in lines[1]) != dense
     assert not dense or lines[1]["lco/target_kl"] > 0
 
 
 @pytest.mark.parametrize("head", ["lm", "scalar"])
 @pytest.mark.parametrize("loss", ["kld", "mse", "lch"])
-def test_lco_with_token_scores(loss, head, base, out, other_model, scalar_model):
-    """--advantage qrm: dense where the scores come from an LM head, one a token where they come from a scalar head."""
-    lines = trained(
-        lco, base, out, loss=loss, advantage="qrm", qrm_model={"lm": other_model, "scalar": scalar_model}[head]
-    )
+def test_lco_with_token_scores(loss, head, base, out, lm_judge, scalar_model):
+    """--reward_model: dense where it has an LM head, one score per token where it has a scalar head."""
+    judge = {"lm": lm_judge, "scalar": scalar_model}[head]
+    lines = trained(lco, base, out, loss=loss, advantage="token", reward_model=judge)
     assert "loss/value" not in lines[1] and ("lco/target_kl" in lines[1]) == (loss == "kld" or head == "lm")
 
 
+@pytest.mark.parametrize("advantage", ["token", "gae", "group", "reward"])
+@pytest.mark.parametrize("loss", ["ppo", "reinforce"])
+def test_ppo_with_a_reward_model(loss, advantage, base, out, scalar_model, tmp_path):
+    """Its scores are the rewards, on prompts that nothing else grades; QRM-2 takes a critic for PPO alone."""
+    data = tmp_path / "prompts.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"{i}+{i + 1}="}) + "\n" for i in range(20)))
+    changes = dict(reward_model=scalar_model, reward_file="", dataset=str(data), loss=loss, advantage=advantage)
+    lines = trained(ppo_baseline, base, out, **changes)
+    assert ("loss/value" in lines[1]) == (advantage == "gae" or (advantage, loss) == ("token", "ppo"))
+    assert "eval/reward" in lines[0]
+
+
+@pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
+def test_reward_models_that_cannot_be_used(script, base, out, tiny_model, scalar_model, gpt2_model):
+    for changes, message in (
+        (dict(reward_model=tiny_model), "give --reward_ref"),
+        (dict(reward_model=scalar_model, reward_ref=tiny_model), "has a scalar head"),
+        (dict(reward_ref=tiny_model), "give both"),
+        (dict(reward_model=gpt2_model, reward_ref=gpt2_model), "the tokenizers of"),
+    ):
+        with pytest.raises(common.BadInput, match=message):
+            run_here(script, **base | changes, out=out)
+
+
+def test_token_rewards_of_a_reward_model(base, scalar_model):
+    """Standardised over the tokens that it scores: all of them, or (an ORM) the last ones alone."""
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]]).bool()
+    batch = {"mask": mask, "scores": torch.tensor([[1.0, 2.0, 6.0, 0], [3.0, 4.0, 0, 0]])}
+    args = ppo_baseline.Args(reward_model=scalar_model)
+    last = ppo_baseline.token_rewards(None, batch, [True, True], args)
+    torch.testing.assert_close(last, torch.tensor([[0, 0, 1.0, 0], [0, -1.0, 0, 0]]))
+    with mock.patch.object(common, "score_of", return_value="mean"):
+        every = ppo_baseline.token_rewards(None, batch, [True, True], args)
+    z = torch.tensor([1.0, 2.0, 6.0, 3.0, 4.0])
+    torch.testing.assert_close(every[mask], (z - z.mean()) / z.std(correction=0))
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_dense_scores_in_closed_form(temperature, base, out, other_model):
+def test_dense_scores_in_closed_form(temperature, base, out, lm_judge):
     """A(s,a) = (log phi(a|s) - mean) / deviation, both over the sampled tokens; the loss against whole logits."""
-    names = dict(loss="kld", advantage="qrm", qrm_model=other_model, beta=2.0, temperature=temperature)
+    names = dict(loss="kld", advantage="token", reward_model=lm_judge, beta=2.0, temperature=temperature)
     args = lco.Args(**base | names, out=out)
     models, _ = lco.build(args, torch.device("cpu"))
     rows = [[3, 4, 5], [6, 7, 8, 9, 1], [5]]
     batch = common.make_batch([[2, 3], [4], [5, 6, 7]], rows, 0, torch.device("cpu"))
-    batch["rewards"] = torch.zeros(batch["mask"].shape)
-    heads = lco.score(models, batch, args)
+    heads = lco.evaluate_models(models, batch, args)
+    batch["rewards"] = lco.token_rewards(None, batch, [True] * 3, args)
     lco.estimate_advantages(batch, args)
     with torch.no_grad():
-        loss, _ = lco.objective(models, heads, batch, args)
+        loss, _ = lco.dense_objective(models["policy"], heads, batch, args)
         mask, ids = batch["mask"], batch["completion_ids"][batch["mask"]]
         z, q = (common.completion_hidden(m, batch)[mask] @ common.head_weight(m).T for m in models.values())
     scores = q.log_softmax(-1)
     sampled = scores.gather(-1, ids[:, None])
     dense = (scores - sampled.mean()) / sampled.std(correction=0)
-    exact = dataclasses.replace(args, negative_beta_scale=1.0)
-    expected, _ = lco.vocabulary_loss(z / temperature, z / temperature, dense, exact)
+    target = lco.target_logprobs(z / temperature, dense, 2.0, "exp")
+    expected = lco.kld_loss((z / temperature).log_softmax(-1), target)
     torch.testing.assert_close(loss, expected.sum(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def lm_judge(other_model, tmp_path_factory):
+    """A Q-RM with an LM head: a language model that says how it scores answers."""
+    folder = tmp_path_factory.mktemp("judge") / "model"
+    shutil.copytree(other_model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"reward_score": "mean"}))
+    return str(folder)
 
 
 @pytest.fixture(scope="module")
@@ -228,19 +274,11 @@ def other_model(tiny_model, tmp_path_factory):
 
 
 LCO_SWITCHES = [
-    dict(loss="kld", moving_target=True),
-    dict(moving_target=True, loss="mse"),
     dict(loss="kld", negative_beta_scale=100.0),
-    dict(loss="kld", token_mean="signed"),
-    dict(token_mean="signed", loss="lch"),
-    dict(loss="kld", fill="balanced", negative_beta_scale=1.0),
     dict(loss="kld", target="linear"),
-    dict(loss="kld", target="linear", fill="balanced", beta=0.5, negative_beta_scale=1.0),
-    dict(loss="kld", kl_coef=0.1, lora_rank=4, diagnose=True),
-    dict(diagnose=True, loss="mse"),
+    dict(loss="kld", kl_coef=0.1, lora_rank=4),
 ]
 COMMON_SWITCHES = [
-    dict(diagnose=True),
     dict(kl_coef=0.1, kl_estimator="k1"),
     dict(kl_coef=0.1, kl_estimator="k2"),
     dict(kl_coef=0.1, kl_estimator="k3"),
@@ -261,19 +299,8 @@ def test_switches(script, switches, base, out):
     lines = trained(SCRIPTS[script], base, out, **switches)
     if "kl_coef" in switches:
         assert lines[1]["kl/ref"] == pytest.approx(0, abs=1e-5) and lines[2]["kl/ref"] != 0
-    if switches.get("diagnose"):
-        assert 0 <= lines[1]["diagnose/zero_gradient"] <= 1 and -1 <= lines[1]["diagnose/cosine"] <= 1
     if "critic_warmup" in switches:
         assert lines[1]["policy/kl_old"] == pytest.approx(0, abs=1e-6) and lines[2]["policy/kl_old"] > 1e-6
-
-
-def test_old_topk(base, out):
-    """With as many kept logits as there are symbols, only the rounding to fp16 is left of the authors' top-k."""
-    trained(lco, base, out, loss="kld", old_topk=16)
-
-
-def test_old_topk_of_the_authors(base, out):
-    trained(lco, base, out, loss="kld", old_topk=5)
 
 
 def test_critic_warmup_leaves_the_policy_alone(base, tmp_path):
@@ -293,33 +320,33 @@ def test_few_rows(base, out):
     trained(lco, base, out, prompts_per_step=1, samples_per_prompt=2, minibatches=1)
 
 
-SINGLE = {
-    "ppo": (ppo_baseline, dict(loss="ppo")),
-    "lch": (lco, dict(loss="lch")),
-    "kld": (lco, dict(loss="kld", advantage="gae")),
-    "qrm": (qrm, dict(stage="policy", reward="rule")),
-}
+SINGLE = {"ppo": (ppo_baseline, dict(loss="ppo")), "lch": (lco, dict(loss="lch")), "kld": (lco, dict(advantage="gae"))}
 
 
 @pytest.mark.parametrize("name", SINGLE)
-def test_single_update_asks_pi_old_in_passing(name, base, tmp_path):
-    """One update a rollout spares the forward of pi_old; it is there with more updates, and for a KL penalty."""
+def test_single_update_needs_no_forward_of_pi_old(name, base, tmp_path):
+    """With one update per rollout pi = pi_old; it is evaluated with more updates, and for a KL penalty."""
     script, changes = SINGLE[name]
     settings = base | dict(minibatches=1, advantage="group") | changes
-    runs, reads = {}, {}
-    for asked in (False, True):
+    evaluate, runs, reads = script.evaluate_models, {}, {}
+
+    def as_if(**more):
+        return lambda models, batch, args: evaluate(models, batch, dataclasses.replace(args, **more))
+
+    for key, more in {"one": {}, "two": dict(minibatches=2), "epochs": dict(epochs=2)}.items():
         with (
             mock.patch.object(common, "completion_hidden", wraps=common.completion_hidden) as read,
-            mock.patch.object(script, "one_update", (lambda args: False) if asked else script.one_update),
+            mock.patch.object(script, "evaluate_models", as_if(**more)),
         ):
-            runs[asked] = read_metrics(run_here(script, **settings, out=str(tmp_path / f"{asked}")))
-        reads[asked] = read.call_count
-    assert_same_metrics(runs[False], runs[True], relative=1e-4, floor=1e-5)
-    assert reads[True] == 2 * reads[False]  # score and update read equally many micro-batches
-    one = script.Args(**settings)
-    assert script.one_update(one)
-    for more in (dict(minibatches=2), dict(epochs=2), dict(kl_coef=0.1)):
-        assert not script.one_update(dataclasses.replace(one, **more))
+            runs[key] = read_metrics(run_here(script, **settings, out=str(tmp_path / key)))
+        reads[key] = read.call_count
+    for key in ("two", "epochs"):
+        assert_same_metrics(runs["one"], runs[key], relative=1e-4, floor=1e-5)
+        assert reads[key] > reads["one"]
+    kept = {}
+    with mock.patch.object(script, "evaluate_models", lambda *given: (evaluate(*given), kept.update(given[1]))[0]):
+        run_here(script, **settings | dict(kl_coef=0.1), out=str(tmp_path / "kl"))
+    assert "old_logprobs" in kept
 
 
 # ---- the user's own data ---------------------------------------------------------------------------------------------
@@ -383,26 +410,20 @@ def test_gsm8k_columns(base, gpt2_model, tmp_path, out):
     assert 0 <= lines[0]["eval/pass@1"] <= 1
 
 
-# ---- --check fails when something is broken --------------------------------------------------------------------------
-
-
-def check(script, base, **changes) -> None:
-    """--check in this process; its resumed runs draw no plots."""
-    with mock.patch.object(common.RunFolder, "report"):
-        script.check(script.Args(**base | changes))
+# ---- check.py fails when something is broken -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
 @pytest.mark.parametrize("changes", [dict(advantage="gae", kl_coef=0.1), dict(lora_rank=4, dtype="bfloat16")])
 def test_check_passes(script, changes, base, capsys):
-    check(script, base, **changes)
+    check_here(script, **base | changes)
     assert "all checks passed" in capsys.readouterr().out
 
 
 def test_check_passes_for_every_loss(base, capsys, tiny_model, other_model):
-    check(ppo_baseline, base, loss="reinforce", advantage="reward")
-    check(lco, base, loss="mse")
-    check(lco, base, loss="lch", advantage="dpo", dpo_model=other_model, dpo_ref=tiny_model)
+    check_here(ppo_baseline, **base, loss="reinforce", advantage="reward")
+    check_here(lco, **base, loss="mse")
+    check_here(lco, **base, loss="lch", advantage="token", reward_model=other_model, reward_ref=tiny_model)
     assert capsys.readouterr().out.count("all checks passed") == 3
 
 
@@ -448,13 +469,19 @@ def leave_out_eos(monkeypatch):
 
 
 def mean_a_micro_batch(monkeypatch):
-    objective = lco.objective
+    objective = lco.kld_objective
 
-    def mean(models, heads, micro, *rest):
-        loss, metrics = objective(models, heads, micro, *rest)
+    def mean(policy, heads, micro, *rest):
+        loss, metrics = objective(policy, heads, micro, *rest)
         return loss / micro["mask"].sum(), metrics
 
-    monkeypatch.setattr(lco, "objective", mean)
+    monkeypatch.setattr(lco, "kld_objective", mean)
+
+
+def sample_from_the_top(monkeypatch):
+    pick = common._pick
+    top = lambda logits: logits.masked_fill(logits < logits.topk(3).values[:, -1:], -1e9)  # noqa: E731
+    monkeypatch.setattr(common, "_pick", lambda logits, *rest: pick(top(logits), *rest))
 
 
 def forget_the_optimizer(monkeypatch):
@@ -467,32 +494,33 @@ def forget_the_optimizer(monkeypatch):
 
 
 def remember_other_logits(monkeypatch):
-    score = lco.score
+    score = lco.evaluate_models
 
     def scaled(*args):
         heads = score(*args)
         return {name: 1.1 * weight for name, weight in heads.items()}
 
-    monkeypatch.setattr(lco, "score", scaled)
+    monkeypatch.setattr(lco, "evaluate_models", scaled)
 
 
 @pytest.mark.parametrize(
     "model, damage, name",
     [
         ("gpt2_model", keep_dropout, "dropout is off"),
-        ("gpt2_model", count_from_the_padding, "log-probs ignore padding"),
-        ("tiny_model", ignore_the_mask, "log-probs ignore padding"),
+        ("gpt2_model", count_from_the_padding, "policy: padding and batch size"),
+        ("tiny_model", ignore_the_mask, "policy: padding and batch size"),
         ("tiny_model", leave_out_eos, "EOS is inside the loss"),
+        ("tiny_model", sample_from_the_top, "the sampler is the policy"),
         ("tiny_model", mean_a_micro_batch, "gradient ignores micro-batches"),
         ("tiny_model", forget_the_optimizer, "resuming changes nothing"),
         ("tiny_model", remember_other_logits, ".*KL = 0 at the start"),
     ],
 )
 def test_check_finds(model, damage, name, base, request, monkeypatch, capsys):
-    """--check leaves with 1 at the first thing that is broken, and names it."""
+    """check.py leaves with 1 at the first thing that is broken, and names it."""
     damage(monkeypatch)
     with pytest.raises(SystemExit) as stop:
-        check(lco, base, model=request.getfixturevalue(model))
+        check_here(lco, **base | dict(model=request.getfixturevalue(model)))
     screen = capsys.readouterr().out
     assert stop.value.code == 1 and "all checks passed" not in screen
     assert re.search(rf"FAIL +{name}", screen), screen

@@ -1,4 +1,4 @@
-"""SEFT end to end: command line, stages, every control and switch, ranks, resume, --check, bad input."""
+"""SEFT end to end: command line, stages, every control and switch, ranks, resume, check.py, bad input."""
 
 import inspect
 import json
@@ -7,11 +7,12 @@ import re
 from pathlib import Path
 from unittest import mock
 
+import check
 import common
 import pytest
 import seft
 import tasks
-from conftest import assert_same_metrics, flags, read_metrics, run_here, run_script
+from conftest import assert_same_metrics, check_here, flags, read_metrics, run_here, run_script
 
 import torch
 
@@ -137,8 +138,7 @@ def test_warmup_trains_on_its_half_alone(base, out, monkeypatch):
 def test_check_on_the_built_in_tasks(argv, capsys):
     args = common.parse_args(seft.Args, seft.BUILTIN, argv)
     assert args.model == ("builtin-strings" if argv else "builtin")
-    with mock.patch.object(common.RunFolder, "report"):
-        seft.check(args)
+    check.Checks(seft, args).run()
     assert "all checks passed" in capsys.readouterr().out
 
 
@@ -345,8 +345,8 @@ def leave_out_eos(monkeypatch):
 )
 def test_check_finds(damage, name, base, monkeypatch, capsys):
     damage(monkeypatch)
-    with pytest.raises(SystemExit) as stop, mock.patch.object(common.RunFolder, "report"):
-        seft.check(seft.Args(**base | dict(model="builtin")))
+    with pytest.raises(SystemExit) as stop:
+        check_here(seft, **base | dict(model="builtin"))
     screen = capsys.readouterr().out
     assert stop.value.code == 1 and re.search(rf"FAIL +{name}", screen), screen
 
@@ -361,7 +361,7 @@ def refused(base, out, monkeypatch):
     def check(parts, **changes):
         monkeypatch.setattr(common, "load_model", lambda *a, **k: pytest.fail("a model was loaded"))
         with pytest.raises(common.BadInput) as error:
-            seft.run_stages(seft.Args(**base | dict(out=out) | changes))
+            seft.run_stages(common.check_args(seft.Args(**base | dict(out=out) | changes)))
         message = str(error.value)
         assert all(part in message for part in parts) and "\n" not in message, message
 
@@ -371,9 +371,9 @@ def refused(base, out, monkeypatch):
 @pytest.mark.parametrize(
     "changes, parts",
     [
-        (dict(stage="both"), ["--stage", "reviser, warmup, adaptive, evolve", "both"]),
+        (dict(stage="both"), ["--stage", "all, reviser, warmup", "both"]),
         (dict(revise="sometimes"), ["--revise", "adaptive, always", "sometimes"]),
-        (dict(label_rule="size"), ["--label_rule", "gap, contrast, hardness"]),
+        (dict(label_rule="size"), ["--label_rule", "contrast, gap, hardness"]),
         (dict(order="random"), ["--order", "easy_to_hard", "random"]),
         (dict(keep_threshold="high"), ["--keep_threshold 'high'", "auto, pairs or a number"]),
         (dict(keep_threshold="1.5"), ["--keep_threshold '1.5'", "from 0 to 1"]),
@@ -389,8 +389,8 @@ def refused(base, out, monkeypatch):
         (dict(micro_batch=3), ["--micro_batch 3 does not divide", "4 rows"]),
         (dict(unannotated=1), ["1 new prompts, expected 2"]),
         (dict(gold_slip=0.5), ["--gold_slip is of --revise gold"]),
-        (dict(gold_slip=2.0), ["--gold_slip must be between 0 and 1", "2.0"]),
-        (dict(pair_share=-0.1), ["--pair_share must be between 0 and 1"]),
+        (dict(gold_slip=2.0), ["--gold_slip must be at most 1", "2.0"]),
+        (dict(pair_share=-0.1), ["--pair_share must be at least 0"]),
         (dict(external_rounds=1), ["--external_rounds needs --external_model"]),
         (dict(external_rounds=3, external_model="builtin"), ["--external_rounds 3 of --rounds 2"]),
         (dict(stage="warmup", task="words"), ["--dataset is empty: --stage warmup needs preference pairs"]),

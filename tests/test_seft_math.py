@@ -59,7 +59,7 @@ def test_the_step_divides_by_the_weights_of_all_tokens(model, tokenizer):
     assert batch["is_label"].tolist() == [[True, True, False, False], [False] * 4]
     metrics = seft.accumulate({"policy": model}, batch, args)
     model.zero_grad()
-    logprobs = seft.policy_logprobs(model, batch, args)[0]
+    logprobs = common.policy_logprobs(model, batch, args.temperature)[0]
     label, rest = -logprobs[0, :2].sum(), -(logprobs[0, 2:].sum() + logprobs[1, :2].sum())
     assert metrics["loss/total"] == pytest.approx(((5 * label + rest) / (5 * 2 + 4)).item(), rel=1e-5)
     assert metrics["loss/label"] == pytest.approx(label.item() / 2, rel=1e-5)

@@ -17,19 +17,25 @@ N, H, V = 11, 6, 2**16  # 1 MiB holds the logits of 4 tokens: pieces of 4, 4 and
 
 
 def lco_case(lengths, hidden_width, vocabulary, advantage="group"):
-    """(models, heads, micro-batch) for lco.objective: completions of these lengths, prompts of one token."""
+    """(policy, heads, micro-batch) for an objective: completions of these lengths, prompts of one token."""
     B, T = len(lengths), max(lengths)
-    names = ("old", "dpo", "dpo_ref") if advantage == "dpo" else ("old",)
+    names = ("old", "reward", "reward_ref") if advantage == "token" else ("old",)
     hiddens = {f"{name}_hidden": random(B, T, hidden_width, seed=10 + i) for i, name in enumerate(names)}
     heads = {name: random(vocabulary, hidden_width, seed=20 + i) for i, name in enumerate(names)}
     ids = (hiddens["old_hidden"] @ heads["old"].T).argmax(-1).tolist()  # likely tokens: rare ones have no gradient
     micro = common.make_batch([[1]] * B, [row[:n] for row, n in zip(ids, lengths)], 0, "cpu") | hiddens
     micro["advantages"] = random(B, T, seed=3) * micro["mask"]
-    micro["token_weight"] = (1 + random(B, T, seed=4).abs()) * micro["mask"]
+    micro["scale"] = 0.5 * micro["mask"]
     moved = micro["old_hidden"] + 0.3 * random(B, T, hidden_width, seed=5)
     hidden = torch.cat([moved, torch.zeros(B, 1, hidden_width)], 1)
     policy = FixedStates(hidden, heads["old"] + 0.1 * random(vocabulary, hidden_width, seed=6))
-    return torch.nn.ModuleDict({"policy": policy}), heads, micro
+    return policy, heads, micro
+
+
+def objective(policy, heads, micro, args):
+    """The objective that update() takes."""
+    sampled = lco.kld_objective if args.loss == "kld" else lco.sampled_objective
+    return (lco.dense_objective if "reward" in heads else sampled)(policy, heads, micro, args)
 
 
 def chunked(monkeypatch, mib):
@@ -143,12 +149,10 @@ def test_no_grad_keeps_nothing():
     "settings",
     [
         dict(),
-        dict(fill="balanced", temperature=0.7),
+        dict(temperature=0.7),
         dict(target="linear", beta=2.0),
-        dict(moving_target=True),
-        dict(old_topk=5),
-        dict(advantage="dpo"),
-        dict(advantage="dpo", loss="lch"),
+        dict(advantage="token"),
+        dict(advantage="token", loss="lch"),
     ],
     ids=str,
 )
@@ -158,36 +162,37 @@ def test_lco_objective_in_chunks(monkeypatch, settings):
     for mib in (1, 64):
         with monkeypatch.context() as patch:
             chunked(patch, mib)
-            models, heads, micro = lco_case([5, 2, 4], H, V, args.advantage)
-            loss, metrics = lco.objective(models, heads, micro, args)
+            policy, heads, micro = lco_case([5, 2, 4], H, V, args.advantage)
+            loss, metrics = objective(policy, heads, micro, args)
             loss.backward()
-        results.append((loss.detach(), metrics, models["policy"].hidden.grad, models["policy"].weight.grad))
+        results.append((loss.detach(), metrics, policy.hidden.grad, policy.weight.grad))
     torch.testing.assert_close(results[0][:2], results[1][:2], atol=1e-5, rtol=1e-4)
     for pieces, whole in zip(results[0][2:], results[1][2:]):
         assert whole.norm() > 0 and (pieces - whole).norm() < 1e-5 * whole.norm()
 
 
-@pytest.mark.parametrize("settings", [dict(), dict(loss="mse"), dict(loss="lch"), dict(advantage="dpo")], ids=str)
+@pytest.mark.parametrize("settings", [dict(), dict(loss="mse"), dict(loss="lch"), dict(advantage="token")], ids=str)
 def test_lco_objective_from_the_equations(settings):
-    """objective() is the weighted sum of LCO-3, -4, -5 over the unmasked tokens, at the sampling temperature."""
+    """The sum of LCO-3, -4, -5 over the unmasked tokens, at the sampling temperature; scores are taken without one."""
     args = lco.Args(**settings, negative_beta_scale=1.0, beta=0.5, temperature=0.7)
-    models, heads, micro = lco_case([5, 2, 4], H, 50, args.advantage)
-    policy, mask = models["policy"], micro["mask"]
+    policy, heads, micro = lco_case([5, 2, 4], H, 50, args.advantage)
+    mask = micro["mask"]
     expected = 0.0
     for b, t in mask.nonzero().tolist():
         z = policy.hidden[b, t].detach() @ policy.weight.detach().T / 0.7
         old = {name: micro[f"{name}_hidden"][b, t] @ head.T / 0.7 for name, head in heads.items()}
         chosen = micro["completion_ids"][b, t]
-        if args.advantage == "dpo":
-            advantages = old["dpo"].log_softmax(-1) - old["dpo_ref"].log_softmax(-1)
+        if args.advantage == "token":
+            scores = (0.7 * old["reward"]).log_softmax(-1) - (0.7 * old["reward_ref"]).log_softmax(-1)
+            advantages = micro["advantages"][b, t] + 0.5 * (scores - scores[chosen])
         else:
             advantages = torch.zeros(50).scatter(0, chosen, micro["advantages"][b, t])
         goal = old["old"] + advantages / 0.5
         gap = (z - goal)[chosen]
         p, q = goal.log_softmax(-1), z.log_softmax(-1)
         value = {"kld": (p.exp() * (p - q)).sum(), "mse": gap**2, "lch": gap.double().cosh().log().float()}[args.loss]
-        expected += micro["token_weight"][b, t] * value
-    loss, metrics = lco.objective(models, heads, micro, args)
+        expected += value
+    loss, metrics = objective(policy, heads, micro, args)
     torch.testing.assert_close(loss.detach(), expected, atol=1e-4, rtol=1e-5)
     loss.backward()
     assert (policy.hidden.grad[:, :-1][~mask] == 0).all() and (policy.hidden.grad[:, :-1][mask] != 0).any(-1).all()
@@ -196,11 +201,11 @@ def test_lco_objective_from_the_equations(settings):
 @pytest.mark.parametrize("loss", ["mse", "lch"])
 def test_sampled_losses_need_no_vocabulary(monkeypatch, loss):
     """LCO-MSE and LCO-LCH with sampled advantages never project onto the vocabulary."""
-    models, heads, micro = lco_case([5, 2, 4], H, 50)
+    policy, heads, micro = lco_case([5, 2, 4], H, 50)
     monkeypatch.setattr(common, "over_vocabulary", None)
-    lco.objective(models, heads, micro, lco.Args(loss=loss))[0].backward()
+    objective(policy, heads, micro, lco.Args(loss=loss))[0].backward()
     used = set(micro["completion_ids"][micro["mask"]].tolist())
-    assert {i for i, g in enumerate(models["policy"].weight.grad) if g.any()} == used
+    assert {i for i, g in enumerate(policy.weight.grad) if g.any()} == used
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
@@ -225,7 +230,7 @@ class PeakMemory(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("settings", [dict(), dict(advantage="dpo"), dict(target="linear")], ids=str)
+@pytest.mark.parametrize("settings", [dict(), dict(advantage="token"), dict(target="linear")], ids=str)
 def test_memory_is_bounded_by_the_chunk(monkeypatch, settings):
     """Forward and backward of 8 times as many tokens than fit a chunk hold less than a quarter of what they do at once.
 
@@ -235,9 +240,9 @@ def test_memory_is_bounded_by_the_chunk(monkeypatch, settings):
     for mib in (1, 64):
         with monkeypatch.context() as patch:
             chunked(patch, mib)
-            models, heads, micro = lco_case([64] * 4, 4, 8192, args.advantage)  # 8 MiB of logits
+            policy, heads, micro = lco_case([64] * 4, 4, 8192, args.advantage)  # 8 MiB of logits
             with PeakMemory() as memory:
-                lco.objective(models, heads, micro, args)[0].backward()
+                objective(policy, heads, micro, args)[0].backward()
         peaks[mib] = memory
     assert peaks[64].largest >= 8 * MIB
     assert peaks[1].largest <= 1 * MIB
