@@ -1166,6 +1166,7 @@ def answer_scores(scores: torch.Tensor, mask: torch.Tensor, how: str) -> torch.T
 
 def score_of(name: str, ref: str) -> str:
     """How the score of an answer comes from its tokens: as its folder says; the sum for a log-ratio to `ref`."""
+    require(name, "--reward_ref is the reference of a --reward_model: give both")
     config = load_config(name)
     if ref:
         require(not has_scalar_head(config), f"--reward_ref: {name} has a scalar head, and so no log-probabilities")

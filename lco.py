@@ -358,8 +358,8 @@ def train(args) -> None:
     models, optimizer = build(args, device)
     policy = models["policy"]
     if task.reward is None:
-        how = common.score_of(args.reward_model, args.reward_ref)
-        task.reward = common.scored_by(models, how, tokenizer, args.max_prompt, args.micro_batch)
+        score = common.score_of(args.reward_model, args.reward_ref)
+        task.reward = common.scored_by(models, score, tokenizer, args.max_prompt, args.micro_batch)
     limits = args.max_prompt, args.max_new_tokens, args.temperature, args.rollout_rows
     sampling = common.Sampling(policy, tokenizer, *limits)
 
@@ -438,7 +438,7 @@ def prepare(args):
     linear = args.target == "linear" and args.loss != "kld"
     require(not linear, "--target linear describes a target distribution: it needs --loss kld")
     by_token = args.advantage != "token" or args.reward_file or args.reward_model
-    require(by_token, "--advantage token needs one reward per token: give --reward_file or --reward_model")
+    require(by_token, "--advantage token needs --reward_file or --reward_model: one reward for each token")
     one_sample = args.advantage == "group" and args.samples_per_prompt < 2
     require(not one_sample, "--advantage group compares samples of one prompt: --samples_per_prompt must be at least 2")
     geometry = common.split_evenly(args.prompts_per_step, args.samples_per_prompt, args.minibatches, args.micro_batch)
@@ -448,7 +448,6 @@ def prepare(args):
     )
     tokenizer = common.load_tokenizer(args.model)
     common.fits_context(args.model, args.max_prompt + args.max_new_tokens)
-    require(args.reward_model or not args.reward_ref, "--reward_ref is the reference of a --reward_model: give both")
     for name in filter(None, (args.reward_model, args.reward_ref)):
         common.score_of(args.reward_model, args.reward_ref)
         common.same_tokenizer(args.model, tokenizer, name, common.load_tokenizer(name))
@@ -514,7 +513,7 @@ def token_rewards(task_rewards, batch, finished, args):
             require(len(value) == n, f"reward(): {len(value)} rewards for a completion of {n} tokens (completion_ids)")
             rewards[b, :n] = torch.tensor(value, device=mask.device)
         else:
-            require(args.advantage != "token", "--advantage token: reward() gave a number, expected one per token")
+            require(args.advantage != "token", "--advantage token: reward() gave a number, expected one for each token")
             rewards[b, last[b]] = value
     if args.advantage == "token" and not args.reward_model:
         rewards = whiten(rewards, mask)

@@ -89,7 +89,7 @@ def builtin():
     try:
         return importlib.import_module("builtin.tasks")
     except ModuleNotFoundError as error:
-        raise BadInput("--task: the built-in tasks need the folder builtin/; expected it here, or a --dataset") from error
+        raise BadInput("the built-in tasks need the folder builtin/, which is missing; expected a --dataset") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -455,7 +455,8 @@ def word_answered(completions: list[str]) -> list[bool]:
 def load(name: str, test_rows: int) -> Task:
     """The task of this name, without its reward."""
     if name == "chains":
-        made = Task(name, chain_rows, chain_test_rows(test_rows), None, chain_correct, chain_answered, chain_step_labels)
+        test = chain_test_rows(test_rows)
+        made = Task(name, chain_rows, test, None, chain_correct, chain_answered, chain_step_labels)
         return replace(made, gold=chain_gold, pairs=chain_pairs, unannotated=unannotated)
     if name == "strings":
         made = Task(name, string_rows, string_test_rows(test_rows), None, string_correct, string_answered)

@@ -4,12 +4,11 @@ import common
 import lco
 import ppo_baseline
 import pytest
-import qrm
 from conftest import TINY, read_metrics, run_here
 
 import torch
 
-BOTH = pytest.mark.parametrize("script", [ppo_baseline, lco, qrm], ids=lambda script: script.__name__)
+BOTH = pytest.mark.parametrize("script", [ppo_baseline, lco], ids=lambda script: script.__name__)
 LISTS = """
 def reward(prompts, completions, rows):
     return [{} for ids in (row["completion_ids"] for row in rows)]
@@ -20,7 +19,7 @@ FIRST, LAST = "[float(ids[0])] + [0.0] * (len(ids) - 1)", "[0.0] * (len(ids) - 1
 def settings_of(script, tiny_model, tmp_path, reward: str, **changes) -> dict:
     (tmp_path / "reward.py").write_text(LISTS.format(reward))
     settings = TINY | dict(model=tiny_model, reward_file=str(tmp_path / "reward.py"), out=str(tmp_path / "run"))
-    return settings | (dict(stage="policy", reward="rule") if script is qrm else {}) | changes
+    return settings | changes
 
 
 def advantages_of(script, kind, credit, **more):
@@ -55,18 +54,6 @@ def test_advantage_token(script):
     torch.testing.assert_close(less - found, torch.tensor([[-0.1, -0.1, -0.1], [-0.1, -1.1, 0.0]]))
 
 
-def test_token_is_qrm_2():
-    """Without a critic qrm.py makes the same advantages of the same numbers, given as scores of a reward model."""
-    mask = torch.tensor([[True, True, True], [True, True, False]])
-    batch = {"mask": mask, "scores": torch.tensor([[1.0, 0.0, 0.5], [3.0, -2.0, 0.0]]), "step_ends": mask}
-    args = qrm.Args(advantage="token", reward="qrm")
-    batch["rewards"] = qrm.token_rewards(qrm.model_rewards(batch, args), batch, [True, True], args)
-    qrm.estimate_advantages(batch, args)
-    for script in (ppo_baseline, lco):
-        ours = advantages_of(script, "token", [[1.0, 0.0, 0.5], [3.0, -2.0]])
-        torch.testing.assert_close(ours, batch["advantages"])
-
-
 @BOTH
 @pytest.mark.parametrize("kind", ["token", "gae", "group", "reward"])
 def test_summed_aloud(script, kind, tiny_model, tmp_path, capsys):
@@ -93,11 +80,6 @@ def test_equal_rewards_are_no_signal(script, tiny_model, tmp_path):
     """The same reward for every token: --advantage token leaves the policy alone."""
     settings = settings_of(script, tiny_model, tmp_path, "[0.1] * len(ids)", advantage="token")
     assert all(line["policy/updates"] == 0 for line in read_metrics(run_here(script, **settings))[1:])
-
-
-def test_token_needs_a_reward_file():
-    with pytest.raises(common.BadInput, match="--advantage token needs --reward_file"):
-        qrm.validate(qrm.Args(stage="policy", reward="rule", advantage="token"))
 
 
 @BOTH
