@@ -122,7 +122,7 @@ class Checks:
         """The script's train(), and whether it can be resumed."""
         words = [f"--{name} {getattr(args, name)}" for name in ("stage", "objective", "loss") if hasattr(args, name)]
         self.say(f"---- {self.module.__name__} {' '.join(words)}")
-        twin = {name: args.model for name in ("teacher", "ref_teacher") if getattr(args, name, "")}
+        twin = {name: args.model for name in ("teacher", "ref_teacher") if hasattr(args, name)}
         if twin:
             self.report("a model is at distance 0 from itself", self.at_distance_0, replace(args, **twin))
         self.looking, self.rollout, self.gap, self.told = True, None, None, set()
@@ -299,12 +299,11 @@ class Checks:
 
 
 def dropout_is_off(models) -> tuple[bool, str]:
-    left = [
-        key
-        for m in models.values()
-        for key, value in [*vars(m.config).items(), *((n, getattr(s, "p", 0)) for n, s in m.named_modules())]
-        if isinstance(value, float) and value > 0 and "drop" in key
-    ]
+    modules = [m for model in models.values() for m in model.modules()]
+    parts = [c for model in models.values() for c in common.configs(model.config)]
+    left = [(key, value) for part in [*modules, *parts] for key, value in vars(part).items() if "drop" in key]
+    left += [("Dropout.p", m.p) for m in modules if isinstance(m, torch.nn.Dropout)]
+    left = [key for key, value in left if isinstance(value, float) and value > 0]
     return not left, f"{len(models)} model(s)" if not left else f"still on: {left}"
 
 

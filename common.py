@@ -32,12 +32,10 @@ import contextlib
 import copy
 import functools
 import gc
-import hashlib
 import importlib.util
 import inspect
 import json
 import math
-import os
 import re
 import shlex
 import shutil
@@ -47,11 +45,10 @@ import sys
 import threading
 import time
 import traceback
-import types
 import typing
 import weakref
 from collections import Counter
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
@@ -74,7 +71,6 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map
 
 # ======================================================================================================================
@@ -437,7 +433,9 @@ def minibatch_rows(seed: int, step: int, epoch: int, rows_total: int, minibatche
 # ======================================================================================================================
 
 _HERE = Path(__file__).resolve().parent / "builtin"
+SMALL = 2**28  # parameters of a model that is run on a few tokens before a run begins
 BUILTIN = {"builtin": _HERE / "policy", "builtin-small": _HERE / "small", "builtin-strings": _HERE / "strings"}
+BUILTIN["builtin-aligned"] = _HERE / "aligned"  # builtin after dpo.py
 
 
 def model_path(name: str) -> str:
@@ -462,39 +460,38 @@ TRUST_REMOTE_CODE = os.environ.get("TRUST_REMOTE_CODE") == "1"
 def _from_pretrained(cls, what: str, name: str, **options):
     try:
         return cls.from_pretrained(model_path(name), trust_remote_code=TRUST_REMOTE_CODE, **options)
-    except (OSError, ValueError) as error:
-        if isinstance(error, BadInput):
-            raise
-        raise BadInput(f"--model {name}: no {what} could be loaded ({str(error).splitlines()[0]})") from error
+    except BadInput:
+        raise
+    except Exception as error:  # whatever a library of readers raises about a file
+        raise BadInput(f"--model {name}: no {what} could be loaded ({_first_line(error)})") from error
 
 
-def fingerprint(name: str) -> str:
-    """A hash of the weights of a model, the same wherever they lie. All ranks must ask together: rank 0 reads them."""
-
-    def digest() -> str:
-        folder = Path(model_path(name))
-        if not folder.is_dir():
-            from huggingface_hub import snapshot_download
-
-            folder = Path(snapshot_download(name, allow_patterns=["*.safetensors"]))
-        total, files = hashlib.sha256(), sorted(folder.glob("*.safetensors"))
-        require(bool(files), f"--model {name}: the folder has no .safetensors file")
-        for file in files:
-            with file.open("rb") as weights:
-                total.update(hashlib.file_digest(weights, "sha256").digest())
-        return total.hexdigest()[:16]
-
-    return from_rank_0(digest() if rank() == 0 else None)
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def load_tokenizer(name: str):
-    """The tokenizer of a model, with a padding token (whose identity never matters: masks come from lengths)."""
+    """The tokenizer of a model, with a padding token (whose identity never matters: masks come from lengths).
+
+    Scripts load the tokenizers of all their models before they make a folder, so what cannot be used is refused here.
+    """
     from transformers import AutoTokenizer
 
     tokenizer = _from_pretrained(AutoTokenizer, "tokenizer", name)
     require(tokenizer.eos_token_id is not None, f"--model {name}: its tokenizer has no end-of-sequence token")
-    if tokenizer.pad_token_id is None:
+    rows = load_config(name).get_text_config().vocab_size
+    text = {f"{key}_token" for key in ("bos", "eos", "unk", "sep", "cls", "mask")}
+    special = {key: token for key, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+    never = {token for key, token in special.items() if key not in text}  # padding, places of images: not in a text
+    outside = {token: i for token, i in tokenizer.get_vocab().items() if i >= rows and token not in never}
+    require(
+        not outside,
+        f"--model {name}: its tokenizer has {len(outside)} tokens without an embedding, for example "
+        f"{min(outside, key=outside.get, default='')!r} (id {min(outside.values(), default=0)}, {rows} embeddings)",
+    )
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:
         tokenizer.pad_token = tokenizer.eos_token
+    check_model(name)
     return tokenizer
 
 
@@ -543,42 +540,14 @@ def load_model(
     dtype: of the computation (with bfloat16, trained weights and their gradients stay fp32 all the same).
     lora_rank: > 0 trains low-rank adapters of that rank on all linear layers of the body (and the scalar head).
     """
-    from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
-
     gc.collect()  # FSDP's states and models are cycles: without this, models that are no longer used keep their memory
     torch.cuda.empty_cache()
     dtype = compute_dtype(dtype, device)
-    config = load_config(name)
-    head = ("scalar" if has_scalar_head(config) else "lm") if head == "saved" else head
-    for key, value in vars(config).items():
-        if isinstance(value, float) and ("dropout" in key or "pdrop" in key):
-            setattr(config, key, 0.0)
-    for key in ("final_logit_softcapping", "logit_scale"):
-        require(
-            getattr(config, key, None) in (None, 1.0),
-            f"--model {name}: {key}={getattr(config, key, None)} is not supported (logits here are hidden @ W.T)",
-        )
-
+    check_model(name, head)
     torch.manual_seed(seed)  # new weights (adapters, heads) are the same on every rank
-    options = dict(config=config, dtype=_file_dtype(name), use_safetensors=True)
-    if head == "scalar":
-        new = not has_scalar_head(config)
-        config.num_labels, config.classifier_dropout = 1, 0.0
-        with quiet_transformers():  # it would warn that the head is new, which is what we want
-            model = _from_pretrained(AutoModelForTokenClassification, "model", name, **options)
-        for parameter in scalar_head(model).parameters() if new else ():
-            torch.nn.init.zeros_(parameter)
-    else:
-        model = _from_pretrained(AutoModelForCausalLM, "model", name, **options)
-        has_bias = getattr(model.get_output_embeddings(), "bias", None) is not None
-        require(not has_bias, f"--model {name}: an LM head with a bias is not supported (logits here are hidden @ W.T)")
-    model.config.architectures = [type(model).__name__]  # what it is now, not what its folder held
-    model.config.dtype = model.config.get_text_config().dtype = torch.float32
+    model, file_dtype = _load(name, head)
+    head = "scalar" if has_scalar_head(model.config) else "lm"
     _fp32_buffers(model)
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-
     model.requires_grad_(trainable)
     if trainable and lora_rank:
         from peft import LoraConfig
@@ -594,7 +563,7 @@ def load_model(
         enable = getattr(model, "activation_checkpointing_enable", None)  # before transformers 5.20: gradient_...
         (enable or model.gradient_checkpointing_enable)()
     # Under adapters, weights that bfloat16 would round stay fp32: they are exported.
-    exact = not trainable or options["dtype"] == getattr(torch, dtype)
+    exact = not trainable or file_dtype == getattr(torch, dtype)
     return wrap(model.train(trainable), dtype, device, frozen=dtype if exact else "float32")
 
 
@@ -603,6 +572,158 @@ def wrap(model, dtype: str, device: torch.device, frozen: str = "float32"):
     model.final_hidden = functools.partial(_final_hidden, weakref.proxy(model))  # no cycle
     model.pack_limit = _pack_limit(model.config)
     return _shard(model, device, dtype, frozen)
+
+
+def _load(name: str, head: str):
+    """A model as a map of its file, with the head that load_model promises, and the dtype of the file.
+
+    Every tensor of the file has a place and every weight is in the file, or the model is refused. A new scalar head
+    alone may be missing, and then it starts at 0.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
+
+    config = load_config(name)
+    why = _unsupported(config)
+    require(not why, f"--model {name}: {why}")
+    new = not has_scalar_head(config)
+    scalar = head == "scalar" or head == "saved" and not new
+    for part in configs(config):  # dropout and the like: off
+        for key, value in vars(part).items():
+            if isinstance(value, float) and "drop" in key:
+                setattr(part, key, 0.0)
+    if scalar:
+        config.num_labels, config.classifier_dropout = 1, 0.0
+    dtype = _file_dtype(name)
+    options = dict(config=config, dtype=dtype, use_safetensors=True)
+    with quiet_transformers():  # it would warn of what is refused below
+        cls = AutoModelForTokenClassification if scalar else AutoModelForCausalLM
+        model, found = _from_pretrained(cls, "model", name, output_loading_info=True, **options)
+    missing, unexpected = set(found["missing_keys"]), set(found["unexpected_keys"])
+    if scalar and new:
+        head_names = {name for name, module in model.named_children() if module is scalar_head(model)}
+        missing = {key for key in missing if key.split(".")[0] not in head_names}
+        unexpected = {key for key in unexpected if key.startswith(model.base_model_prefix + ".")}  # no LM head
+        for parameter in scalar_head(model).parameters():
+            torch.nn.init.zeros_(parameter)
+    for keys, what in ((missing, "missing in its files"), (unexpected, "of its files without a place in the model")):
+        require(not keys, f"--model {name}: {len(keys)} tensor(s) {what}, for example {min(keys, default='')}")
+    model.config.architectures = [type(model).__name__]  # what it is now, not what its folder held
+    model.config.dtype = model.config.get_text_config().dtype = torch.float32
+    for module in model.modules():
+        for key, value in vars(module).items():
+            if isinstance(value, float) and "drop" in key:
+                setattr(module, key, 0.0)
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model, dtype
+
+
+def configs(config) -> list:
+    """A configuration and those inside it."""
+    inner = [getattr(config, key, None) for key in config.sub_configs]
+    return [config, *(c for part in inner if hasattr(part, "sub_configs") for c in configs(part))]
+
+
+def _unsupported(config) -> str | None:
+    """Why a model cannot be used, as far as its configuration tells."""
+    for part in configs(config):
+        quantised = getattr(part, "quantization_config", None)
+        if quantised:
+            method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
+            return f"its weights are quantised ({getattr(method, 'value', method)}): take the model they were made from"
+        values = [vars(part), *(x for x in vars(part).values() if isinstance(x, dict))]
+        for key, value in (item for each in values for item in each.items()):
+            if "experts" in str(key) and "per_tok" not in str(key) and type(value) is int and value > 1:
+                return f"it is a mixture of experts ({key}={value}), which is not supported"
+    if getattr(config, "is_encoder_decoder", False):
+        return "it has an encoder: only decoders are supported"
+    return None
+
+
+@functools.cache
+def check_model(name: str, head: str = "saved") -> None:
+    """Raise unless the model is whole and is used here as it was made: see _load(), _check_logits() and _check_body().
+
+    head: as for load_model(). Tensors are maps of the files; of a large model only the LM head is read.
+    """
+    model, _ = _load(name, head)
+    kinds = {type(layer).__name__ for layer in _cache_layers(model.config) if not _is_attention(layer)}
+    state = kinds or getattr(model, "_is_stateful", False)
+    require(not state, f"--model {name}: it has layers with a recurrent state, which are not supported")
+    experts = {type(m).__name__ for m in model.modules() if re.search("Experts?$|Router|SparseMoe", type(m).__name__)}
+    require(not experts, f"--model {name}: it is a mixture of experts ({min(experts, default='')}), not supported")
+    small = sum(p.numel() for p in model.parameters()) < SMALL
+    if small:
+        _fp32_buffers(model)
+        model.float()
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        if not has_scalar_head(model.config):
+            _check_logits(name, model.eval())
+        if small:
+            _check_body(name, model.eval())
+
+
+def _check_logits(name: str, model) -> None:
+    """Raise unless logits are hidden @ W.T: for large random hidden states in place of those of the body."""
+    output, body = model.get_output_embeddings(), model.base_model
+    require(output is not None, f"--model {name}: it has no LM head")
+    has_bias = getattr(output, "bias", None) is not None
+    require(not has_bias, f"--model {name}: an LM head with a bias is not supported (logits here are hidden @ W.T)")
+    weight, ids = output.weight, torch.arange(4)[None]
+    hidden = torch.randn(1, 4, weight.shape[1], dtype=weight.dtype)
+    hidden = hidden * (1000 / F.linear(hidden, weight).abs().max().clamp_min(1e-6)).clamp_max(1e4)  # where caps bend
+    used = []
+
+    class Output:
+        last_hidden_state = hidden
+
+        def __getattr__(self, _):
+            return None
+
+        def __getitem__(self, i):
+            return hidden if i == 0 else ()
+
+    body.forward = lambda *args, **inputs: used.append(1) or Output()
+    try:
+        logits = model(input_ids=ids, use_cache=False).logits
+    except Exception as error:
+        raise BadInput(f"--model {name}: its logits cannot be computed ({_first_line(error)})") from error
+    finally:
+        del body.forward
+    if not used:  # its forward goes around base_model
+        logits, hidden = model(input_ids=ids, use_cache=False).logits, body(input_ids=ids, use_cache=False)[0]
+    product = F.linear(hidden, weight).float()
+    same = logits.shape == product.shape and (logits.float() - product).norm() <= 5e-3 * product.norm()
+    text = vars(model.config.get_text_config())
+    named = [(key, text[key]) for key in text if re.search("logit|lm_head|scale_", key) and text[key]]
+    hint = ", ".join(f"{key}={value}" for key, value in named)
+    require(same, f"--model {name}: its logits are not hidden @ W.T, which is not supported ({hint or 'see its code'})")
+
+
+def _check_body(name: str, model) -> None:
+    """Raise unless a token sees those before it and no others, whether padded on the left or read through a cache."""
+    body, n = model.base_model, 4
+    ids = torch.randint(min(64, model.config.get_text_config().vocab_size), (1, n + 3))
+    padded = F.pad(ids[:, :n], (2, 0))
+    mask = torch.tensor([[0, 0] + [1] * n])
+    try:
+        whole = body(input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=torch.arange(n + 3)[None])[0]
+        cache = new_cache(model.config)
+        read = dict(past_key_values=cache, use_cache=True)
+        position = (mask.cumsum(1) - 1).clamp_min(0)
+        found = [body(input_ids=padded, attention_mask=mask, position_ids=position, **read)[0][:, 2:]]
+        cache.batch_repeat_interleave(2)
+        for t in range(n, n + 3):
+            mask = F.pad(mask, (0, 1), value=1)
+            token, at = ids[:, t : t + 1].expand(2, 1), torch.full((2, 1), t)
+            found.append(body(input_ids=token, attention_mask=mask.expand(2, -1), position_ids=at, **read)[0][1:])
+        found = torch.cat(found, 1)
+    except Exception as error:
+        raise BadInput(f"--model {name}: it cannot be decoded token by token ({_first_line(error)})") from error
+    for part, what in ((slice(n), "depend on padding or later tokens"), (slice(n, None), "change with its cache")):
+        error = (found[:, part] - whole[:, part]).norm() / whole[:, part].norm()
+        require(error < 1e-3, f"--model {name}: its hidden states {what} (by {error:.1e}), which is not supported")
 
 
 def _file_dtype(name: str) -> torch.dtype:
@@ -660,13 +781,22 @@ def scalar_head(model) -> torch.nn.Linear:
     return model.score if hasattr(model, "score") else model.classifier
 
 
+def _cache_layers(config) -> list:
+    from transformers.cache_utils import DynamicCache
+
+    return DynamicCache(config=config).layers
+
+
+def _is_attention(layer) -> bool:
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+    return type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
+
+
 def _pack_limit(config) -> float:
     """The longest row in which _read may pack completions; 0 where layers do not take a mask of its own making."""
-    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
-
-    layers = DynamicCache(config=config).layers
-    known = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
-    if config._attn_implementation != "sdpa" or getattr(config, "alibi", False) or not known:
+    layers = _cache_layers(config)
+    if config._attn_implementation != "sdpa" or getattr(config, "alibi", False) or not all(map(_is_attention, layers)):
         return 0
     return min((layer.sliding_window for layer in layers if layer.is_sliding), default=math.inf)
 
@@ -1183,17 +1313,22 @@ def _sampling(model):
         model.train(before)
 
 
-def _generate(model, max_new_tokens, temperature, stop_ids, pad_id, prompt_ids, samples, noise):
-    """The readable reference of decoding: completions and the log-probabilities of their tokens, as lists."""
+def new_cache(config):
+    """An empty KV cache."""
     from transformers.cache_utils import DynamicCache
 
+    return (cpu.roomy_cache if cpu else DynamicCache)(config=config)
+
+
+def _generate(model, max_new_tokens, temperature, stop_ids, pad_id, prompt_ids, samples, noise):
+    """The readable reference of decoding: completions and the log-probabilities of their tokens, as lists."""
     device = next(model.parameters()).device
     head = model.get_output_embeddings() if device.type == "cpu" else lambda h: logits_of(h, head_weight(model))
     batch = make_batch(prompt_ids, [[pad_id]] * len(prompt_ids), pad_id, device)
     attention = batch["prompt_mask"].long()
     position = attention.cumsum(1) - 1
     stop = torch.tensor(stop_ids, device=device)
-    cache = (cpu.roomy_cache if cpu else DynamicCache)(config=model.config)
+    cache = new_cache(model.config)
     hidden = model.final_hidden(
         input_ids=batch["prompt_ids"],
         attention_mask=attention,
@@ -1843,71 +1978,6 @@ def _merge_adapters(model, state: dict) -> dict:
         update = layer.scaling["default"] * (update.T if layer.fan_in_fan_out else update)
         merged[f"{name}.weight"] = merged[f"{name}.weight"] + update
     return merged
-
-
-class RowCache:
-    """Tensors of numbered rows in a folder: made once, read back a row at a time, refused when they are of other rows.
-
-    key: what the tensors are a function of, in JSON's types. With several nodes the folder must be on a shared file
-    system. A cache that was interrupted goes on with the blocks that are missing.
-    """
-
-    BLOCK = 64
-
-    def __init__(self, folder: str | Path, key: dict):
-        self.folder, self.open = Path(folder), {}
-        file = self.folder / "key.json"
-        found = from_rank_0(json.loads(file.read_text()) if rank() == 0 and file.exists() else None)
-        for name in key if found else ():
-            require(
-                found.get(name) == key[name],
-                f"the cache {self.folder} is stale: its {name} is {found.get(name)!r}, that of this run {key[name]!r}; "
-                "delete it or choose another folder",
-            )
-        if rank() == 0 and not found:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_whole(file, json.dumps(key, indent=2) + "\n")
-        dist.barrier()
-        self.whole = from_rank_0((self.folder / "shared.safetensors").exists())
-
-    def fill(self, count: int, compute, shared) -> None:
-        """compute(rows) -> {name: tensor} for each of these row numbers; shared() -> {name: tensor}, written last.
-
-        Ranks take turns in blocks and may compute different numbers of them: see gathered().
-        """
-        for first in range(rank() * self.BLOCK, count, world() * self.BLOCK):
-            if not self._file(first).exists():
-                rows = range(first, min(first + self.BLOCK, count))
-                tensors = zip(rows, compute(list(rows)))
-                self._save(self._file(first), {f"{row}.{k}": v for row, each in tensors for k, v in each.items()})
-        dist.barrier()
-        if rank() == 0:
-            self._save(self.folder / "shared.safetensors", shared())
-        dist.barrier()
-        self.whole = True
-
-    def shared(self) -> dict[str, torch.Tensor]:
-        from safetensors.torch import load_file
-
-        return load_file(self.folder / "shared.safetensors")
-
-    def row(self, row: int, names: list[str]) -> dict[str, torch.Tensor]:
-        from safetensors import safe_open
-
-        file = self._file(row)
-        if file not in self.open:
-            self.open[file] = safe_open(file, "pt")
-        return {name: self.open[file].get_tensor(f"{row}.{name}") for name in names}
-
-    def _file(self, row: int) -> Path:
-        return self.folder / f"rows-{row // self.BLOCK * self.BLOCK:08d}.safetensors"
-
-    def _save(self, file: Path, tensors: dict) -> None:
-        from safetensors.torch import save_file
-
-        part = file.with_name(file.name + ".part")
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, part)
-        part.replace(file)
 
 
 def estimate_memory(

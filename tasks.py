@@ -748,6 +748,32 @@ def pair_row(row: dict, where: str) -> dict:
     return {**row, "prompt": prompt, "chosen": chosen[0]["content"], "rejected": rejected[0]["content"]}
 
 
+def load_demonstrations(dataset: str) -> list[dict]:
+    """Rows {prompt, chosen} to imitate: `chosen` is the `completion`, or the last of `messages`; or pairs as they are.
+
+    A completion is text or one assistant message (TRL's columns). Earlier messages are the prompt.
+    """
+    raw = read_rows(dataset)
+    if {"chosen", "rejected"} <= set(raw[0]):
+        return load_pairs(dataset)
+    if "messages" not in raw[0] and not {"prompt", "completion"} <= set(raw[0]):
+        found = ", ".join(raw[0]) or "(none)"
+        expected = "messages, prompt+completion or chosen+rejected"
+        raise BadInput(f"{dataset}: it has the columns {found}; expected {expected}")
+    rows = []
+    for i, row in enumerate(raw, 1):
+        where = f"{dataset}: row {i}"
+        if "messages" in row:
+            *prompt, answer = column(row, "messages", where, list)
+        else:
+            prompt, answer = (column(row, name, where, (str, list)) for name in ("prompt", "completion"))
+            answer = answer[-1] if isinstance(answer, list) else {"role": "assistant", "content": answer}
+        if not prompt or answer["role"] != "assistant":
+            raise BadInput(f"{where}: expected a prompt and then one answer of the assistant")
+        rows.append({**row, "prompt": prompt, "chosen": answer["content"]})
+    return rows
+
+
 def load_answers(dataset: str, separator: str) -> tuple[list[dict], list[str]]:
     """Rows for a reward model, and which of their columns are answers.
 

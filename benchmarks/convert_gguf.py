@@ -5,7 +5,6 @@
     python benchmarks/convert_gguf.py $GGUF runs/smollm2
 """
 
-import shutil
 import sys
 from pathlib import Path
 

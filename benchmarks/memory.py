@@ -3,9 +3,9 @@
     python benchmarks/memory.py [--json memory.json]        # a few minutes, 10 GiB of memory
     python benchmarks/memory.py --fits                      # what fits on GPUs of 80 GB: the table of docs/gpu.md
 
-Each case is a process of its own: forward and backward, once, in fp32. `lco-kld` is lco.kld_objective() itself on a policy
-whose final hidden states and LM head [V, H] are its parameters; `dckd` and `adpa` are the objectives of these scripts,
-with teachers of width 1024, half of the tokens on each side; `logprobs` is common.token_logprobs(). The peak is the
+Each case is a process of its own: forward and backward, once, in fp32. `lco-kld` is lco.kld_objective() itself on a
+policy whose final hidden states and LM head [V, H] are its parameters; `dckd` and `adpa` are the objectives of these
+scripts, with teachers of width 1024, half of the tokens on each side; `logprobs` is common.token_logprobs(). The peak is the
 highest resident memory less that before the call, so it includes the gradients; s are CPU seconds, which other work on
 the machine still stretches. "once" is the same code with one chunk.
 Leaves with 1 when a chunked peak is more than a quarter of the dense one or a gradient differs by more than 1e-5.
@@ -44,14 +44,17 @@ def measure(loss: str, chunk_mib: int | None, tokens: int, vocabulary: int, widt
     import torch
 
     class FixedStates(torch.nn.Module):
+        """A model that has read its answers already; with `rows`, it is evaluated on some of them alone."""
+
         pack_limit = 0  # rows are read one by one
 
-        def __init__(self, hidden, weight):
+        def __init__(self, hidden, weight, rows=slice(None), trained=False):
             super().__init__()
-            self.hidden, self.weight = torch.nn.Parameter(hidden), torch.nn.Parameter(weight)
+            self.hidden, self.weight = (torch.nn.Parameter(x, requires_grad=trained) for x in (hidden, weight))
+            self.rows = rows
 
         def final_hidden(self, input_ids, attention_mask, position_ids):
-            return self.hidden
+            return self.hidden[self.rows]
 
         def get_output_embeddings(self):
             return self
@@ -60,32 +63,31 @@ def measure(loss: str, chunk_mib: int | None, tokens: int, vocabulary: int, widt
     torch.manual_seed(0)
     B = 8
     T = tokens // B
-    old_hidden, weight = torch.randn(B, T, width), torch.randn(vocabulary, width) * 2 / width**0.5
-    hidden = torch.cat([old_hidden + 0.1 * torch.randn(B, T, width), torch.zeros(B, 1, width)], 1)
-    policy = FixedStates(hidden, weight + 0.01 * torch.randn(vocabulary, width))
+    old_hidden, weight = torch.randn(B, T + 1, width), torch.randn(vocabulary, width) * 2 / width**0.5
+    moved = old_hidden + 0.1 * torch.randn(B, T + 1, width), weight + 0.01 * torch.randn(vocabulary, width)
+    policy = FixedStates(*moved, trained=True)
     micro = common.make_batch([[0]] * B, torch.randint(vocabulary, (B, T)).tolist(), 0, "cpu")
-    micro |= {"old_hidden": old_hidden, "advantages": torch.randn(B, T), "token_weight": torch.ones(B, T)}
-    models, heads, script = (
-        torch.nn.ModuleDict({"policy": policy}),
-        {"old": weight},
-        {"dckd": dckd, "adpa": adpa}.get(loss),
-    )
+    micro |= {"old_hidden": old_hidden[:, :T], "advantages": torch.randn(B, T)}
+    models = torch.nn.ModuleDict({"policy": policy})
+    script, second = {"dckd": (dckd, "rejected"), "adpa": (adpa, "states")}.get(loss, (None, None))
     if script:
-        heads = {"start": weight} if loss == "adpa" else {}
-        micro |= {"side": torch.arange(B) % 2, "start_hidden": micro["old_hidden"]}
-        for name in script.teachers(script.Args(teacher="given")):
-            heads[name] = torch.randn(vocabulary, TEACHER_WIDTH) * 2 / TEACHER_WIDTH**0.5
-            micro[f"{name}_hidden"] = torch.randn(B, T, TEACHER_WIDTH)
+        chosen = torch.arange(B) % 2 == 0
+        micro |= {"chosen": chosen, second: ~chosen}
+        rows = slice(1, None, 2) if loss == "adpa" else slice(None)
+        models["ref"] = FixedStates(old_hidden, weight, rows)
+        for name in ("teacher", "ref_teacher")[: 2 if loss == "adpa" else 1]:
+            head = torch.randn(vocabulary, TEACHER_WIDTH) * 2 / TEACHER_WIDTH**0.5
+            models[name] = FixedStates(torch.randn(B, T + 1, TEACHER_WIDTH), head, rows)
     if chunk_mib:
         for name in ("over_vocabulary", "token_logprobs"):
             setattr(common, name, partial(getattr(common, name), chunk_mib=chunk_mib))
 
     before, start = resident("VmRSS"), time.process_time()
     if loss == "lco-kld":
-        value, _ = lco.kld_objective(policy, heads, micro, lco.Args())
+        value, _ = lco.kld_objective(policy, {"old": weight}, micro, lco.Args())
     elif script:
         args = script.Args()
-        value, _ = script.objective(models, heads, micro, dict.fromkeys(script.sides(args), 1.0), args)
+        value, _ = script.objective(models, micro, {"chosen": 1.0, second: 1.0}, args)
     else:
         chosen = common.completion_hidden(policy, micro)[micro["mask"]]
         logprobs, _ = common.token_logprobs(chosen, policy.weight, micro["completion_ids"][micro["mask"]])

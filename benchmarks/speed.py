@@ -369,10 +369,10 @@ def distil(args) -> None:
                 "TRL GKD": base | {"side": "gkd", "checkpointing": True},
             },
             "ADPA": {
-                "adpa": own("adpa", teacher=folder, ref_teacher=folder, states="rejected"),
+                "adpa": own("adpa", teacher=folder, ref_teacher=folder),
                 "TRL GKD": base | {"side": "gkd"},
             },
-            "DPO": {"dckd dpo": own("dckd", loss="dpo"), "TRL DPO": base | {"side": "dpo"}},
+            "DPO": {"dpo": own("dpo"), "TRL DPO": base | {"side": "dpo"}},
             "reward model": {"qrm orm": answers, "TRL Reward": base | {"side": "reward"}},
         }
         for name, specs in comparisons.items():

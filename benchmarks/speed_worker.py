@@ -176,7 +176,10 @@ def script(spec: dict, gate: Gate) -> None:
         setattr(module, evaluating, timed_score)
         module.update = timed_update
         if "prompts" not in spec:
-            module.make_step = counted(module.make_step)
+            module.make_batch = counted(module.make_batch)
+        if spec["script"] == "adpa":  # off-policy: all sides read the answers of the data
+            of_data = lambda row: row.update(states_ids=row["rejected_ids"])  # noqa: E731
+            module.answer_prompts = lambda sampling, pairs, *_: list(map(of_data, pairs))
     common.RunFolder.log = lambda self, step, metrics: gate()
     common.launch(lambda: getattr(module, spec.get("function", "train"))(args), "cpu")
 

@@ -203,6 +203,12 @@ def preference_pairs(
     return rows
 
 
+def slipping_pairs(seed: int, test_rows: int) -> tuple[list[dict], list[dict]]:
+    """2,000 training pairs and held-out ones: both answers are by one writer who slips, so that the better ones do too."""
+    made = dict(slip=0.6, needless=0.1, exact=False)
+    return preference_pairs(2000, seed, **made), preference_pairs(test_rows, 0, held_out=True, **made)
+
+
 def chain_pairs(n: int, seed: int, held_out: bool = False) -> list[dict]:
     """`preference_pairs` with the labels of their steps."""
     pairs = preference_pairs(n, seed, held_out=held_out)

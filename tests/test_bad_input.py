@@ -125,16 +125,6 @@ def test_tokenizers_that_differ(refused, tiny_model, gpt2_model):
     refused(lco, parts, advantage="token", reward_model=tiny_model, reward_ref=gpt2_model)
 
 
-def test_lm_head_with_softcapping(tmp_path):
-    """What hidden @ W.T cannot express is refused by its config, before the weights are read."""
-    folder = tmp_path / "capped"
-    folder.mkdir()
-    config = {"model_type": "gemma2", "final_logit_softcapping": 30.0}
-    (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(common.BadInput, match="final_logit_softcapping=30.0 is not supported"):
-        common.load_model(str(folder), device=common.local_device("cpu"))
-
-
 # ---- data ------------------------------------------------------------------------------------------------------------
 
 
