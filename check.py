@@ -166,7 +166,8 @@ class Checks:
     # ---- checks ------------------------------------------------------------------------------------------------------
 
     def look_at_models(self, models, batch) -> None:
-        args, stops = self.args, {*common.stop_ids(next(iter(models.values())), self.tokenizer())}
+        args, first, tokenizer = self.args, next(iter(models.values())), self.tokenizer()
+        stops = {*common.stop_ids(first, tokenizer)} if first.can_generate() else {tokenizer.eos_token_id}
         self.report("tokenizer and vocabularies agree", self.vocabularies, models)
         self.report("dropout is off", dropout_is_off, models)
         if id(batch["mask"]) in self.answers:
