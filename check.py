@@ -27,9 +27,9 @@ import torch.nn.functional as F
 
 # Less to do. Two epochs: with a single update per rollout pi_old would not be evaluated, and nothing compared with it.
 LESS = dict(
-    steps=2, dpo_steps=2, warmup_reviser_steps=2, reviser_steps=2, epochs=2, minibatches=1, rounds=2, micro_batch=8,
+    steps=2, warmup_reviser_steps=2, reviser_steps=2, epochs=2, minibatches=1, rounds=2, micro_batch=8,
     test_rows=4, test_pairs=2, builtin_pairs=64, warmup_steps=0, external_rounds=0, pair_share=0.0, keep_threshold="0",
-    cache="none", wandb=False, resume=False,
+    wandb=False, resume=False,
 )  # fmt: skip
 
 
