@@ -34,7 +34,7 @@ LESS = dict(
 
 
 class Checks:
-    """Runs a script with spies in the place of some functions: they call the real ones and look at what goes through."""
+    """Runs a script with spies in the place of some functions: they call the real ones and look at what goes by."""
 
     def __init__(self, module, args):
         self.module, self.args = module, args

@@ -314,7 +314,7 @@ def parse_args(cls, builtin: dict, argv: list[str] | None = None):
     args = cls(**given)
     if args.model in BUILTIN:
         args = cls(**builtin | given)
-    if args.model == "builtin" and f"builtin-{args.task}" in BUILTIN:  # each built-in task has its own alphabet
+    if args.model == "builtin" and f"builtin-{getattr(args, 'task', '')}" in BUILTIN:  # its own alphabet
         args.model = f"builtin-{args.task}"
     if args.dtype == "auto":
         kind = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
@@ -991,7 +991,7 @@ def answer_scores(scores: torch.Tensor, mask: torch.Tensor, how: str) -> torch.T
 
 
 def score_of(name: str, ref: str) -> str:
-    """How the score of an answer comes from its tokens: as the model's folder says; the sum for a log-ratio to `ref`."""
+    """How the score of an answer comes from its tokens: as its folder says; the sum for a log-ratio to `ref`."""
     config = load_config(name)
     if ref:
         require(not has_scalar_head(config), f"--reward_ref: {name} has a scalar head, and so no log-probabilities")
@@ -1277,7 +1277,7 @@ def _repeat(rows: list, times: int) -> list:
 
 
 def _chunk(weight: torch.Tensor, mib: int | None) -> int:
-    """Tokens whose fp32 logits take `mib` MiB: 64 on CPUs (below 32 the C heap fragments), 256 on GPUs (docs/gpu.md)."""
+    """Tokens whose fp32 logits take `mib` MiB: 64 on CPUs (below 32 the heap fragments), 256 on GPUs (docs/gpu.md)."""
     mib = mib if mib is not None else 256 if weight.is_cuda else 64
     return max(1, mib * 2**20 // (4 * weight.shape[0]))
 

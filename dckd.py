@@ -473,8 +473,8 @@ def load_data(args, tokenizer):
         require(args.task in ("auto", "chains"), f"--task {args.task} has no built-in pairs: --dataset is needed")
         task = tasks.load_task("chains", "", args.reward_file, args.seed, args.test_rows)
         made = dict(slip=args.builtin_slip, needless=0.1, exact=False)
-        train = tasks.preference_pairs(args.builtin_pairs, args.seed, **made)
-        test = tasks.preference_pairs(args.test_rows, 0, held_out=True, **made)
+        train = tasks.builtin().preference_pairs(args.builtin_pairs, args.seed, **made)
+        test = tasks.builtin().preference_pairs(args.test_rows, 0, held_out=True, **made)
     else:
         train, test = tasks.split_pairs(tasks.load_pairs(args.dataset), args.test_rows, "test_rows")
         if args.task != "auto":

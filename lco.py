@@ -121,17 +121,22 @@ BUILTIN = dict(
 
 
 def scaled_beta(advantages, beta: float, negative_beta_scale: float):
-    """beta for each advantage. Dividing by a larger one where A < 0 keeps noise from pushing the policy off its mode."""
+    """beta for each advantage; a larger one where A < 0 keeps noise from pushing the policy off its mode."""
     return torch.where(advantages < 0, beta * negative_beta_scale, beta)
 
 
 def target_logprobs(old_logits, advantages, beta, target: str):
-    """log pi* [N, V] from A(s,.) [N, V]: LCO-1, or its first order in A / beta, whose mean over a noisy A is unbiased."""
+    """log pi* [N, V] from A(s,.) [N, V]: LCO-1, or its first order in A / beta, unbiased for a noisy A."""
     if target == "exp":
         return (old_logits + advantages / beta).log_softmax(-1)
     old, step = old_logits.softmax(-1), advantages / beta
     q = old * (1 + step - (old * step).sum(-1, keepdim=True)).clamp_min(0)
     return (q / q.sum(-1, keepdim=True)).log()
+
+
+def target_gap(logits, old_logits, advantages, beta):
+    """z - z* (LCO-2), elementwise."""
+    return logits - (old_logits + advantages / beta)
 
 
 def kld_loss(logp, target_logp):
@@ -233,7 +238,7 @@ def estimate_advantages(batch, args) -> None:
         batch["advantages"] = rewards * mask
     elif args.advantage == "reward":
         batch["advantages"] = whiten(rewards.sum(1, keepdim=True) * mask, mask)
-    else:  # group: less the mean of the prompt's samples; dividing by their deviation would favour prompts with few hits
+    else:  # group: less the mean of the prompt's samples; a division by their deviation would favour few hits
         groups = rewards.sum(1).view(-1, args.samples_per_prompt)
         gaps = groups - groups.mean(1, keepdim=True)
         gaps = gaps * (gaps.abs() > 1e-6 * groups.abs().amax(1, keepdim=True))  # rounding is no signal
@@ -277,7 +282,7 @@ def sampled_objective(policy, heads, micro, args):
         (hidden.float() * torch.nn.functional.embedding(ids, weight).float()).sum(-1) / args.temperature
         for hidden, weight in states(policy, heads, micro)  # weight[ids] would add up its gradients in no fixed order
     )
-    gap = logit - (old_logit + advantages / scaled_beta(advantages, args.beta, args.negative_beta_scale))
+    gap = target_gap(logit, old_logit, advantages, scaled_beta(advantages, args.beta, args.negative_beta_scale))
     total = LOSSES[args.loss](gap).sum()
     return total, {
         "lco/gap": gap.detach().abs().sum(),
@@ -307,7 +312,7 @@ def dense_objective(policy, heads, micro, args):
         if args.loss == "kld":
             total = kld_loss(logp, target_logp).sum()
         else:
-            total = (old_logp.exp() * LOSSES[args.loss](logits - (old_logits + A / args.beta))).sum()
+            total = (old_logp.exp() * LOSSES[args.loss](target_gap(logits, old_logits, A, args.beta))).sum()
         return total, step_sizes(logp.detach(), old_logp, target_logp) | {"loss/policy": total}
 
     columns = [micro["completion_ids"][mask], micro["advantages"][mask], micro["scale"][mask]]

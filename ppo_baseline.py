@@ -53,7 +53,9 @@ class Args:
     loss: Literal["ppo", "reinforce"] = arg(
         "ppo", "PPO-1, or -A_t log pi(a_t|s_t): the same trunk without ratio and clip"
     )
-    advantage: Literal["gae", "token", "reward", "group"] = arg("gae", "GAE; the token's own reward (QRM-2); the return, whitened; or less the mean of its prompt")
+    advantage: Literal["gae", "token", "return", "reward", "group"] = arg(
+        "gae", "GAE; the token's reward (QRM-2); the return to go; that of the answer; or less its prompt's mean"
+    )
     clip: float = arg(0.2, "the eps of PPO-1", at_least=1e-6)
     gamma: float = arg(1.0, "the discount", at_least=0)
     lam: float = arg(0.95, "the lambda of GAE", at_least=0)
@@ -182,9 +184,11 @@ def estimate_advantages(batch, args) -> None:
             batch["advantages"] = torch.zeros_like(advantages)
     elif args.advantage == "token":  # QRM-2: the reward of a token already tells what follows, so nothing is summed
         batch["advantages"], batch["returns"] = (rewards - batch.get("values", 0.0)) * mask, rewards
+    elif args.advantage == "return":
+        batch["advantages"] = whiten(gae(rewards, torch.zeros_like(rewards), mask, args.gamma, 1.0)[0], mask)
     elif args.advantage == "reward":
         batch["advantages"] = whiten(rewards.sum(1, keepdim=True) * mask, mask)
-    else:  # group: less the mean of the prompt's samples; dividing by their deviation would favour prompts with few hits
+    else:  # group: less the mean of the prompt's samples; a division by their deviation would favour few hits
         groups = rewards.sum(1).view(-1, args.samples_per_prompt)
         gaps = groups - groups.mean(1, keepdim=True)
         gaps = gaps * (gaps.abs() > 1e-6 * groups.abs().amax(1, keepdim=True))  # rounding is no signal

@@ -21,7 +21,7 @@ import common  # noqa: E402  (before torch: it sets how OpenMP threads wait)
 import matplotlib  # noqa: E402
 import qrm  # noqa: E402
 import report  # noqa: E402
-import tasks  # noqa: E402
+from builtin import tasks as toys  # noqa: E402
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
@@ -55,12 +55,12 @@ def spearman(x, y) -> float:
 def sample_answers(tokenizer, policy, n: int, seed: int):
     """Answers of the policy to n held-out prompts: rows {prompt, prompt_ids, ids, tokens, right}."""
     sampling = common.Sampling(policy, tokenizer, 24, 24, 1.0, 256)
-    rows, prompt_ids, ids, finished, _ = sampling.rollout(tasks.chain_test_rows(n), 1, seed, 0)
+    rows, prompt_ids, ids, finished, _ = sampling.rollout(toys.chain_test_rows(n), 1, seed, 0)
     answers = []
     for row, p, c, done in zip(rows, prompt_ids, ids, finished):
         tokens = [tokenizer.decode([t]) for t in c]
         if done:
-            truth = tasks.chain_credit(row["prompt"], tokens)
+            truth = toys.chain_credit(row["prompt"], tokens)
             answers.append({"prompt": row["prompt"], "prompt_ids": p, "ids": c, "tokens": tokens, "right": truth})
     return answers
 
@@ -76,7 +76,7 @@ def forks(tokenizer, policy, answers):
     """States on the exact path where the policy might go wrong: (prompt, ids to the right token, to another)."""
     found = []
     for a in answers:
-        exact = common.encode_completion(tokenizer, tasks.chain_solution(a["prompt"]))
+        exact = common.encode_completion(tokenizer, toys.chain_solution(a["prompt"]))
         batch = common.make_batch([a["prompt_ids"]], [exact], tokenizer.pad_token_id, DEVICE)
         with torch.no_grad():
             hidden = common.completion_hidden(policy, batch)[0]

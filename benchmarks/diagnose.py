@@ -84,8 +84,9 @@ def shape(script, policy, micro, old_logits, args) -> dict[str, float]:
             return script.policy_loss(logprobs, old, advantages[i], args.loss, args.clip)[0]
         if args.loss == "kld":
             A = torch.zeros_like(old_logits[i]).scatter(-1, chosen[i], advantages[i, None].to(old_logits.dtype))
-            return script.kld_loss(z.log_softmax(-1), script.target_logprobs(old_logits[i], A, beta[i, None], args.target)).sum()
-        return script.LOSSES[args.loss](picked - (old + advantages[i] / beta[i])).sum()
+            target_logp = script.target_logprobs(old_logits[i], A, beta[i, None], args.target)
+            return script.kld_loss(z.log_softmax(-1), target_logp).sum()
+        return script.LOSSES[args.loss](script.target_gap(picked, old, advantages[i], beta[i])).sum()
 
     target = old_logits.scatter_add(-1, chosen, (advantages / beta)[:, None].to(old_logits.dtype))
     return diagnose(loss_of, logits, target)

@@ -56,11 +56,11 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import tasks
+from builtin import tasks as toys
 
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]
 SYMBOLS = [*SPECIAL, *"0123456789+="]
-STRING_SYMBOLS = [*SPECIAL, *"0123456789+=-^$", *tasks.LETTERS]
+STRING_SYMBOLS = [*SPECIAL, *"0123456789+=-^$", *toys.LETTERS]
 PAD, BOS, EOS = 0, 1, 2
 SLIP = 0.6
 
@@ -121,8 +121,8 @@ def train(model: LlamaForCausalLM, task: str, skills: dict, steps: int, batch: i
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
     start = time.time()
     demonstrations, symbols = {
-        "chains": (partial(tasks.demonstrations, slip=SLIP), SYMBOLS),
-        "strings": (partial(tasks.string_demonstrations, slip=SLIP, **skills), STRING_SYMBOLS),
+        "chains": (partial(toys.demonstrations, slip=SLIP), SYMBOLS),
+        "strings": (partial(toys.string_demonstrations, slip=SLIP, **skills), STRING_SYMBOLS),
     }[task]
     for step in range(steps):
         warmup, cosine = (step + 1) / 100, 0.5 * (1 + math.cos(math.pi * step / steps))
@@ -142,23 +142,23 @@ def train(model: LlamaForCausalLM, task: str, skills: dict, steps: int, batch: i
 @torch.no_grad()
 def evaluate(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, n: int) -> None:
     """Prints accuracies on n held-out prompts."""
-    rows = tasks.chain_test_rows(n)
+    rows = toys.chain_test_rows(n)
     inputs = tokenizer([row["prompt"] for row in rows], return_tensors="pt", padding=True)
-    exact = [tasks.chain_solution(row["prompt"]) for row in rows]
-    slipped = [tasks.write_chain(row["prompt"], lambda a, b: a + b - 10 * tasks.has_carry(a, b)) for row in rows]
+    exact = [toys.chain_solution(row["prompt"]) for row in rows]
+    slipped = [toys.write_chain(row["prompt"], lambda a, b: a + b - 10 * toys.has_carry(a, b)) for row in rows]
     no_carry = [e == s for e, s in zip(exact, slipped, strict=True)]
     for name, how in (("greedy", {"do_sample": False}), ("sampled", {"do_sample": True, "top_k": 0})):
         output = model.generate(**inputs, max_new_tokens=24, **how)[:, inputs["input_ids"].shape[1] :]
         texts = tokenizer.batch_decode(output, skip_special_tokens=True)
-        right = tasks.chain_correct(texts, rows)
+        right = toys.chain_correct(texts, rows)
         plain = [r for r, p in zip(right, no_carry, strict=True) if p]
         follows = sum(t == s for t, s in zip(texts, slipped, strict=True)) / n
         print(f"{name:8s} right {sum(right) / n:.3f}   right without carries {sum(plain) / len(plain):.3f}   ", end="")
         print(f"forgets every carry {follows:.3f}   finished {sum(EOS in o for o in output.tolist()) / n:.3f}")
 
     # probability of the exact first sum where its carry is easily forgotten: 1 - SLIP when it is learnt well
-    carries = [r for r in rows if tasks.has_carry(*tasks.chain_terms(r["prompt"][:-1])[:2])]
-    firsts = [tasks.chain_solution(r["prompt"]).split("+")[0] for r in carries]
+    carries = [r for r in rows if toys.has_carry(*toys.chain_terms(r["prompt"][:-1])[:2])]
+    firsts = [toys.chain_solution(r["prompt"]).split("+")[0] for r in carries]
     ids, labels = make_batch([{**r, "completion": f} for r, f in zip(carries, firsts, strict=True)])
     labels[labels == EOS] = -100
     logprobs = model(input_ids=ids).logits[:, :-1].log_softmax(-1)
@@ -171,18 +171,18 @@ def evaluate(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, n: int
 @torch.no_grad()
 def evaluate_strings(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, n: int) -> None:
     """Prints accuracies on n held-out prompts."""
-    rows = tasks.string_test_rows(n)
+    rows = toys.string_test_rows(n)
     inputs = tokenizer([row["prompt"] for row in rows], return_tensors="pt", padding=True)
     for name, how in (("greedy", {"do_sample": False}), ("sampled", {"do_sample": True, "top_k": 0})):
         output = model.generate(**inputs, max_new_tokens=12, **how)[:, inputs["input_ids"].shape[1] :]
         texts = tokenizer.batch_decode(output, skip_special_tokens=True)
-        held = [[tasks.satisfied(t, c) for c in tasks.string_constraints(r["prompt"])] for t, r in zip(texts, rows)]
+        held = [[toys.satisfied(t, c) for c in toys.string_constraints(r["prompt"])] for t, r in zip(texts, rows)]
         right, rest = sum(map(all, held)) / n, sum(all(h[:-1]) for h in held) / n
         only = sum(all(h[:-1]) and not h[-1] for h in held) / n
         print(f"{name:8s} right {right:.3f}   right but for the last constraint {only:.3f}   ", end="")
         print(f"right without the last {rest:.3f}   finished {sum(EOS in o for o in output.tolist()) / n:.3f}")
     for skill in ("copies", "faults"):
-        shown = tasks.string_demonstrations(n, 10**9, SLIP, **{skill: 1.0})
+        shown = toys.string_demonstrations(n, 10**9, SLIP, **{skill: 1.0})
         inputs = tokenizer([row["prompt"] for row in shown], return_tensors="pt", padding=True)
         output = model.generate(**inputs, max_new_tokens=12, do_sample=False)[:, inputs["input_ids"].shape[1] :]
         said = tokenizer.batch_decode(output, skip_special_tokens=True)

@@ -25,9 +25,10 @@ sys.path.insert(0, str(ROOT))
 
 def write_pairs(file: Path) -> None:
     import tasks
+    from builtin import tasks as toys
 
     rows = []
-    for row in tasks.word_rows()[0]:
+    for row in toys.word_rows()[0]:
         right = int(row["answer"])
         question = row["prompt"][0]["content"].removeprefix("What is ").removesuffix("?")
         wrong = [n for n in (right - 2, right - 1, right + 1, right + 2, right + 10) if n >= 0][:4]

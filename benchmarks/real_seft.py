@@ -39,8 +39,9 @@ def reward(prompts, completions, rows):
 def write_prompts(out: Path) -> list[dict]:
     """prompts.jsonl, test.jsonl and reward.py; returns the prompts that get pairs."""
     import tasks
+    from builtin import tasks as toys
 
-    train, test = tasks.word_rows()
+    train, test = toys.word_rows()
     paired, free = train[:40], train[40:]
 
     def asked(rows: list[dict]) -> list[dict]:

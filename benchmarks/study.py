@@ -4,7 +4,8 @@
     python benchmarks/study.py lco --only kld --seeds 2
 
 A study may have runs to `prepare`, once for each seed, whose folders are kept in runs/study; the commands of its
-settings name them in braces, as in --reward_model {qrm}/model (`titles`: their names in tables). Every finished run is
+settings name them in braces, as in --reward_model {qrm}/model (`titles`: their names in tables). lco.py@moving_target
+is lco.py with benchmarks/departures/moving_target.patch applied to a copy. Every finished run is
 one JSON line in benchmarks/results/<study>.jsonl (its command, settings, seed, held-out accuracy); a run that is
 already there is not run again, so an interrupted study goes on where it was. At the end the table is printed and
 written to benchmarks/results/<study>.md: median over seeds, with the lowest and highest.
@@ -39,6 +40,19 @@ def kept(study: str, name: str, seed: int) -> Path:
     return ROOT / "runs" / "study" / f"{SHARED.get(study, study)}-{seed}" / name
 
 
+def departed(names: list[str], folder: Path) -> Path:
+    """A copy of the scripts in `folder`, with these patches of benchmarks/departures applied."""
+    for file in ROOT.glob("*.py"):
+        shutil.copy(file, folder)
+    (folder / "benchmarks").mkdir()
+    shutil.copy(ROOT / "benchmarks" / "diagnose.py", folder / "benchmarks")
+    (folder / "builtin").symlink_to(ROOT / "builtin")
+    for name in names:
+        patch = ROOT / "benchmarks" / "departures" / f"{name}.patch"
+        subprocess.run(["git", "apply", patch], cwd=folder, check=True)
+    return folder
+
+
 def full_command(study: str, name: str, command: str) -> str:
     """As it is recorded: without seed and folders."""
     prepared = name in STUDIES[study].get("prepare", {})
@@ -56,7 +70,13 @@ def run(study: str, name: str, command: str, seed: int, threads: int) -> dict:
         started, screen = time.time(), Path(folder) / "stderr"
         with screen.open("w") as stderr:
             env = os.environ | {"OMP_NUM_THREADS": str(threads)}
-            words = [sys.executable, *shlex.split(line)]
+            script, *words = shlex.split(line)  # lco.py@name: with the patch of that name
+            script, *patches = script.split("@")
+            here = ROOT
+            if patches:
+                (Path(folder) / "scripts").mkdir()
+                here = departed(patches, Path(folder) / "scripts")
+            words = [sys.executable, here / script, *words]
             process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=stderr, env=env)
             _, status, usage = os.wait4(process.pid, 0)  # tells CPU time: other work cannot change that
             process.returncode = os.waitstatus_to_exitcode(status)
@@ -142,7 +162,7 @@ def steps_table(rows: list[dict], settings: dict[str, str], goal: float) -> str:
 
 
 def diagnose_table(rows: list[dict], settings: dict[str, str]) -> str:
-    """Markdown: what --diagnose logged, means over steps and seeds."""
+    """Markdown: what benchmarks/diagnose.py logged, means over steps and seeds."""
     keys = [f"diagnose/{k}" for k in ("zero_gradient", "away_from_target", "not_convex", "least_eigenvalue")]
     header = ["setting", "no gradient", "away from the optimum", "not convex", "least eigenvalue"]
     lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]

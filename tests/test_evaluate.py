@@ -13,7 +13,9 @@ import evaluate
 import lco
 import numpy as np
 import pytest
+import qrm
 import tasks
+from builtin import tasks as toys
 from conftest import ROOT, TINY, flags, read_metrics, run_here, run_script
 
 import torch
@@ -280,7 +282,7 @@ def judges(tiny_model, tmp_path_factory) -> dict:
     from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
     home = tmp_path_factory.mktemp("judges")
-    shared = dict(model=tiny_model, pairs=write(home / "pairs.jsonl", tasks.chain_pairs(21, 0)), test_pairs=5)
+    shared = dict(model=tiny_model, pairs=write(home / "pairs.jsonl", toys.chain_pairs(21, 0)), test_pairs=5)
 
     def saved(name, cls, **config):
         torch.manual_seed(1)
@@ -307,10 +309,11 @@ def test_pair_accuracy_by_hand(how, judges, tmp_path):
     load = lambda name: common.load_model(name, head="saved", trainable=False, device=torch.device("cpu"))  # noqa: E731
     model, tokenizer = load(settings["reward_model"]), common.load_tokenizer(settings["model"])
     ref = load(settings["reward_ref"]) if "reward_ref" in settings else None
-    for row in tasks.chain_pairs(21, 0)[-5:]:
+    for row in toys.chain_pairs(21, 0)[-5:]:
         scores = []
         for side in ("chosen", "rejected"):
-            prompt, answer = common.encode_prompt(tokenizer, row["prompt"]), common.encode_completion(tokenizer, row[side])
+            prompt = common.encode_prompt(tokenizer, row["prompt"])
+            answer = common.encode_completion(tokenizer, row[side])
             with torch.no_grad():
                 states = model(torch.tensor([prompt + answer])).logits[0]
                 if how in ("last", "mean"):
@@ -329,6 +332,18 @@ def test_pair_accuracy_by_hand(how, judges, tmp_path):
     assert whole["prompts"] == 21 and len(read(tmp_path / "all" / "samples.jsonl")) == 21
 
 
+@pytest.mark.parametrize("kind", [{}, {"head": "lm"}, {"objective": "orm"}], ids=str)
+def test_pair_accuracy_is_what_was_logged(kind, judges, tiny_model, tmp_path):
+    """Held-out pairs: the same accuracy and margin as qrm.py's last evaluation."""
+    shared = dict(model=tiny_model, pairs=judges["last"]["pairs"], test_pairs=5, micro_batch=4)
+    more = dict(max_prompt=24, max_new_tokens=24, pairs_per_step=4, lr=3e-3, eval_every=2)
+    trained = run_here(qrm, **shared | more | kind, out=str(tmp_path / "qrm"))
+    found = values(run(tmp_path / "run", **shared, reward_model=str(trained / "model")))
+    last = read_metrics(trained)[-1]
+    assert found["eval/pair_accuracy"] == last["eval/pair_accuracy"]
+    assert found["eval/margin"] == pytest.approx(last["eval/margin"], rel=1e-4, abs=1e-6)
+
+
 def test_language_model_without_a_reference(judges, tiny_model, tmp_path):
     """It has no score, unless its folder says so."""
     with pytest.raises(common.BadInput, match="give --reward_ref"):
@@ -339,11 +354,11 @@ def test_language_model_without_a_reference(judges, tiny_model, tmp_path):
 
 
 def test_pick_pairs():
-    """Of each prompt one right and one wrong sample, of the closest lengths; unfinished and empty ones are no answers."""
+    """Of each prompt a right and a wrong sample of the closest lengths; unfinished and empty ones are no answers."""
     rows = [("a", "12345", True), ("a", "1", False), ("a", "1234", False), ("b", "1", True), ("b", "2", True)]
     rows += [("c", "1", True), ("c", "", False)]
     rows = [dict(prompt=p, completion=c, right=r, ended=True) for p, c, r in rows]
-    rows += [dict(prompt="d", completion="1", right=True, ended=True), dict(prompt="d", completion="2", right=False, ended=False)]
+    rows += [dict(prompt="d", completion="1", right=right, ended=right) for right in (True, False)]
     assert evaluate.pick_pairs(rows) == [dict(prompt="a", chosen="12345", rejected="1234")]
 
 
@@ -357,8 +372,8 @@ def test_pairs_out(tmp_path, capsys):
     assert len(pairs) > 3 and files[0].read_text() == files[1].read_text()
     for pair in pairs:
         row = [{"prompt": pair["prompt"]}]
-        assert tasks.chain_correct([pair["chosen"]], row) == [True] != tasks.chain_correct([pair["rejected"]], row)
-        assert not tasks.chain_is_held_out(pair["prompt"])
+        assert toys.chain_correct([pair["chosen"]], row) == [True] != toys.chain_correct([pair["rejected"]], row)
+        assert not toys.chain_is_held_out(pair["prompt"])
     assert f"{len(pairs)} pairs" in capsys.readouterr().out
     with pytest.raises(common.BadInput, match="expected a new file"):
         run(tmp_path / "again", **settings, pairs_out=str(files[0]))

@@ -6,7 +6,6 @@ import common
 import lco
 import ppo_baseline
 import pytest
-import qrm
 from conftest import REWARD, TINY, read_metrics, run_here
 from safetensors.torch import load_file
 
@@ -28,10 +27,10 @@ def reward(prompts, completions, rows):
 KINDS = ("gae", "reward", "group")
 JOBS = [(ppo_baseline, dict(loss=x, advantage=a)) for x in ("ppo", "reinforce") for a in KINDS]
 JOBS += [(lco, dict(loss=x, advantage=a)) for x in ("kld", "mse", "lch") for a in KINDS]
-JOBS += [(qrm, dict(loss="ppo", advantage=a)) for a in (*KINDS, "return")]
+JOBS += [(ppo_baseline, dict(loss="reinforce", advantage="return"))]
 JOBS += [(lco, dict(loss="kld", advantage="gae", kl_coef=0.1)), (lco, dict(loss="mse", advantage="group", lora_rank=4))]
 JOBS += [(ppo_baseline, dict(loss="ppo", advantage="reward", kl_coef=0.1))]
-BOTH = pytest.mark.parametrize("script", [ppo_baseline, lco, qrm], ids=lambda script: script.__name__)
+BOTH = pytest.mark.parametrize("script", [ppo_baseline, lco], ids=lambda script: script.__name__)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +42,7 @@ def base(tiny_model) -> dict:
 def settings_of(script, base, tmp_path, reward: str) -> dict:
     (tmp_path / "reward.py").write_text(reward)
     settings = base | dict(reward_file=str(tmp_path / "reward.py"), out=str(tmp_path / "run"))
-    return settings | (dict(stage="policy", reward="rule") if script is qrm else {})
+    return settings
 
 
 def same_weights(a, b) -> bool:
@@ -63,8 +62,7 @@ def test_constant_reward(script, changes, value, base, tmp_path, capsys):
         assert lines[-1]["loss/value"] < lines[0]["loss/value"] and lines[0]["grad_norm"] > 0
     else:
         assert all(line["grad_norm"] == 0 for line in lines)
-    if script is not qrm:
-        assert capsys.readouterr().out.count("no completion of this step is better than another") == len(lines)
+    assert capsys.readouterr().out.count("no completion of this step is better than another") == len(lines)
 
 
 @BOTH
@@ -109,8 +107,7 @@ def test_minibatch(script, base, tmp_path):
     args = script.Args(**settings_of(script, base, tmp_path, REWARD) | dict(advantage="group"))
     models, optimizer = script.build(args, torch.device("cpu"))
     batch = common.make_batch([[3, 4]] * 4, [[5, 6, 7], [5, 6], [8], [9, 5]], 0, torch.device("cpu"))
-    evaluate = getattr(script, "evaluate_models", None) or script.score
-    heads = [x for x in [evaluate(models, batch, args)] if x is not None]
+    heads = [x for x in [script.evaluate_models(models, batch, args)] if x is not None]
     batch["advantages"] = torch.zeros(4, 3)
     batch["advantages"][3, 1] = 0.5
     before = [p.clone() for p in models["policy"].parameters()]

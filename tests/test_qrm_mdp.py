@@ -47,7 +47,7 @@ def along(table):
 
 
 def answer_score(table):
-    return qrm.sequence_score(along(table), MASK, MASK, "qrm")
+    return qrm.answer_score(along(table), MASK, "qrm")
 
 
 @dataclass

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import common
 import pytest
-import tasks
+from builtin import tasks as toys
 from conftest import flags, read_metrics, run_script
 
 import torch
@@ -40,7 +40,7 @@ def test_loads_from_its_gguf_file(model):
 
 def test_chat_prompt_is_encoded_as_transformers_does(tokenizer):
     """The template's text, each of its marks one token, one start, nothing added twice."""
-    prompt = tasks.word_rows()[0][0]["prompt"]
+    prompt = toys.word_rows()[0][0]["prompt"]
     ids = common.encode_prompt(tokenizer, prompt)
     text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
     assert ids == tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -68,7 +68,7 @@ def test_answers_in_english(model, tokenizer):
 
 def test_log_probs_in_chunks(model, tokenizer):
     """Chunks over the vocabulary of 49152 change neither log-probabilities nor entropies nor gradients."""
-    prompts = [common.encode_prompt(tokenizer, row["prompt"]) for row in tasks.word_rows()[0][:2]]
+    prompts = [common.encode_prompt(tokenizer, row["prompt"]) for row in toys.word_rows()[0][:2]]
     texts = ("It is 7.", "The sum of both is 12.")
     answers = [tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] for text in texts]
     batch = common.make_batch(prompts, answers, tokenizer.pad_token_id, CPU)

@@ -6,12 +6,11 @@ import common
 import lco
 import ppo_baseline
 import pytest
-import qrm
 from conftest import TINY, check_here, read_metrics, run_here
 
 import torch
 
-SCRIPTS = {"ppo_baseline": ppo_baseline, "lco": lco, "qrm": qrm}
+SCRIPTS = {"ppo_baseline": ppo_baseline, "lco": lco}
 SMALL = TINY | dict(model="builtin", steps=1, max_new_tokens=24)
 LOSSES = {"ppo_baseline": ["ppo"], "lco": ["kld", "mse", "lch"]}
 
@@ -63,8 +62,6 @@ def with_dropout(*given, real=common.load_model, **settings):
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_planted_faults_stop_a_run(name, dtype, fault, tmp_path):
     settings = SMALL | dict(dtype=dtype, out=str(tmp_path / "run"))
-    if name == "qrm":
-        settings |= dict(stage="policy", reward="rule")
     with mock.patch.object(common, *fault), pytest.raises(RuntimeError, match="differs from the rollout policy"):
         run_here(SCRIPTS[name], **settings)
 

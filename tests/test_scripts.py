@@ -15,7 +15,6 @@ import common
 import lco
 import ppo_baseline
 import pytest
-import qrm
 import tasks
 from conftest import REWARD, ROOT, TINY, assert_same_metrics, check_here, flags, read_metrics, run_here, run_script
 from safetensors.torch import load_file

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import tasks
+from builtin import tasks as toys
 from common import BadInput
 
 POLICY = Path(__file__).resolve().parent.parent / "builtin" / "policy"
@@ -33,8 +34,8 @@ def refused(message: str, function, *args, **kwargs) -> None:
 
 
 def test_the_worked_example():
-    assert tasks.chain_solution("7+15+8=") == "22+8=30"
-    assert tasks.chain_solution("49+49+49+49=") == "98+49+49=147+49=196"
+    assert toys.chain_solution("7+15+8=") == "22+8=30"
+    assert toys.chain_solution("49+49+49+49=") == "98+49+49=147+49=196"
 
 
 @pytest.mark.parametrize(
@@ -55,15 +56,15 @@ def test_the_worked_example():
     ],
 )
 def test_steps_and_first_wrong_character(completion, steps, wrong):
-    assert tasks.chain_steps("7+15+8=", completion) == steps
-    assert tasks.first_wrong("7+15+8=", completion) == wrong
+    assert toys.chain_steps("7+15+8=", completion) == steps
+    assert toys.first_wrong("7+15+8=", completion) == wrong
 
 
 def test_the_answer_is_what_stands_after_the_last_equals_sign():
     texts = ["22+8=30", "12+8=30", "30", "22+8=30=", "22+8=030", "22+8=130", "22+8=3", "22+8=30+0", "22+8=-30", ""]
     row = {"prompt": "7+15+8=", "answer": "30"}
-    assert tasks.chain_correct(texts, [row] * len(texts)) == [True, True, True] + [False] * 7
-    assert tasks.chain_answered(texts) == [True, True, True, False, False, True, True, False, False, False]
+    assert toys.chain_correct(texts, [row] * len(texts)) == [True, True, True] + [False] * 7
+    assert toys.chain_answered(texts) == [True, True, True, False, False, True, True, False, False, False]
 
 
 def test_chains_are_a_function_of_seed_and_step_and_never_of_the_test_set():
@@ -76,28 +77,28 @@ def test_chains_are_a_function_of_seed_and_step_and_never_of_the_test_set():
     test = {row["prompt"] for row in task.test}
     assert len(test) == 300
     train = [row["prompt"] for step in range(20) for row in task.rows(0, step, 200)]
-    train += [row["prompt"] for row in tasks.demonstrations(2000, 0, 0.6) + tasks.preference_pairs(2000, 0)]
-    train += [row["prompt"] for row in tasks.unannotated(2000, 0)]
-    assert not any(tasks.chain_is_held_out(prompt) for prompt in train)
-    assert all(tasks.chain_is_held_out(prompt) for prompt in test)
-    assert all(tasks.chain_is_held_out(row["prompt"]) for row in tasks.preference_pairs(50, 0, held_out=True))
-    exact = [tasks.chain_solution(row["prompt"]) for row in task.test]
+    train += [row["prompt"] for row in toys.demonstrations(2000, 0, 0.6) + toys.preference_pairs(2000, 0)]
+    train += [row["prompt"] for row in toys.unannotated(2000, 0)]
+    assert not any(toys.chain_is_held_out(prompt) for prompt in train)
+    assert all(toys.chain_is_held_out(prompt) for prompt in test)
+    assert all(toys.chain_is_held_out(row["prompt"]) for row in toys.preference_pairs(50, 0, held_out=True))
+    exact = [toys.chain_solution(row["prompt"]) for row in task.test]
     assert task.reward([row["prompt"] for row in task.test], exact, task.test) == [1.0] * 300
 
 
 def test_a_tenth_of_all_prompts_is_held_out():
     rng = np.random.default_rng(0)
     prompts = ["+".join(map(str, rng.integers(1, 50, size=3))) + "=" for _ in range(20000)]
-    assert abs(sum(map(tasks.chain_is_held_out, prompts)) / 20000 - 0.1) < 0.01
+    assert abs(sum(map(toys.chain_is_held_out, prompts)) / 20000 - 0.1) < 0.01
 
 
 def test_demonstrations_forget_carries_at_the_rate_that_was_asked_for():
     slips, carries = 0, 0
-    for row in tasks.demonstrations(4000, seed=3, slip=0.6):
-        before = tasks.chain_terms(row["prompt"][:-1])
+    for row in toys.demonstrations(4000, seed=3, slip=0.6):
+        before = toys.chain_terms(row["prompt"][:-1])
         for step in row["completion"].split("="):
-            terms = tasks.chain_terms(step)
-            if tasks.has_carry(before[0], before[1]):
+            terms = toys.chain_terms(step)
+            if toys.has_carry(before[0], before[1]):
                 carries += 1
                 slips += terms[0] == before[0] + before[1] - 10
             else:
@@ -108,19 +109,19 @@ def test_demonstrations_forget_carries_at_the_rate_that_was_asked_for():
 
 
 def test_demonstrations_without_slips_are_exact_and_noise_is_not():
-    assert all(r["completion"] == tasks.chain_solution(r["prompt"]) for r in tasks.demonstrations(200, 0, slip=0.0))
-    noisy = tasks.demonstrations(200, 0, slip=0.0, noise=0.5)
-    assert 50 < sum(r["completion"] != tasks.chain_solution(r["prompt"]) for r in noisy) < 190
-    assert tasks.demonstrations(20, 0, 0.6) == tasks.demonstrations(40, 0, 0.6)[:20]
-    assert tasks.demonstrations(20, 0, 0.6) != tasks.demonstrations(20, 1, 0.6)
+    assert all(r["completion"] == toys.chain_solution(r["prompt"]) for r in toys.demonstrations(200, 0, slip=0.0))
+    noisy = toys.demonstrations(200, 0, slip=0.0, noise=0.5)
+    assert 50 < sum(r["completion"] != toys.chain_solution(r["prompt"]) for r in noisy) < 190
+    assert toys.demonstrations(20, 0, 0.6) == toys.demonstrations(40, 0, 0.6)[:20]
+    assert toys.demonstrations(20, 0, 0.6) != toys.demonstrations(20, 1, 0.6)
 
 
 def test_preference_pairs_prefer_the_exact_completion():
-    for row in tasks.preference_pairs(300, seed=0):
+    for row in toys.preference_pairs(300, seed=0):
         assert set(row) == {"prompt", "chosen", "rejected"}
-        assert all(tasks.chain_steps(row["prompt"], row["chosen"]))
-        assert not all(tasks.chain_steps(row["prompt"], row["rejected"]))
-        assert tasks.first_wrong(row["prompt"], row["chosen"]) is None
+        assert all(toys.chain_steps(row["prompt"], row["chosen"]))
+        assert not all(toys.chain_steps(row["prompt"], row["rejected"]))
+        assert toys.first_wrong(row["prompt"], row["chosen"]) is None
 
 
 # words
@@ -144,12 +145,12 @@ def test_preference_pairs_prefer_the_exact_completion():
 )
 def test_a_string_is_graded_by_its_constraints(text, grade):
     """6 letters, with a, without b, c first, d last."""
-    assert tasks.string_grade("6+a-b^c$d=", text) == pytest.approx(grade)
-    assert tasks.string_correct([text], [{"prompt": "6+a-b^c$d="}]) == [grade == 1]
+    assert toys.string_grade("6+a-b^c$d=", text) == pytest.approx(grade)
+    assert toys.string_correct([text], [{"prompt": "6+a-b^c$d="}]) == [grade == 1]
 
 
 def test_exactly_two():
-    assert [tasks.satisfied(text, ("2", "e")) for text in ("ae", "aee", "eee", "eae")] == [False, True, False, True]
+    assert [toys.satisfied(text, ("2", "e")) for text in ("ae", "aee", "eee", "eae")] == [False, True, False, True]
 
 
 def test_strings_are_a_function_of_seed_and_step_and_never_of_the_test_set():
@@ -158,41 +159,41 @@ def test_strings_are_a_function_of_seed_and_step_and_never_of_the_test_set():
     test = [row["prompt"] for row in task.test]
     train = [row["prompt"] for step in range(20) for row in task.rows(3, step, 50)]
     train += [row["prompt"] for row in task.unannotated(500, 0) + task.pairs(200, 0)]
-    assert len(set(test)) == 100 and all(map(tasks.chain_is_held_out, test))
-    assert not any(map(tasks.chain_is_held_out, train))
-    assert all(tasks.chain_is_held_out(row["prompt"]) for row in task.pairs(20, 0, held_out=True))
-    assert all(3 <= len(tasks.string_constraints(prompt)) <= 5 for prompt in train)
+    assert len(set(test)) == 100 and all(map(toys.chain_is_held_out, test))
+    assert not any(map(toys.chain_is_held_out, train))
+    assert all(toys.chain_is_held_out(row["prompt"]) for row in task.pairs(20, 0, held_out=True))
+    assert all(3 <= len(toys.string_constraints(prompt)) <= 5 for prompt in train)
 
 
 def test_string_writers_misread_the_last_constraint_as_often_as_asked():
     """Right answers to every prompt; a slip fails the last constraint alone."""
     rows = tasks.load_task("strings").unannotated(1000, 0)
-    assert all(tasks.string_correct(tasks.string_gold(rows, 0), rows))
-    slipped = tasks.string_gold(rows, 0, slip=0.3)
-    assert slipped == tasks.string_gold(rows, 0, slip=0.3)
-    assert abs(sum(tasks.string_correct(slipped, rows)) / 1000 - 0.7) < 0.05
-    only = [tasks.string_constraints(row["prompt"])[-1] for row in rows]
-    wrong = [(t, r, c) for t, r, c in zip(slipped, rows, only) if not tasks.satisfied(t, c)]
-    rest = [[tasks.satisfied(t, c) for c in tasks.string_constraints(r["prompt"])[:-1]] for t, r, _ in wrong]
+    assert all(toys.string_correct(toys.string_gold(rows, 0), rows))
+    slipped = toys.string_gold(rows, 0, slip=0.3)
+    assert slipped == toys.string_gold(rows, 0, slip=0.3)
+    assert abs(sum(toys.string_correct(slipped, rows)) / 1000 - 0.7) < 0.05
+    only = [toys.string_constraints(row["prompt"])[-1] for row in rows]
+    wrong = [(t, r, c) for t, r, c in zip(slipped, rows, only) if not toys.satisfied(t, c)]
+    rest = [[toys.satisfied(t, c) for c in toys.string_constraints(r["prompt"])[:-1]] for t, r, _ in wrong]
     assert 0.25 < len(wrong) / 1000 < 0.35 and sum(map(all, rest)) == len(rest)
 
 
 def test_one_prompt_has_many_right_answers():
     rows = [{"prompt": "6+a-b^c$d="}]
-    assert len({tasks.string_gold(rows, seed)[0] for seed in range(50)}) > 40
+    assert len({toys.string_gold(rows, seed)[0] for seed in range(50)}) > 40
 
 
 def test_pairs_of_strings_are_broken_on_purpose():
     """The better answer is right and the worse one is wrong; the edit is small."""
-    pairs = tasks.string_pairs(500, 0)
-    assert all(tasks.string_grade(p["prompt"], p["chosen"]) == 1 for p in pairs)
-    assert all(tasks.string_grade(p["prompt"], p["rejected"]) < 1 for p in pairs)
+    pairs = toys.string_pairs(500, 0)
+    assert all(toys.string_grade(p["prompt"], p["chosen"]) == 1 for p in pairs)
+    assert all(toys.string_grade(p["prompt"], p["rejected"]) < 1 for p in pairs)
     assert all(abs(len(p["chosen"]) - len(p["rejected"])) <= 1 and 1 <= len(p["broken"]) <= 3 for p in pairs)
     assert {kind for p in pairs for kind in p["broken"]} == set("#+-^$2")
 
 
 def test_demonstrations_of_strings_teach_to_copy():
-    rows = tasks.string_demonstrations(400, 0, slip=0.6, copies=0.25)
+    rows = toys.string_demonstrations(400, 0, slip=0.6, copies=0.25)
     again = [r for r in rows if "==" in r["prompt"]]
     assert 70 < len(again) < 130
     for row in again:
@@ -203,9 +204,9 @@ def test_demonstrations_of_strings_teach_to_copy():
 def test_demonstrations_of_strings_teach_to_judge():
     """Each broken constraint is named, and a right answer is called right."""
     right = 0
-    for row in tasks.string_demonstrations(300, 0, slip=0.6, faults=1.0):
+    for row in toys.string_demonstrations(300, 0, slip=0.6, faults=1.0):
         prompt, _, answer = row["prompt"].removesuffix("==").partition("=")
-        broken = [c for c in tasks.string_constraints(prompt + "=") if not tasks.satisfied(answer, c)]
+        broken = [c for c in toys.string_constraints(prompt + "=") if not toys.satisfied(answer, c)]
         assert row["completion"] == ("".join(kind.strip("#") + what for kind, what in broken) or "=+")
         right += not broken
     assert 60 < right < 200
@@ -226,8 +227,8 @@ def test_words_splits_the_hundred_sums():
     assert len({row["prompt"][0]["content"] for row in task.rows(0, 1, 32)}) == 32
     row = {"prompt": [{"role": "user", "content": "What is 7+5?"}], "answer": "12"}
     texts = ["12", "7+5=12.", "It is 12", "twelve", "112", "-12", "12 or 13", "**12**", "7+5 = 12!"]
-    assert tasks.word_correct(texts, [row] * 9) == [True, True, True, False, False, False, False, True, True]
-    assert tasks.word_answered(["twelve", "12"]) == [False, True]
+    assert toys.word_correct(texts, [row] * 9) == [True, True, True, False, False, False, False, True, True]
+    assert toys.word_answered(["twelve", "12"]) == [False, True]
 
 
 ECHOES = [
@@ -259,15 +260,15 @@ ECHOES = [
 @pytest.mark.parametrize("text, right", ECHOES)
 def test_an_echo_of_the_question_is_no_answer(text, right):
     row = {"prompt": [{"role": "user", "content": "What is 0+7?"}], "answer": "7"}
-    assert tasks.word_correct([text], [row]) == [right]
+    assert toys.word_correct([text], [row]) == [right]
 
 
 def test_no_question_answers_itself():
-    rows = [row for part in tasks.word_rows() for row in part]
+    rows = [row for part in toys.word_rows() for row in part]
     questions = [row["prompt"][0]["content"] for row in rows]
     sums = [question.removeprefix("What is ").removesuffix("?") for question in questions]
-    assert not any(tasks.word_correct(questions, rows)) and not any(tasks.word_correct(sums, rows))
-    assert all(tasks.word_correct([f"{a} is {row['answer']}." for a, row in zip(sums, rows)], rows))
+    assert not any(toys.word_correct(questions, rows)) and not any(toys.word_correct(sums, rows))
+    assert all(toys.word_correct([f"{a} is {row['answer']}." for a, row in zip(sums, rows)], rows))
 
 
 # graders
@@ -434,7 +435,7 @@ def test_prompts_and_messages_with_a_reward_file(tmp_path):
         assert task.test[0]["prompt"] == expected
         assert task.reward([""], ["abc"], task.test) == [6.0]
     task = tasks.load_task("chains", reward_file=str(reward))
-    assert task.reward([""], ["abc"], task.test[:1]) == [6.0] and task.correct is tasks.chain_correct
+    assert task.reward([""], ["abc"], task.test[:1]) == [6.0] and task.correct is toys.chain_correct
 
 
 def test_bad_files(tmp_path):
@@ -595,30 +596,30 @@ def test_labels_of_steps_and_credit_of_tokens(completion, labels, credit):
     """A step is right while the derivation is exact; the last one must be the answer, and so must the last token."""
     task = tasks.load_task(test_rows=1)
     row = {"prompt": "7+15+8="}
-    assert tasks.chain_step_labels(row, completion) == labels == task.steps(row, completion)
-    assert tasks.chain_credit(row["prompt"], [*completion, "<eos>"]) == credit
+    assert toys.chain_step_labels(row, completion) == labels == task.steps(row, completion)
+    assert toys.chain_credit(row["prompt"], [*completion, "<eos>"]) == credit
 
 
 def test_credit_of_longer_tokens_and_other_prompts():
     """Tokens of several characters are exact as a whole or not; what is no chain has no truth."""
-    assert tasks.chain_credit("7+15+8=", ["22+", "8=", "30", ""]) == [1, 1, 1, 1]
-    assert tasks.chain_credit("7+15+8=", ["22+", "8=3", "1", ""]) == [1, 1, 0, 0]
+    assert toys.chain_credit("7+15+8=", ["22+", "8=", "30", ""]) == [1, 1, 1, 1]
+    assert toys.chain_credit("7+15+8=", ["22+", "8=3", "1", ""]) == [1, 1, 0, 0]
     for prompt in ("7=", "7+15", "What is 7+5?", [{"role": "user", "content": "7+15="}]):
-        assert tasks.chain_credit(prompt, ["2", "2", ""]) is None
+        assert toys.chain_credit(prompt, ["2", "2", ""]) is None
     assert tasks.load_task("words", test_rows=1).steps is None
 
 
 def test_pairs_with_labels():
-    pairs = tasks.chain_pairs(50, 3)
+    pairs = toys.chain_pairs(50, 3)
     without = [{k: pair[k] for k in ("prompt", "chosen", "rejected")} for pair in pairs]
-    assert without == tasks.preference_pairs(50, 3)
+    assert without == toys.preference_pairs(50, 3)
     for pair in pairs:
         assert all(pair["chosen_labels"]) and not pair["rejected_labels"][-1]
         for side in ("chosen", "rejected"):
             assert len(pair[f"{side}_labels"]) == len(pair[side].split("="))
-        wrong = tasks.first_wrong(pair["prompt"], pair["rejected"])
+        wrong = toys.first_wrong(pair["prompt"], pair["rejected"])
         assert pair["rejected_labels"].index(False) == pair["rejected"][:wrong].count("=")
-    assert all(tasks.chain_is_held_out(pair["prompt"]) for pair in tasks.chain_pairs(5, 3, held_out=True))
+    assert all(toys.chain_is_held_out(pair["prompt"]) for pair in toys.chain_pairs(5, 3, held_out=True))
 
 
 def test_answers_with_steps(tmp_path):
@@ -629,7 +630,7 @@ def test_answers_with_steps(tmp_path):
     made = {"prompt": "7+15+8=", "answer": "22+8=30", "answer_labels": [True, False]}
     assert load([good], "=") == ([made], ["answer"])
     assert load([good])[0][0]["answer"] == "22+8\n30"
-    pairs = tasks.chain_pairs(4, 0)
+    pairs = toys.chain_pairs(4, 0)
     assert load(pairs) == (pairs, ["chosen", "rejected"])
     for bad in ({"labels": [True]}, {"steps": []}, {"steps": "22+8"}, {"labels": None}):
         refused("row 2: expected 'steps' and 'labels' as lists of the same length", load, [good, good | bad])
@@ -676,8 +677,8 @@ def test_the_builtin_policy():
     for config in (model.config, model.generation_config):
         assert (config.pad_token_id, config.bos_token_id, config.eos_token_id) == (0, 1, 2)
     assert (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1, 2)
-    for row in tasks.chain_test_rows(50):
-        text = row["prompt"] + tasks.chain_solution(row["prompt"])
+    for row in toys.chain_test_rows(50):
+        text = row["prompt"] + toys.chain_solution(row["prompt"])
         ids = tokenizer(text)["input_ids"]
         assert ids[0] == 1 and len(ids) == len(text) + 1
         assert tokenizer.decode(ids, skip_special_tokens=True) == text
@@ -686,12 +687,12 @@ def test_the_builtin_policy():
     assert tokenizer("7?")["input_ids"][-1] == tokenizer.unk_token_id == 3
 
     # it has learnt sums without carries, and forgets carries: there is something to win for every script
-    rows = tasks.chain_test_rows(64)
+    rows = toys.chain_test_rows(64)
     inputs = tokenizer([row["prompt"] for row in rows], return_tensors="pt", padding=True)
     output = model.generate(**inputs, max_new_tokens=24, do_sample=False)[:, inputs["input_ids"].shape[1] :]
     texts = tokenizer.batch_decode(output, skip_special_tokens=True)
-    assert 0.05 < sum(tasks.chain_correct(texts, rows)) / 64 < 0.5
-    assert all(tasks.chain_answered(texts))
+    assert 0.05 < sum(toys.chain_correct(texts, rows)) / 64 < 0.5
+    assert all(toys.chain_answered(texts))
 
 
 def test_the_builtin_model_of_strings():
@@ -701,8 +702,8 @@ def test_the_builtin_model_of_strings():
     folder = POLICY.parent / "strings"
     assert sum(file.stat().st_size for file in folder.iterdir()) <= 2**20
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    rows = tasks.string_test_rows(64)
-    answers = tasks.string_gold(rows, 0, slip=0.6)
+    rows = toys.string_test_rows(64)
+    answers = toys.string_gold(rows, 0, slip=0.6)
     again = [f"{row['prompt']}{answer}=={row['prompt']}" for row, answer in zip(rows, answers)]
     for text in (again[0], "0123456789+=-^$abcdefgh"):
         ids = tokenizer(text)["input_ids"]
@@ -714,7 +715,7 @@ def test_the_builtin_model_of_strings():
         return tokenizer.batch_decode(output, skip_special_tokens=True)
 
     texts = greedy([row["prompt"] for row in rows])
-    held = [[tasks.satisfied(t, c) for c in tasks.string_constraints(r["prompt"])] for t, r in zip(texts, rows)]
+    held = [[toys.satisfied(t, c) for c in toys.string_constraints(r["prompt"])] for t, r in zip(texts, rows)]
     assert 0.05 < sum(map(all, held)) / 64 < 0.5 and sum(all(h[:-1]) for h in held) / 64 > 0.7
     assert sum(a == b for a, b in zip(greedy(again), answers)) / 64 > 0.8
 
@@ -733,10 +734,10 @@ def test_real_gsm8k():
 
 def test_pairs_of_two_slipping_answers():
     """exact=False: the chosen answer has fewer wrong steps, but often some; needless carries are among the mistakes."""
-    rows = tasks.preference_pairs(200, 0, needless=0.3, exact=False)
-    assert rows == tasks.preference_pairs(200, 0, needless=0.3, exact=False)
-    wrong = [[tasks.chain_steps(r["prompt"], r[side]).count(False) for side in ("chosen", "rejected")] for r in rows]
+    rows = toys.preference_pairs(200, 0, needless=0.3, exact=False)
+    assert rows == toys.preference_pairs(200, 0, needless=0.3, exact=False)
+    wrong = [[toys.chain_steps(r["prompt"], r[side]).count(False) for side in ("chosen", "rejected")] for r in rows]
     assert all(a < b for a, b in wrong) and any(a > 0 for a, _ in wrong)
-    over = [int(tasks.chain_solution(r["prompt"]).split("+")[0].split("=")[0]) for r in rows]
+    over = [int(toys.chain_solution(r["prompt"]).split("+")[0].split("=")[0]) for r in rows]
     first = [int(r["rejected"].split("+")[0].split("=")[0]) for r in rows]
     assert any(f == o + 10 for f, o in zip(first, over)) and any(f == o - 10 for f, o in zip(first, over))

@@ -14,7 +14,7 @@ import ppo_baseline
 import pytest
 import qrm
 import seft
-import tasks
+from builtin import tasks as toys
 from conftest import read_metrics
 
 import torch
@@ -24,8 +24,7 @@ PAIRS = dict(stage="student", builtin_pairs=128, prompts_per_step=32)
 JOBS = {  # name: (script, function, what it changes)
     "ppo": (ppo_baseline, "train", RL),
     "lch": (lco, "train", RL),
-    "qrm reward": (qrm, "train_reward", dict(pairs_per_step=32, reward_epochs=3, test_pairs=8)),
-    "qrm policy": (qrm, "train", RL | dict(reward="rule", advantage="gae")),
+    "qrm": (qrm, "train", dict(pairs_per_step=32, epochs=3, test_pairs=8)),
     "dckd": (dckd, "train", PAIRS),
     "adpa": (adpa, "train", PAIRS | dict(ref_teacher="builtin-small")),
     "seft": (seft, "train", dict(stage="evolve", reviser="builtin", unannotated=96, builtin_pairs=64, calibration=8)),
@@ -44,10 +43,10 @@ def two_threads():
 def test_six_steps_are_three_and_three(name, tmp_path):
     """run(6) = run(3) + resume(3), to the last bit of every metric and weight."""
     script, function, changes = JOBS[name]
-    settings = script.BUILTIN | dict(test_rows=8, eval_every=6) | changes
-    if name == "qrm reward":
+    settings = script.BUILTIN | (dict(eval_every=6) if script is qrm else dict(test_rows=8, eval_every=6)) | changes
+    if name == "qrm":
         pairs = tmp_path / "pairs.jsonl"
-        pairs.write_text("".join(json.dumps(row) + "\n" for row in tasks.chain_pairs(80, 0)))
+        pairs.write_text("".join(json.dumps(row) + "\n" for row in toys.chain_pairs(80, 0)))
         settings |= dict(pairs=str(pairs))
     else:
         settings |= dict(steps=6)

@@ -1,0 +1,78 @@
+"""benchmarks/departures: each patch applies to the scripts as they are, is small, and does what the study measures."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+import torch
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import study  # noqa: E402
+
+PATCHES = sorted((ROOT / "benchmarks" / "departures").glob("*.patch"))
+
+
+@pytest.fixture
+def patched(tmp_path):
+    """patched(name): the script that a patch changes, with it applied, as a module."""
+
+    def load(name: str):
+        script = next(p for p in PATCHES if p.stem == name).read_text().splitlines()[0].removeprefix("--- a/")
+        (tmp_path / name).mkdir()
+        file = study.departed([name], tmp_path / name) / script
+        spec = importlib.util.spec_from_file_location(f"patched_{name}", file)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # dataclasses look there for their types
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+@pytest.mark.parametrize("patch", PATCHES, ids=lambda p: p.stem)
+def test_applies(patch):
+    changed = [line for line in patch.read_text().splitlines() if line[0] in "+-" and line[:3] not in ("+++", "---")]
+    assert 0 < len(changed) <= 15
+    subprocess.run(["git", "apply", "--check", patch], cwd=ROOT, check=True)
+
+
+def test_moving_target(patched):
+    """The target starts from the current logits: the gap is -A / beta at any z, never nearer to a target."""
+    lco = patched("moving_target")
+    z, old, A = torch.randn(3, 5), torch.randn(3, 5), torch.randn(3, 5)
+    torch.testing.assert_close(lco.target_gap(z, old, A, 0.5), -A / 0.5)
+
+
+def test_signed_means(patched):
+    """The mean over tokens with A > 0 plus the mean over the others, once divided by N."""
+    lco = patched("signed_means")
+    mask = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1]]).bool()
+    batch = {"mask": mask, "rewards": torch.tensor([[1.0], [0], [0], [1]]) * (mask.cumsum(1) == 1)}
+    lco.estimate_advantages(batch, lco.Args(samples_per_prompt=2))
+    per_token, up = torch.randn(4, 4), mask & (batch["advantages"] > 0)
+    expected = per_token[up].mean() + per_token[mask & ~up].mean()
+    torch.testing.assert_close((per_token * batch["token_weight"]).sum() / mask.sum(), expected)
+
+
+def test_not_centred_and_value_weight(patched):
+    ppo = patched("not_centred")
+    x, mask = torch.tensor([[1.0, 3.0]]), torch.ones(1, 2).bool()
+    torch.testing.assert_close(ppo.whiten(x, mask), x)
+    ppo, batch = patched("value_weight"), {"mask": mask, "rewards": x, "values": torch.full((1, 2), 100.0)}
+    ppo.estimate_advantages(batch, ppo.Args(advantage="token"))
+    torch.testing.assert_close(batch["advantages"], x - 1)
+
+
+@pytest.mark.parametrize("name, settings", [("old_topk", []), ("balanced_fill", []), ("signed_means", [])])
+def test_a_patched_script_trains(name, settings, tmp_path):
+    folder = tmp_path / "scripts"
+    folder.mkdir()
+    words = "--loss kld --negative_beta_scale 1 --steps 1 --prompts_per_step 4 --samples_per_prompt 4 --test_rows 4"
+    command = [sys.executable, study.departed([name], folder) / "lco.py", *words.split(), "--out", tmp_path / "run"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert Path(tmp_path / "run" / "model").exists()
