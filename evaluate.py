@@ -299,7 +299,7 @@ def load_questions(args, tokenizer) -> list[dict]:
         chat = [{"role": ("user", "assistant")[j % 2], "content": text} for j, text in enumerate(turns)]
         longest = len(common.encode_prompt(tokenizer, chat)) + (len(row["turns"]) - 1) * args.max_new_tokens
         fits = longest <= args.max_prompt
-        require(fits, f"{where}: its last prompt may have {longest} tokens, expected up to --max_prompt {args.max_prompt}")
+        require(fits, f"{where}: its last prompt may have {longest} tokens, above --max_prompt {args.max_prompt}")
     return rows
 
 
