@@ -234,9 +234,9 @@ def test_own_data_in_messages_with_a_reward(base, out, tmp_path):
 
 
 def test_a_policy_learns_from_revisions(base, out):
-    """Better answers of pairs in the place of revisions: the policy learns them, and moves away from its start."""
-    changes = dict(revise="never", pair_share=1.0, steps=20, rounds=1, prompts_per_step=8, lr=1e-2, reviser="")
-    lines = read_metrics(run_here(seft, **base | changes | dict(model="builtin"), out=out))
+    """The revisions become likelier, and the policy moves away from its start."""
+    changes = dict(revise="always", steps=20, rounds=1, unannotated=8, prompts_per_step=8, lr=1e-2)
+    lines = read_metrics(run_here(seft, **base | changes, out=out))
     assert lines[-1]["loss/nll"] < 0.8 * lines[1]["loss/nll"] and lines[-1]["kl/start"] > 0.01
 
 
@@ -329,18 +329,18 @@ def leave_out_eos(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "damage, name",
+    "damage, name, changes",
     [
-        (mean_of_a_micro_batch, "gradient ignores micro-batches"),
-        (labels_of_the_batch, "labels are scored as a distribution"),
-        (keep_a_copy, "No keeps an answer as it is"),
-        (leave_out_eos, "EOS is inside the loss"),
+        (mean_of_a_micro_batch, "gradient ignores micro-batches", {}),
+        (labels_of_the_batch, "labels are scored as a distribution", {}),
+        (keep_a_copy, "No keeps an answer as it is", {}),
+        (leave_out_eos, "EOS is inside the loss", dict(stage="reviser", reviser="")),
     ],
 )
-def test_check_finds(damage, name, base, monkeypatch, capsys):
+def test_check_finds(damage, name, changes, base, monkeypatch, capsys):
     damage(monkeypatch)
     with pytest.raises(SystemExit) as stop:
-        check_here(seft, **base | dict(model="builtin"))
+        check_here(seft, **base | dict(model="builtin") | changes)
     screen = capsys.readouterr().out
     assert stop.value.code == 1 and re.search(rf"FAIL +{name}", screen), screen
 
