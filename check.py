@@ -124,7 +124,7 @@ class Checks:
         """The script's train(), and whether it can be resumed."""
         words = [f"--{name} {getattr(args, name)}" for name in ("stage", "objective", "loss") if hasattr(args, name)]
         self.say(f"---- {self.module.__name__} {' '.join(words)}")
-        twin = {name: args.model for name in ("teacher", "ref_teacher") if getattr(args, name, "")}
+        twin = {name: args.model for name in ("teacher", "ref_teacher") if hasattr(args, name)}
         if twin:
             self.report("a model is at distance 0 from itself", self.at_distance_0, replace(args, **twin))
         self.looking, self.rollout, self.gap, self.told = True, None, None, set()
@@ -169,7 +169,8 @@ class Checks:
     # ---- checks ------------------------------------------------------------------------------------------------------
 
     def look_at_models(self, models, batch) -> None:
-        args = self.args
+        args, first, tokenizer = self.args, next(iter(models.values())), self.tokenizer()
+        stops = {*common.stop_ids(first, tokenizer)} if first.can_generate() else {tokenizer.eos_token_id}
         self.report("tokenizer and vocabularies agree", self.vocabularies, models)
         self.report("dropout is off", dropout_is_off, models)
         if id(batch["mask"]) in self.answers:
@@ -303,12 +304,11 @@ class Checks:
 
 
 def dropout_is_off(models) -> tuple[bool, str]:
-    left = [
-        key
-        for m in models.values()
-        for key, value in [*vars(m.config).items(), *((n, getattr(s, "p", 0)) for n, s in m.named_modules())]
-        if isinstance(value, float) and value > 0 and "drop" in key
-    ]
+    modules = [m for model in models.values() for m in model.modules()]
+    parts = [c for model in models.values() for c in common.configs(model.config)]
+    left = [(key, value) for part in [*modules, *parts] for key, value in vars(part).items() if "drop" in key]
+    left += [("Dropout.p", m.p) for m in modules if isinstance(m, torch.nn.Dropout)]
+    left = [key for key, value in left if isinstance(value, float) and value > 0]
     return not left, f"{len(models)} model(s)" if not left else f"still on: {left}"
 
 

@@ -29,14 +29,13 @@ except ModuleNotFoundError:  # delete cpu.py and only speed changes
 
 import argparse
 import contextlib
+import copy
 import functools
 import gc
-import hashlib
 import importlib.util
 import inspect
 import json
 import math
-import os
 import re
 import shlex
 import shutil
@@ -46,13 +45,12 @@ import sys
 import threading
 import time
 import traceback
-import types
 import typing
 import weakref
 from collections import Counter
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from datetime import timedelta
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -73,7 +71,6 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map
 
 # ======================================================================================================================
@@ -145,6 +142,10 @@ def launch(main, device: str = "auto") -> None:
     try:
         if cpu and local_device(device).type == "cpu":
             cpu.keep_freed_memory()
+        elif importlib.util.find_spec("gpu"):
+            import gpu
+
+            gpu.prepare()
         record(main)()
         dist.barrier()
         code = _exit_code
@@ -350,7 +351,9 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _boolean(word: str) -> bool:
-    return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[word.lower()]
+    if word.lower() not in ("true", "false"):
+        raise ValueError(word)
+    return word.lower() == "true"
 
 
 def _comments(cls) -> dict[str, str]:
@@ -430,47 +433,24 @@ def minibatch_rows(seed: int, step: int, epoch: int, rows_total: int, minibatche
 # ======================================================================================================================
 
 _HERE = Path(__file__).resolve().parent / "builtin"
+SMALL = 2**28  # parameters of a model that is run on a few tokens before a run begins
 BUILTIN = {"builtin": _HERE / "policy", "builtin-small": _HERE / "small", "builtin-strings": _HERE / "strings"}
+BUILTIN["builtin-aligned"] = _HERE / "aligned"  # builtin after dpo.py
 
 
 def model_path(name: str) -> str:
-    """Where the model lies: a built-in one, a Hub name, a folder, or the converted copy of a folder's GGUF file."""
+    """Where the model lies: a built-in one, a Hub name or a folder."""
     if name in BUILTIN:
         folder = BUILTIN[name]
         require(folder.exists(), f"the built-in model is missing: expected the folder {folder}")
         return str(folder)
     folder = Path(name)
     if folder.is_dir():
-        gguf = sorted(folder.glob("*.gguf"))
-        if gguf and not (folder / "config.json").exists():
-            require(len(gguf) == 1, f"--model {name}: expected one .gguf file, found {len(gguf)}")
-            return str(_convert_gguf(gguf[0]))
-        require((folder / "config.json").exists(), f"--model {name}: the folder has no config.json and no .gguf file")
+        require((folder / "config.json").exists(), f"--model {name}: the folder has no config.json")
     else:
         local = name.startswith((".", "/", "~")) or name.count("/") > 1
         require(not local, f"--model {name}: no such folder")
     return name
-
-
-def _convert_gguf(file: Path) -> Path:
-    """A safetensors copy of a GGUF file, made once (transformers takes half a minute to dequantise 100 MB)."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    stat = file.stat()
-    key = hashlib.sha256(f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:16]
-    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    target = home / "minalign" / f"{file.stem}-{key}"
-    if not target.exists():
-        work = target.with_name(f"{target.name}.{os.getpid()}")  # renamed when whole: ranks may race, none can see half
-        model = AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
-        )
-        model.save_pretrained(work)
-        AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(work)
-        with contextlib.suppress(OSError):
-            work.rename(target)
-        shutil.rmtree(work, ignore_errors=True)
-    return target
 
 
 # Code that comes with a model from the Hub runs with all rights of the user, so it is refused unless this is set to 1.
@@ -480,39 +460,38 @@ TRUST_REMOTE_CODE = os.environ.get("TRUST_REMOTE_CODE") == "1"
 def _from_pretrained(cls, what: str, name: str, **options):
     try:
         return cls.from_pretrained(model_path(name), trust_remote_code=TRUST_REMOTE_CODE, **options)
-    except (OSError, ValueError) as error:
-        if isinstance(error, BadInput):
-            raise
-        raise BadInput(f"--model {name}: no {what} could be loaded ({str(error).splitlines()[0]})") from error
+    except BadInput:
+        raise
+    except Exception as error:  # whatever a library of readers raises about a file
+        raise BadInput(f"--model {name}: no {what} could be loaded ({_first_line(error)})") from error
 
 
-def fingerprint(name: str) -> str:
-    """A hash of the weights of a model, the same wherever they lie. All ranks must ask together: rank 0 reads them."""
-
-    def digest() -> str:
-        folder = Path(model_path(name))
-        if not folder.is_dir():
-            from huggingface_hub import snapshot_download
-
-            folder = Path(snapshot_download(name, allow_patterns=["*.safetensors"]))
-        total, files = hashlib.sha256(), sorted(folder.glob("*.safetensors"))
-        require(bool(files), f"--model {name}: the folder has no .safetensors file")
-        for file in files:
-            with file.open("rb") as weights:
-                total.update(hashlib.file_digest(weights, "sha256").digest())
-        return total.hexdigest()[:16]
-
-    return from_rank_0(digest() if rank() == 0 else None)
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def load_tokenizer(name: str):
-    """The tokenizer of a model, with a padding token (whose identity never matters: masks come from lengths)."""
+    """The tokenizer of a model, with a padding token (whose identity never matters: masks come from lengths).
+
+    Scripts load the tokenizers of all their models before they make a folder, so what cannot be used is refused here.
+    """
     from transformers import AutoTokenizer
 
     tokenizer = _from_pretrained(AutoTokenizer, "tokenizer", name)
     require(tokenizer.eos_token_id is not None, f"--model {name}: its tokenizer has no end-of-sequence token")
-    if tokenizer.pad_token_id is None:
+    rows = load_config(name).get_text_config().vocab_size
+    text = {f"{key}_token" for key in ("bos", "eos", "unk", "sep", "cls", "mask")}
+    special = {key: token for key, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+    never = {token for key, token in special.items() if key not in text}  # padding, places of images: not in a text
+    outside = {token: i for token, i in tokenizer.get_vocab().items() if i >= rows and token not in never}
+    require(
+        not outside,
+        f"--model {name}: its tokenizer has {len(outside)} tokens without an embedding, for example "
+        f"{min(outside, key=outside.get, default='')!r} (id {min(outside.values(), default=0)}, {rows} embeddings)",
+    )
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:
         tokenizer.pad_token = tokenizer.eos_token
+    check_model(name)
     return tokenizer
 
 
@@ -561,42 +540,14 @@ def load_model(
     dtype: of the computation (with bfloat16, trained weights and their gradients stay fp32 all the same).
     lora_rank: > 0 trains low-rank adapters of that rank on all linear layers of the body (and the scalar head).
     """
-    from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
-
     gc.collect()  # FSDP's states and models are cycles: without this, models that are no longer used keep their memory
     torch.cuda.empty_cache()
     dtype = compute_dtype(dtype, device)
-    config = load_config(name)
-    head = ("scalar" if has_scalar_head(config) else "lm") if head == "saved" else head
-    for key, value in vars(config).items():
-        if isinstance(value, float) and ("dropout" in key or "pdrop" in key):
-            setattr(config, key, 0.0)
-    for key in ("final_logit_softcapping", "logit_scale"):
-        require(
-            getattr(config, key, None) in (None, 1.0),
-            f"--model {name}: {key}={getattr(config, key, None)} is not supported (logits here are hidden @ W.T)",
-        )
-
+    check_model(name, head)
     torch.manual_seed(seed)  # new weights (adapters, heads) are the same on every rank
-    options = dict(config=config, dtype=_file_dtype(name), use_safetensors=True)
-    if head == "scalar":
-        new = not has_scalar_head(config)
-        config.num_labels, config.classifier_dropout = 1, 0.0
-        with quiet_transformers():  # it would warn that the head is new, which is what we want
-            model = _from_pretrained(AutoModelForTokenClassification, "model", name, **options)
-        for parameter in scalar_head(model).parameters() if new else ():
-            torch.nn.init.zeros_(parameter)
-    else:
-        model = _from_pretrained(AutoModelForCausalLM, "model", name, **options)
-        has_bias = getattr(model.get_output_embeddings(), "bias", None) is not None
-        require(not has_bias, f"--model {name}: an LM head with a bias is not supported (logits here are hidden @ W.T)")
-    model.config.architectures = [type(model).__name__]  # what it is now, not what its folder held
-    model.config.dtype = model.config.get_text_config().dtype = torch.float32
+    model, file_dtype = _load(name, head)
+    head = "scalar" if has_scalar_head(model.config) else "lm"
     _fp32_buffers(model)
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-
     model.requires_grad_(trainable)
     if trainable and lora_rank:
         from peft import LoraConfig
@@ -612,7 +563,7 @@ def load_model(
         enable = getattr(model, "activation_checkpointing_enable", None)  # before transformers 5.20: gradient_...
         (enable or model.gradient_checkpointing_enable)()
     # Under adapters, weights that bfloat16 would round stay fp32: they are exported.
-    exact = not trainable or options["dtype"] == getattr(torch, dtype)
+    exact = not trainable or file_dtype == getattr(torch, dtype)
     return wrap(model.train(trainable), dtype, device, frozen=dtype if exact else "float32")
 
 
@@ -621,6 +572,158 @@ def wrap(model, dtype: str, device: torch.device, frozen: str = "float32"):
     model.final_hidden = functools.partial(_final_hidden, weakref.proxy(model))  # no cycle
     model.pack_limit = _pack_limit(model.config)
     return _shard(model, device, dtype, frozen)
+
+
+def _load(name: str, head: str):
+    """A model as a map of its file, with the head that load_model promises, and the dtype of the file.
+
+    Every tensor of the file has a place and every weight is in the file, or the model is refused. A new scalar head
+    alone may be missing, and then it starts at 0.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
+
+    config = load_config(name)
+    why = _unsupported(config)
+    require(not why, f"--model {name}: {why}")
+    new = not has_scalar_head(config)
+    scalar = head == "scalar" or head == "saved" and not new
+    for part in configs(config):  # dropout and the like: off
+        for key, value in vars(part).items():
+            if isinstance(value, float) and "drop" in key:
+                setattr(part, key, 0.0)
+    if scalar:
+        config.num_labels, config.classifier_dropout = 1, 0.0
+    dtype = _file_dtype(name)
+    options = dict(config=config, dtype=dtype, use_safetensors=True)
+    with quiet_transformers():  # it would warn of what is refused below
+        cls = AutoModelForTokenClassification if scalar else AutoModelForCausalLM
+        model, found = _from_pretrained(cls, "model", name, output_loading_info=True, **options)
+    missing, unexpected = set(found["missing_keys"]), set(found["unexpected_keys"])
+    if scalar and new:
+        head_names = {name for name, module in model.named_children() if module is scalar_head(model)}
+        missing = {key for key in missing if key.split(".")[0] not in head_names}
+        unexpected = {key for key in unexpected if key.startswith(model.base_model_prefix + ".")}  # no LM head
+        for parameter in scalar_head(model).parameters():
+            torch.nn.init.zeros_(parameter)
+    for keys, what in ((missing, "missing in its files"), (unexpected, "of its files without a place in the model")):
+        require(not keys, f"--model {name}: {len(keys)} tensor(s) {what}, for example {min(keys, default='')}")
+    model.config.architectures = [type(model).__name__]  # what it is now, not what its folder held
+    model.config.dtype = model.config.get_text_config().dtype = torch.float32
+    for module in model.modules():
+        for key, value in vars(module).items():
+            if isinstance(value, float) and "drop" in key:
+                setattr(module, key, 0.0)
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model, dtype
+
+
+def configs(config) -> list:
+    """A configuration and those inside it."""
+    inner = [getattr(config, key, None) for key in config.sub_configs]
+    return [config, *(c for part in inner if hasattr(part, "sub_configs") for c in configs(part))]
+
+
+def _unsupported(config) -> str | None:
+    """Why a model cannot be used, as far as its configuration tells."""
+    for part in configs(config):
+        quantised = getattr(part, "quantization_config", None)
+        if quantised:
+            method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
+            return f"its weights are quantised ({getattr(method, 'value', method)}): take the model they were made from"
+        values = [vars(part), *(x for x in vars(part).values() if isinstance(x, dict))]
+        for key, value in (item for each in values for item in each.items()):
+            if "experts" in str(key) and "per_tok" not in str(key) and type(value) is int and value > 1:
+                return f"it is a mixture of experts ({key}={value}), which is not supported"
+    if getattr(config, "is_encoder_decoder", False):
+        return "it has an encoder: only decoders are supported"
+    return None
+
+
+@functools.cache
+def check_model(name: str, head: str = "saved") -> None:
+    """Raise unless the model is whole and is used here as it was made: see _load(), _check_logits() and _check_body().
+
+    head: as for load_model(). Tensors are maps of the files; of a large model only the LM head is read.
+    """
+    model, _ = _load(name, head)
+    kinds = {type(layer).__name__ for layer in _cache_layers(model.config) if not _is_attention(layer)}
+    state = kinds or getattr(model, "_is_stateful", False)
+    require(not state, f"--model {name}: it has layers with a recurrent state, which are not supported")
+    experts = {type(m).__name__ for m in model.modules() if re.search("Experts?$|Router|SparseMoe", type(m).__name__)}
+    require(not experts, f"--model {name}: it is a mixture of experts ({min(experts, default='')}), not supported")
+    small = sum(p.numel() for p in model.parameters()) < SMALL
+    if small:
+        _fp32_buffers(model)
+        model.float()
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        if not has_scalar_head(model.config):
+            _check_logits(name, model.eval())
+        if small:
+            _check_body(name, model.eval())
+
+
+def _check_logits(name: str, model) -> None:
+    """Raise unless logits are hidden @ W.T: for large random hidden states in place of those of the body."""
+    output, body = model.get_output_embeddings(), model.base_model
+    require(output is not None, f"--model {name}: it has no LM head")
+    has_bias = getattr(output, "bias", None) is not None
+    require(not has_bias, f"--model {name}: an LM head with a bias is not supported (logits here are hidden @ W.T)")
+    weight, ids = output.weight, torch.arange(4)[None]
+    hidden = torch.randn(1, 4, weight.shape[1], dtype=weight.dtype)
+    hidden = hidden * (1000 / F.linear(hidden, weight).abs().max().clamp_min(1e-6)).clamp_max(1e4)  # where caps bend
+    used = []
+
+    class Output:
+        last_hidden_state = hidden
+
+        def __getattr__(self, _):
+            return None
+
+        def __getitem__(self, i):
+            return hidden if i == 0 else ()
+
+    body.forward = lambda *args, **inputs: used.append(1) or Output()
+    try:
+        logits = model(input_ids=ids, use_cache=False).logits
+    except Exception as error:
+        raise BadInput(f"--model {name}: its logits cannot be computed ({_first_line(error)})") from error
+    finally:
+        del body.forward
+    if not used:  # its forward goes around base_model
+        logits, hidden = model(input_ids=ids, use_cache=False).logits, body(input_ids=ids, use_cache=False)[0]
+    product = F.linear(hidden, weight).float()
+    same = logits.shape == product.shape and (logits.float() - product).norm() <= 5e-3 * product.norm()
+    text = vars(model.config.get_text_config())
+    named = [(key, text[key]) for key in text if re.search("logit|lm_head|scale_", key) and text[key]]
+    hint = ", ".join(f"{key}={value}" for key, value in named)
+    require(same, f"--model {name}: its logits are not hidden @ W.T, which is not supported ({hint or 'see its code'})")
+
+
+def _check_body(name: str, model) -> None:
+    """Raise unless a token sees those before it and no others, whether padded on the left or read through a cache."""
+    body, n = model.base_model, 4
+    ids = torch.randint(min(64, model.config.get_text_config().vocab_size), (1, n + 3))
+    padded = F.pad(ids[:, :n], (2, 0))
+    mask = torch.tensor([[0, 0] + [1] * n])
+    try:
+        whole = body(input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=torch.arange(n + 3)[None])[0]
+        cache = new_cache(model.config)
+        read = dict(past_key_values=cache, use_cache=True)
+        position = (mask.cumsum(1) - 1).clamp_min(0)
+        found = [body(input_ids=padded, attention_mask=mask, position_ids=position, **read)[0][:, 2:]]
+        cache.batch_repeat_interleave(2)
+        for t in range(n, n + 3):
+            mask = F.pad(mask, (0, 1), value=1)
+            token, at = ids[:, t : t + 1].expand(2, 1), torch.full((2, 1), t)
+            found.append(body(input_ids=token, attention_mask=mask.expand(2, -1), position_ids=at, **read)[0][1:])
+        found = torch.cat(found, 1)
+    except Exception as error:
+        raise BadInput(f"--model {name}: it cannot be decoded token by token ({_first_line(error)})") from error
+    for part, what in ((slice(n), "depend on padding or later tokens"), (slice(n, None), "change with its cache")):
+        error = (found[:, part] - whole[:, part]).norm() / whole[:, part].norm()
+        require(error < 1e-3, f"--model {name}: its hidden states {what} (by {error:.1e}), which is not supported")
 
 
 def _file_dtype(name: str) -> torch.dtype:
@@ -678,13 +781,22 @@ def scalar_head(model) -> torch.nn.Linear:
     return model.score if hasattr(model, "score") else model.classifier
 
 
+def _cache_layers(config) -> list:
+    from transformers.cache_utils import DynamicCache
+
+    return DynamicCache(config=config).layers
+
+
+def _is_attention(layer) -> bool:
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+    return type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
+
+
 def _pack_limit(config) -> float:
     """The longest row in which _read may pack completions; 0 where layers do not take a mask of its own making."""
-    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
-
-    layers = DynamicCache(config=config).layers
-    known = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
-    if config._attn_implementation != "sdpa" or getattr(config, "alibi", False) or not known:
+    layers = _cache_layers(config)
+    if config._attn_implementation != "sdpa" or getattr(config, "alibi", False) or not all(map(_is_attention, layers)):
         return 0
     return min((layer.sliding_window for layer in layers if layer.is_sliding), default=math.inf)
 
@@ -828,19 +940,81 @@ def trainable_parameters(model) -> list[torch.nn.Parameter]:
 # ======================================================================================================================
 
 
-def encode_prompt(tokenizer, prompt: str | list[dict]) -> list[int]:
-    """Ids of a prompt: text as it is, messages through the chat template (joined by newlines where there is none)."""
+def encode_prompt(tokenizer, prompt: str | list[dict], changes: Counter | None = None) -> list[int]:
+    """Ids of a prompt: text as it is, messages through the chat template (joined by newlines where there is none).
+
+    If the last message is the assistant's, it is the beginning of the answer, which is continued. Text may have been
+    rendered elsewhere: of two tokens that begin a sequence one is kept, and none that ends an answer. `changes` counts
+    such prompts.
+    """
     if isinstance(prompt, str):
-        return tokenizer(prompt)["input_ids"]
-    if tokenizer.chat_template is None:
-        return tokenizer("\n".join(m["content"] for m in prompt) + "\n")["input_ids"]
-    ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)
-    return ids["input_ids"]
+        ids = tokenizer(prompt)["input_ids"]
+    elif tokenizer.chat_template is None:
+        text = "\n".join(m["content"] for m in prompt)
+        ids = tokenizer(text if prompt[-1]["role"] == "assistant" else text + "\n")["input_ids"]
+    else:
+        begun, where = prompt[-1]["role"] == "assistant", getattr(prompt, "where", "a prompt in messages")
+        how = dict(add_generation_prompt=not begun, continue_final_message=begun, tokenize=True, return_dict=True)
+        try:
+            ids = tokenizer.apply_chat_template(prompt, **how)["input_ids"]
+        except Exception as error:  # templates raise errors of many kinds
+            reason = " ".join(str(error).split())
+            raise BadInput(f"{where}: the chat template refuses its messages ({reason})") from error
+        require(
+            ids[-1] not in _ends(tokenizer),
+            f"{where}: the chat template ends the prompt with {tokenizer.decode(ids[-1:])!r}, which ends an answer; "
+            "expected one that begins the assistant's turn",
+        )
+    begin, end = 0, len(ids)
+    while end - begin > 1 and ids[begin] == ids[begin + 1] == tokenizer.bos_token_id:
+        begin += 1
+    while end - begin > 1 and ids[end - 1] in _ends(tokenizer):
+        end -= 1
+    if changes is not None:
+        changes["prompts began twice with BOS, one kept"] += begin > 0
+        changes["prompts ended with EOS, taken off"] += end < len(ids)
+    return ids[begin:end]
 
 
-def encode_completion(tokenizer, text: str) -> list[int]:
-    """Ids of an answer as the policy would have sampled it: the text, then the end of the sequence."""
-    return tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+def encode_completion(tokenizer, text: str, prompt: str | list[dict] = (), changes: Counter | None = None) -> list[int]:
+    """Ids of an answer as the policy would have sampled it: the text, then one token that ends it.
+
+    The answer to messages ends as the chat template ends it, an answer to text with EOS or the end that it brings.
+    """
+    ids, ends = tokenizer(text, add_special_tokens=False)["input_ids"], _ends(tokenizer)
+    length = len(ids)
+    while length and ids[length - 1] in ends:
+        length -= 1
+    if changes is not None:
+        changes["answers had an end of their own, none added"] += length < len(ids)
+    own_end = ids[length] if length < len(ids) else tokenizer.eos_token_id
+    return ids[:length] + [own_end if isinstance(prompt, str) else answer_end(tokenizer)]
+
+
+def answer_end(tokenizer) -> int:
+    """The token with which the chat template ends the assistant's turn; EOS if it has none, or there is no template."""
+    return _answer_end(tokenizer, str(tokenizer.chat_template))
+
+
+@lru_cache(maxsize=8)
+def _answer_end(tokenizer, chat_template: str) -> int:
+    messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "the answer"}]
+    try:
+        tail = tokenizer.apply_chat_template(messages, tokenize=False).rpartition("the answer")[2]
+    except Exception:  # no template, or one that refuses these two
+        return tokenizer.eos_token_id
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    ids = tokenizer(tail, add_special_tokens=False)["input_ids"]
+    return next((i for i in ids if i in special), tokenizer.eos_token_id)
+
+
+def _ends(tokenizer) -> tuple[int, int]:
+    return tokenizer.eos_token_id, answer_end(tokenizer)
+
+
+def changed(changes: Counter) -> str:
+    """What was changed, as the end of a note: '; 3 prompts began twice with BOS, one kept'."""
+    return "".join(f"; {count} {what}" for what, count in changes.items() if count)
 
 
 def encode_pairs(
@@ -851,10 +1025,10 @@ def encode_pairs(
     sides: the columns that hold answers. Rows that are longer than a limit, or whose two answers are the same tokens,
     are left out; the note counts them.
     """
-    rows, long, same = [], 0, 0
+    rows, long, same, changes = [], 0, 0, Counter()
     for pair in pairs:
-        ids = {"prompt_ids": encode_prompt(tokenizer, pair["prompt"])}
-        answers = [encode_completion(tokenizer, pair[side]) for side in sides]
+        ids = {"prompt_ids": encode_prompt(tokenizer, pair["prompt"], changes)}
+        answers = [encode_completion(tokenizer, pair[side], pair["prompt"], changes) for side in sides]
         ids |= {f"{side}_ids": answer for side, answer in zip(sides, answers)}
         longest = max(map(len, answers))
         if len(ids["prompt_ids"]) > max_prompt or longest > max_new_tokens:
@@ -865,7 +1039,7 @@ def encode_pairs(
             rows.append(pair | ids)
     require(bool(rows), f"no pair is left: {long} of {len(pairs)} are too long, {same} have two equal answers")
     note = f"{len(rows)} pairs" + (f"; {long} too long, left out" if long else "")
-    return rows, note + (f"; {same} with two equal answers, left out" if same else "")
+    return rows, note + (f"; {same} with two equal answers, left out" if same else "") + changed(changes)
 
 
 def decode(tokenizer, completion_ids: list[list[int]]) -> list[str]:
@@ -992,6 +1166,7 @@ def answer_scores(scores: torch.Tensor, mask: torch.Tensor, how: str) -> torch.T
 
 def score_of(name: str, ref: str) -> str:
     """How the score of an answer comes from its tokens: as its folder says; the sum for a log-ratio to `ref`."""
+    require(name, "--reward_ref is the reference of a --reward_model: give both")
     config = load_config(name)
     if ref:
         require(not has_scalar_head(config), f"--reward_ref: {name} has a scalar head, and so no log-probabilities")
@@ -1056,10 +1231,27 @@ def _read(model, forward, batch: dict) -> torch.Tensor:
 
 
 def stop_ids(model, tokenizer) -> list[int]:
-    """All tokens that end a completion: the tokenizer's, and those of the model's generation settings."""
+    """All tokens that end a completion: the tokenizer's, its chat template's, and those of the generation settings."""
     extra = model.generation_config.eos_token_id
     extra = [] if extra is None else extra if isinstance(extra, list) else [extra]
-    return sorted({tokenizer.eos_token_id, *extra})
+    return sorted({*_ends(tokenizer), *extra})
+
+
+class _Pulse:
+    """Shows that a long rollout is alive: every 20 seconds a line with the tokens so far, and their rate."""
+
+    def start(self) -> None:
+        self.began = self.last = time.perf_counter()
+        self.tokens = 0
+
+    def beat(self, tokens: int) -> None:
+        self.tokens, now = self.tokens + tokens, time.perf_counter()
+        if now - self.last > 20:
+            self.last = now
+            say(f"  generating: {self.tokens:,} tokens so far, {self.tokens / (now - self.began):,.0f} per second")
+
+
+pulse = _Pulse()
 
 
 def generate(
@@ -1082,6 +1274,7 @@ def generate(
     Sampling inverts the whole distribution at `temperature`: no top-k, no top-p, no banned token, so the policy that
     samples is the policy that is trained.
     """
+    pulse.start()
     order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))
     at_once = max(1, rows_at_once // samples)
     completions, logprobs = ([[]] * (len(prompt_ids) * samples) for _ in range(2))
@@ -1120,17 +1313,22 @@ def _sampling(model):
         model.train(before)
 
 
-def _generate(model, max_new_tokens, temperature, stop_ids, pad_id, prompt_ids, samples, noise):
-    """The readable reference of decoding: completions and the log-probabilities of their tokens, as lists."""
+def new_cache(config):
+    """An empty KV cache."""
     from transformers.cache_utils import DynamicCache
 
+    return (cpu.roomy_cache if cpu else DynamicCache)(config=config)
+
+
+def _generate(model, max_new_tokens, temperature, stop_ids, pad_id, prompt_ids, samples, noise):
+    """The readable reference of decoding: completions and the log-probabilities of their tokens, as lists."""
     device = next(model.parameters()).device
     head = model.get_output_embeddings() if device.type == "cpu" else lambda h: logits_of(h, head_weight(model))
     batch = make_batch(prompt_ids, [[pad_id]] * len(prompt_ids), pad_id, device)
     attention = batch["prompt_mask"].long()
     position = attention.cumsum(1) - 1
     stop = torch.tensor(stop_ids, device=device)
-    cache = (cpu.roomy_cache if cpu else DynamicCache)(config=model.config)
+    cache = new_cache(model.config)
     hidden = model.final_hidden(
         input_ids=batch["prompt_ids"],
         attention_mask=attention,
@@ -1157,6 +1355,7 @@ def _generate(model, max_new_tokens, temperature, stop_ids, pad_id, prompt_ids, 
         lengths[rows[ended]] = t + 1
         alive &= ~ended
         left = int(alive.sum())
+        pulse.beat(left)
         if left == 0 or t + 1 == max_new_tokens:
             break
         if left <= 0.75 * len(alive):  # drop finished rows; each time costs one copy of the cache
@@ -1267,6 +1466,35 @@ class Sampling:
         return {name: total / n for name, total in sums.items()}, samples
 
 
+def rollout_metrics(batch, task_rewards: list, finished: list[bool], samples: int) -> dict[str, float]:
+    """Global means over completions, prompts and tokens of a rollout."""
+    mask = batch["mask"]
+    task_reward = torch.tensor([sum(s) if isinstance(s, list) else s for s in task_rewards], dtype=torch.float64)
+    by_prompt = task_reward.view(-1, samples)
+    sums = {
+        "rows": len(task_rewards),
+        "tokens": mask.sum(),
+        "reward/mean": task_reward.sum(),
+        "reward/spread": (by_prompt.amax(1) > by_prompt.amin(1)).sum() * samples,
+        "length/mean": mask.sum(),
+        "length/finished": sum(finished),
+    }
+    if "kl" in batch:
+        sums["kl/ref"] = batch["kl"].sum()
+    if "values" in batch:
+        returns, error = batch["returns"][mask].double(), (batch["returns"] - batch["values"])[mask].double()
+        sums |= {"r": returns.sum(), "rr": returns.square().sum(), "e": error.sum(), "ee": error.square().sum()}
+    sums = all_sum(sums, mask.device)
+    rows, tokens = sums.pop("rows"), sums.pop("tokens")
+    metrics = {k: v / rows for k, v in sums.items() if k.split("/")[0] in ("reward", "length")}
+    if "kl" in batch:
+        metrics["kl/ref"] = sums["kl/ref"] / tokens
+    if "values" in batch:
+        variance, unexplained = (sums[k + k] / tokens - (sums[k] / tokens) ** 2 for k in "re")
+        metrics["critic/explained_variance"] = 1 - unexplained / variance if variance > 1e-12 else None
+    return metrics
+
+
 def _repeat(rows: list, times: int) -> list:
     return [row for row in rows for _ in range(times)]
 
@@ -1277,7 +1505,7 @@ def _repeat(rows: list, times: int) -> list:
 
 
 def _chunk(weight: torch.Tensor, mib: int | None) -> int:
-    """Tokens whose fp32 logits take `mib` MiB: 64 on CPUs (below 32 the heap fragments), 256 on GPUs (docs/gpu.md)."""
+    """Tokens whose fp32 logits take `mib` MiB: by default 64 on CPUs (below 32 the heap fragments), 256 on GPUs."""
     mib = mib if mib is not None else 256 if weight.is_cuda else 64
     return max(1, mib * 2**20 // (4 * weight.shape[0]))
 
@@ -1300,8 +1528,11 @@ def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     """total += a @ b."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
-    else:
+        return
+    try:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    except (TypeError, RuntimeError):
+        total += torch.mm(a, b, out_dtype=total.dtype)
 
 
 def over_vocabulary(fn, heads, columns, temperature: float = 1.0, chunk_mib: int | None = None):
@@ -1749,89 +1980,108 @@ def _merge_adapters(model, state: dict) -> dict:
     return merged
 
 
-class RowCache:
-    """Tensors of numbered rows in a folder: made once, read back a row at a time, refused when they are of other rows.
-
-    key: what the tensors are a function of, in JSON's types. With several nodes the folder must be on a shared file
-    system. A cache that was interrupted goes on with the blocks that are missing.
-    """
-
-    BLOCK = 64
-
-    def __init__(self, folder: str | Path, key: dict):
-        self.folder, self.open = Path(folder), {}
-        file = self.folder / "key.json"
-        found = from_rank_0(json.loads(file.read_text()) if rank() == 0 and file.exists() else None)
-        for name in key if found else ():
-            require(
-                found.get(name) == key[name],
-                f"the cache {self.folder} is stale: its {name} is {found.get(name)!r}, that of this run {key[name]!r}; "
-                "delete it or choose another folder",
-            )
-        if rank() == 0 and not found:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_whole(file, json.dumps(key, indent=2) + "\n")
-        dist.barrier()
-        self.whole = from_rank_0((self.folder / "shared.safetensors").exists())
-
-    def fill(self, count: int, compute, shared) -> None:
-        """compute(rows) -> {name: tensor} for each of these row numbers; shared() -> {name: tensor}, written last.
-
-        Ranks take turns in blocks and may compute different numbers of them: see gathered().
-        """
-        for first in range(rank() * self.BLOCK, count, world() * self.BLOCK):
-            if not self._file(first).exists():
-                rows = range(first, min(first + self.BLOCK, count))
-                tensors = zip(rows, compute(list(rows)))
-                self._save(self._file(first), {f"{row}.{k}": v for row, each in tensors for k, v in each.items()})
-        dist.barrier()
-        if rank() == 0:
-            self._save(self.folder / "shared.safetensors", shared())
-        dist.barrier()
-        self.whole = True
-
-    def shared(self) -> dict[str, torch.Tensor]:
-        from safetensors.torch import load_file
-
-        return load_file(self.folder / "shared.safetensors")
-
-    def row(self, row: int, names: list[str]) -> dict[str, torch.Tensor]:
-        from safetensors import safe_open
-
-        file = self._file(row)
-        if file not in self.open:
-            self.open[file] = safe_open(file, "pt")
-        return {name: self.open[file].get_tensor(f"{row}.{name}") for name in names}
-
-    def _file(self, row: int) -> Path:
-        return self.folder / f"rows-{row // self.BLOCK * self.BLOCK:08d}.safetensors"
-
-    def _save(self, file: Path, tensors: dict) -> None:
-        from safetensors.torch import save_file
-
-        part = file.with_name(file.name + ".part")
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, part)
-        part.replace(file)
-
-
 def estimate_memory(
     models: dict, *, rows: int, micro_batch: int, rollout_rows: int, max_prompt: int, max_new_tokens: int, dtype: str
 ) -> tuple[bool, str]:
-    """A rough peak of a rank with `rows` completions a step, in words: weights and Adam, KV cache, activations."""
-    tokens = max_prompt + max_new_tokens
-    gib, width = 2**30, 2 if dtype == "bfloat16" else 4
-    config = next(iter(models.values())).config.get_text_config()
+    """The peak of a rank with `rows` completions a step, in words."""
+    device = next(iter(models.values())).device
+    sizes = dict(rows=rows, micro_batch=micro_batch, rollout_rows=rollout_rows, new_tokens=max_new_tokens)
+    parts = memory_parts(
+        models,
+        **sizes,
+        tokens=max_prompt + max_new_tokens,
+        shards=min(_ranks_of_shards(m, device) for m in models.values()),
+        dtype=compute_dtype(dtype, device),
+        chunk_mib=256 if device.type == "cuda" else 64,
+    )
+    words = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in parts.items())
+    return True, f"about {peak_memory(parts) / 2**30:.1f} GiB a rank: {words}"
+
+
+def peak_memory(parts: dict[str, float]) -> float:
+    """The largest of loading, rollout and update; `state` is there all the time."""
+    loading, rollout = parts["loading"], parts["whole weights"] + parts["KV cache"] + parts["sampling"]
+    update = parts["embeddings and head"] + parts["activations"] + parts["vocabulary"] + parts["kept states"]
+    return parts["state"] + max(loading, rollout, update)
+
+
+def memory_parts(
+    models: dict,
+    *,
+    shards: int,
+    rows: int,
+    micro_batch: int,
+    rollout_rows: int,
+    tokens: int,
+    new_tokens: int,
+    dtype: str,
+    chunk_mib: int,
+) -> dict[str, float]:
+    """Bytes of a rank by what holds them; the first model is the policy. Models may be on the meta device.
+
+    state: shards of weights, and of gradients and Adam's two moments (fp32) where they are trained.
+    loading: the group with the embeddings before it is sharded, in 2 bytes (bfloat16 files).
+    whole weights, KV cache, sampling: of a rollout, where FSDP copies weights (more than one rank, or bfloat16).
+    embeddings and head: FSDP's root group, whole: weights, gradients, what the reduction reads, the head's gradient in
+    fp32, the head of the rollout policy; of models that are not trained, the weights. Also one block, gathered ahead.
+    activations: counted layer by layer; with recomputation the input of each layer, and one layer.
+    """
+    width, fsdp = 2 if dtype == "bfloat16" else 4, shards > 1 or dtype == "bfloat16"
+    first = next(iter(models.values()))
+    config = first.config.get_text_config()
+    at_once, kept = micro_batch * tokens, dict.fromkeys(("state", "roots", "activations"), 0.0)
+    for model in models.values():
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        total = sum(p.numel() for p in model.parameters())
+        blocks = [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or [])]
+        in_blocks = sum(p.numel() for block in blocks for p in block.parameters())
+        root, block = total - in_blocks, in_blocks / max(1, len(blocks))
+        kept["state"] += (16 * trained + width * (total - trained)) / shards
+        whole_root = trained == total
+        kept["roots"] += fsdp * (root * (2 * width + 4 * whole_root if whole_root else width) + 2 * width * block)
+        if trained:
+            text = model.config.get_text_config()
+            layer = kept_per_token(model, dtype) / text.num_hidden_layers
+            recomputed = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+            inputs = text.num_hidden_layers * text.hidden_size * width
+            kept["activations"] += at_once * (inputs + layer if recomputed else layer * text.num_hidden_layers)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    state = sum(p.numel() * (16 if p.requires_grad else 4) for m in models.values() for p in m.parameters()) / world()
-    whole = max(sum(p.numel() for p in m.parameters()) for m in models.values()) * width * (world() > 1)
-    cache = 2 * config.num_hidden_layers * heads * head * width * min(rows, rollout_rows) * tokens
-    layer = 12 * config.hidden_size + 3 * (getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
-    activations = config.num_hidden_layers * layer * width * micro_batch * tokens
-    kept = rows * max_new_tokens * config.hidden_size * width
-    logits = 8 * min(64 * 2**20, 4 * config.vocab_size * micro_batch * max_new_tokens)
-    peak = state + max(whole + cache, activations + logits + kept)
-    return True, (
-        f"about {peak / gib:.1f} GiB a rank: weights and Adam {state / gib:.1f}, KV cache {cache / gib:.1f}, "
-        f"activations {activations / gib:.1f}, logits {logits / gib:.1f}, kept states {kept / gib:.1f}"
-    )
+    matrix = config.vocab_size * config.hidden_size
+    alive = min(rows, rollout_rows)
+    policy = sum(p.numel() for p in first.parameters())
+    return {
+        "state": kept["state"],
+        "loading": 2 * fsdp * first.get_input_embeddings().weight.numel(),
+        "whole weights": fsdp * width * policy,
+        "KV cache": 2 * config.num_hidden_layers * heads * head * width * alive * tokens,
+        "sampling": 16 * alive * config.vocab_size,
+        "embeddings and head": kept["roots"] + 6 * matrix,
+        "activations": kept["activations"],
+        "vocabulary": 15 * min(chunk_mib * 2**20, 4 * config.vocab_size * micro_batch * new_tokens),
+        "kept states": rows * new_tokens * config.hidden_size * width,
+    }
+
+
+def kept_per_token(model, dtype: str) -> float:
+    """Bytes that the body keeps of each token for the backward pass, counted on a copy without storage."""
+    kept, S, config = {}, 8, copy.deepcopy(model.config)
+
+    def keep(x):
+        kept[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
+        return x
+
+    def plain(rope: dict) -> dict:  # other kinds look at the positions, which here have no values
+        return {k: plain(v) if isinstance(v, dict) else "default" if k == "rope_type" else v for k, v in rope.items()}
+
+    text = config.get_text_config()
+    if getattr(text, "rope_parameters", None):
+        text.rope_parameters = plain(text.rope_parameters)
+    with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        body = type(model)(config).to(getattr(torch, dtype)).base_model
+        inputs = dict(input_ids=torch.zeros(1, S, dtype=torch.long), position_ids=torch.arange(S)[None])
+        inputs["attention_mask"] = torch.ones(1, 1, S, S, dtype=torch.bool)  # of this shape: it is not looked at
+        out = body(**inputs, use_cache=False)
+    weights = {p.untyped_storage()._cdata for p in body.parameters()}
+    del out  # until here it kept the graph, and so the storages, alive
+    return sum(size for key, size in kept.items() if key not in weights) / S

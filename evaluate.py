@@ -220,8 +220,7 @@ def measure_accuracy(args) -> None:
     held_out = args.test_rows, args.test_dataset
     task = tasks.load_task(args.task, args.dataset, args.reward_file, args.seed, *held_out, train=train)
     tokenizer = common.load_tokenizer(args.model)
-    length = lambda prompt: len(common.encode_prompt(tokenizer, prompt))  # noqa: E731
-    task = tasks.fit_prompts(task, length, args.max_prompt, args.long_prompts)
+    task = tasks.fit_prompts(task, tokenizer, args.max_prompt, args.long_prompts)
     if train:
         rows = task.rows(args.seed, 0, min(args.test_rows, len(task.train) or args.test_rows))
         task = replace(task, test=list({json.dumps(row["prompt"]): row for row in rows}.values()))

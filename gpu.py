@@ -18,6 +18,12 @@ import common
 # Fused passes over [n, V] for any number of tokens; a loss is compiled once per process, in some ten seconds.
 fused = functools.partial(torch.compile, dynamic=True)
 
+
+def prepare() -> None:
+    """Attention without cuDNN, which plans anew for each shape: 60 ms, and training has a new shape in each batch."""
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 LOOK = 16  # tokens between two looks at which rows have ended, each of which waits for the GPU
 
 
@@ -48,8 +54,20 @@ def without_hooks(model):
             m._forward_pre_hooks, m._forward_hooks = before, after
 
 
+@contextlib.contextmanager
+def with_cudnn(on: bool):
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(on)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
 class Decoder:
     """Decodes up to `rows` rows of `length` positions at a time. For one call of `generate`, while weights stay put."""
+
+    cudnn = True  # its attention is the fastest here, and a static cache has one shape
 
     def __init__(self, model, rows: int, length: int, max_new_tokens: int, temperature: float, stop_ids, pad_id: int):
         self.model, self.temperature, self.pad_id, self.T = model, temperature, pad_id, max_new_tokens
@@ -143,13 +161,12 @@ class Decoder:
             if self.graphs[key] is None:
                 self.graphs[key] = torch.cuda.CUDAGraph()
                 self.pool = self.pool or torch.cuda.graph_pool_handle()
-                with without_hooks(self.model), torch.cuda.graph(
-                    self.graphs[key], pool=self.pool, capture_error_mode="thread_local"
-                ):
+                record = torch.cuda.graph(self.graphs[key], pool=self.pool, capture_error_mode="thread_local")
+                with without_hooks(self.model), with_cudnn(self.cudnn), record:
                     self._forward(size)
             self.graphs[key].replay()
         else:
-            with without_hooks(self.model):
+            with without_hooks(self.model), with_cudnn(self.cudnn):
                 self._forward(size)
             self.graphs[key] = None
 

@@ -68,8 +68,8 @@ class Args:
     missing_eos_penalty: float = arg(0.0, "the penalty on the reward of a completion without an end", at_least=0)
     # method
     loss: Literal["kld", "mse", "lch"] = arg("kld", "LCO-3, LCO-4 or LCO-5; docs/lco.md says which suits which model")
-    advantage: Literal["gae", "token", "reward", "group"] = arg(
-        "group", "GAE; the token's own reward (QRM-2); the return, whitened; or less the mean of its prompt"
+    advantage: Literal["gae", "token", "return", "reward", "group"] = arg(
+        "group", "GAE; the token's reward (QRM-2); the return to go; that of the answer; or less its prompt's mean"
     )
     beta: float = arg(1.0, "the step size: pi* = pi_old exp(A / beta); tune it by lco/target_kl", at_least=1e-6)
     negative_beta_scale: float = arg(
@@ -226,6 +226,7 @@ def equal_returns(rewards, mask, gamma: float) -> bool:
     return most - least <= 1e-6 * max(abs(most), abs(least))
 
 
+# same in: ppo_baseline.py lco.py
 def estimate_advantages(batch, args) -> None:
     """Add `advantages` [B, T] (and with a critic its targets, `returns`) to a batch that has `rewards` [B, T]."""
     mask, rewards = batch["mask"], batch["rewards"]
@@ -234,8 +235,10 @@ def estimate_advantages(batch, args) -> None:
         batch["advantages"] = whiten(advantages, mask)
         if equal_returns(rewards, mask, args.gamma):  # what differs is the critic, which learns alone
             batch["advantages"] = torch.zeros_like(advantages)
-    elif args.advantage == "token":  # QRM-2 without a critic: a baseline that the whole state shares changes no pi*
-        batch["advantages"] = rewards * mask
+    elif args.advantage == "token":  # QRM-2: the reward of a token already tells what follows, so nothing is summed
+        batch["advantages"], batch["returns"] = (rewards - batch.get("values", 0.0)) * mask, rewards
+    elif args.advantage == "return":
+        batch["advantages"] = whiten(gae(rewards, torch.zeros_like(rewards), mask, args.gamma, 1.0)[0], mask)
     elif args.advantage == "reward":
         batch["advantages"] = whiten(rewards.sum(1, keepdim=True) * mask, mask)
     else:  # group: less the mean of the prompt's samples; a division by their deviation would favour few hits
@@ -268,8 +271,7 @@ def kld_objective(policy, heads, micro, args):
         target_logp = target_logprobs(old_logits, A, beta, args.target)
         logp = logits.log_softmax(-1)
         total = kld_loss(logp, target_logp).sum()
-        metrics = step_sizes(logp.detach(), old_logits.log_softmax(-1), target_logp)
-        return total, metrics | {"loss/policy": total}
+        return total, step_sizes(logp.detach(), old_logits.log_softmax(-1), target_logp) | {"loss/policy": total}
 
     columns = [micro["completion_ids"][mask], micro["advantages"][mask]]
     return common.over_vocabulary(loss, [now, old], columns, args.temperature)
@@ -284,19 +286,14 @@ def sampled_objective(policy, heads, micro, args):
     )
     gap = target_gap(logit, old_logit, advantages, scaled_beta(advantages, args.beta, args.negative_beta_scale))
     total = LOSSES[args.loss](gap).sum()
-    return total, {
-        "lco/gap": gap.detach().abs().sum(),
-        "policy/logit_gap": (logit - old_logit).detach().abs().sum(),
-        "loss/policy": total.detach(),
-    }
+    metrics = {"lco/gap": gap.detach().abs().sum(), "policy/logit_gap": (logit - old_logit).detach().abs().sum()}
+    return total, metrics | {"loss/policy": total.detach()}
 
 
 def dense_objective(policy, heads, micro, args):
-    """Each loss with A(s,.) known for the whole vocabulary from a reward model with an LM head.
+    """Each loss with A(s,a) = A(s,a_t) + scale (Z(s,a) - Z(s,a_t)) of the whole vocabulary, Z by an LM head.
 
-    A(s,a) = A(s,a_t) + scale (Z(s,a) - Z(s,a_t)): the scores of all tokens, on the scale on which the sampled one was
-    standardised. It is no noisy sample, so both of its signs have the same beta. LCO-4 and LCO-5 are averaged over
-    a ~ pi_old, which is what the sampled losses estimate.
+    It is no noisy sample, so both signs have the same beta. LCO-4 and -5 are means over a ~ pi_old, as if sampled.
     """
     mask, (now, old) = micro["mask"], states(policy, heads, micro)
     models = [(micro[f"{name}_hidden"][mask], heads[name]) for name in ("reward", "reward_ref") if name in heads]
@@ -361,8 +358,8 @@ def train(args) -> None:
     models, optimizer = build(args, device)
     policy = models["policy"]
     if task.reward is None:
-        how = common.score_of(args.reward_model, args.reward_ref)
-        task.reward = common.scored_by(models, how, tokenizer, args.max_prompt, args.micro_batch)
+        score = common.score_of(args.reward_model, args.reward_ref)
+        task.reward = common.scored_by(models, score, tokenizer, args.max_prompt, args.micro_batch)
     limits = args.max_prompt, args.max_new_tokens, args.temperature, args.rollout_rows
     sampling = common.Sampling(policy, tokenizer, *limits)
 
@@ -384,6 +381,8 @@ def train(args) -> None:
         # ---- 3. log-probabilities by pi_old and the reference, values, scores of a reward model; rewards of tokens
         heads = evaluate_models(models, batch, args)
         batch["rewards"] = token_rewards(task_rewards, batch, finished, args)
+        if step == run.start and args.advantage in ("reward", "group") and isinstance(task_rewards[0], list):
+            common.say("  token rewards are summed over each completion: --advantage token or gae uses their positions")
 
         # ---- 4. advantages
         estimate_advantages(batch, args)
@@ -402,8 +401,9 @@ def train(args) -> None:
         run.lap("update")
 
         # ---- 6. log; evaluate and save when it is time
-        metrics = {k: v / tokens for k, v in sums.items()} | rollout_metrics(batch, task_rewards, finished, args)
-        metrics |= {"lr": optimizer.param_groups[0]["lr"], "policy/sampler_gap": gap}
+        metrics = common.rollout_metrics(batch, task_rewards, finished, args.samples_per_prompt)
+        metrics |= {k: v / tokens for k, v in sums.items()} | {"policy/sampler_gap": gap}
+        metrics["lr"] = optimizer.param_groups[0]["lr"]
         if metrics["policy/updates"] == 0 and step >= args.critic_warmup:
             common.say("  no completion of this step is better than another: the policy stays as it is")
         shown = zip(rows[:4], completions, batch["rewards"].sum(1).tolist())
@@ -437,6 +437,8 @@ def prepare(args):
     """Task and tokenizer; every wrong argument and file is refused here, before a model is loaded."""
     linear = args.target == "linear" and args.loss != "kld"
     require(not linear, "--target linear describes a target distribution: it needs --loss kld")
+    by_token = args.advantage != "token" or args.reward_file or args.reward_model
+    require(by_token, "--advantage token needs --reward_file or --reward_model: one reward for each token")
     one_sample = args.advantage == "group" and args.samples_per_prompt < 2
     require(not one_sample, "--advantage group compares samples of one prompt: --samples_per_prompt must be at least 2")
     geometry = common.split_evenly(args.prompts_per_step, args.samples_per_prompt, args.minibatches, args.micro_batch)
@@ -446,23 +448,20 @@ def prepare(args):
     )
     tokenizer = common.load_tokenizer(args.model)
     common.fits_context(args.model, args.max_prompt + args.max_new_tokens)
-    require(args.reward_model or not args.reward_ref, "--reward_ref is the reference of a --reward_model: give both")
     for name in filter(None, (args.reward_model, args.reward_ref)):
         common.score_of(args.reward_model, args.reward_ref)
         common.same_tokenizer(args.model, tokenizer, name, common.load_tokenizer(name))
         common.fits_context(name, args.max_prompt + args.max_new_tokens)
-    length = lambda prompt: len(common.encode_prompt(tokenizer, prompt))  # noqa: E731
-    task = tasks.fit_prompts(task, length, args.max_prompt, args.long_prompts)
+    task = tasks.fit_prompts(task, tokenizer, args.max_prompt, args.long_prompts)
     common.say(f"{geometry}\n{task.note}")
     return task, tokenizer
 
 
 @torch.no_grad()
-def evaluate_models(models, batch, args) -> dict[str, torch.Tensor]:
-    """Add [B, T] of each token before any update: log-probabilities, values, scores; [B, T, H]: final hidden states.
+def evaluate_models(models, batch, args):
+    """Add [B, T] of each token before any update: log-probabilities by pi_old and the reference, values, scores.
 
-    Of pi_old (and of a dense reward model) hidden states are kept, and their LM heads [V, H] are returned: with both,
-    exact logits are rebuilt inside the loss, a chunk at a time.
+    Of pi_old and a dense reward model final states are kept; with their LM heads, returned, the loss rebuilds logits.
     """
     one_update = args.epochs * args.minibatches == 1 and not args.kl_coef  # then pi = pi_old in the only update
     kept = {} if one_update else {"old": models["policy"]}
@@ -514,43 +513,16 @@ def token_rewards(task_rewards, batch, finished, args):
             require(len(value) == n, f"reward(): {len(value)} rewards for a completion of {n} tokens (completion_ids)")
             rewards[b, :n] = torch.tensor(value, device=mask.device)
         else:
+            require(args.advantage != "token", "--advantage token: reward() gave a number, expected one for each token")
             rewards[b, last[b]] = value
+    if args.advantage == "token" and not args.reward_model:
+        rewards = whiten(rewards, mask)
     cut = torch.tensor([not done for done in finished], device=mask.device)
     rewards = rewards.scatter_add(1, last[:, None], -args.missing_eos_penalty * cut[:, None].float())
     if args.kl_coef:
-        kl = kl_estimate(batch["old_logprobs"], batch["ref_logprobs"], args.kl_estimator)
-        rewards = rewards - args.kl_coef * kl * mask
+        batch["kl"] = kl_estimate(batch["old_logprobs"], batch["ref_logprobs"], args.kl_estimator) * mask
+        rewards = rewards - args.kl_coef * batch["kl"]
     return rewards
-
-
-# same in: ppo_baseline.py lco.py
-def rollout_metrics(batch, task_rewards, finished, args) -> dict[str, float]:
-    """Global means over completions, prompts and tokens of a rollout."""
-    mask = batch["mask"]
-    task_reward = torch.tensor([sum(s) if isinstance(s, list) else s for s in task_rewards], dtype=torch.float64)
-    by_prompt = task_reward.view(-1, args.samples_per_prompt)
-    sums = {
-        "rows": len(task_rewards),
-        "tokens": mask.sum(),
-        "reward/mean": task_reward.sum(),
-        "reward/spread": (by_prompt.amax(1) > by_prompt.amin(1)).sum() * args.samples_per_prompt,
-        "length/mean": mask.sum(),
-        "length/finished": sum(finished),
-    }
-    if args.kl_coef:
-        sums["kl/ref"] = (kl_estimate(batch["old_logprobs"], batch["ref_logprobs"], args.kl_estimator) * mask).sum()
-    if "values" in batch:
-        returns, error = batch["returns"][mask].double(), (batch["returns"] - batch["values"])[mask].double()
-        sums |= {"r": returns.sum(), "rr": returns.square().sum(), "e": error.sum(), "ee": error.square().sum()}
-    sums = common.all_sum(sums, mask.device)
-    rows, tokens = sums.pop("rows"), sums.pop("tokens")
-    metrics = {k: v / rows for k, v in sums.items() if k.split("/")[0] in ("reward", "length")}
-    if args.kl_coef:
-        metrics["kl/ref"] = sums["kl/ref"] / tokens
-    if "values" in batch:
-        variance, unexplained = (sums[k + k] / tokens - (sums[k] / tokens) ** 2 for k in "re")
-        metrics["critic/explained_variance"] = 1 - unexplained / variance if variance > 1e-12 else None
-    return metrics
 
 
 if __name__ == "__main__":

@@ -174,6 +174,7 @@ def equal_returns(rewards, mask, gamma: float) -> bool:
     return most - least <= 1e-6 * max(abs(most), abs(least))
 
 
+# same in: ppo_baseline.py lco.py
 def estimate_advantages(batch, args) -> None:
     """Add `advantages` [B, T] (and with a critic its targets, `returns`) to a batch that has `rewards` [B, T]."""
     mask, rewards = batch["mask"], batch["rewards"]
@@ -213,7 +214,8 @@ def update(models, optimizer, batch, rows, args, train_policy: bool = True):
     The policy takes none where all their advantages are 0.
     """
     device = batch["mask"].device
-    train_policy = train_policy and common.all_max(batch["advantages"][rows].abs().max(), device) > 0
+    signal = common.all_max(batch["advantages"][rows].abs().max(), device) > 0
+    train_policy = train_policy and signal
     tokens = common.all_sum({"n": batch["mask"][rows].sum()}, device)["n"]  # counted first, divided by once
     sums = {}
     for micro in common.accumulate_over(models, common.micro_batches(batch, rows, args.micro_batch)):
@@ -247,8 +249,8 @@ def train(args) -> None:
     models, optimizer = build(args, device)
     policy = models["policy"]
     if task.reward is None:
-        how = common.score_of(args.reward_model, args.reward_ref)
-        task.reward = common.scored_by(models, how, tokenizer, args.max_prompt, args.micro_batch)
+        score = common.score_of(args.reward_model, args.reward_ref)
+        task.reward = common.scored_by(models, score, tokenizer, args.max_prompt, args.micro_batch)
     limits = args.max_prompt, args.max_new_tokens, args.temperature, args.rollout_rows
     sampling = common.Sampling(policy, tokenizer, *limits)
 
@@ -270,6 +272,8 @@ def train(args) -> None:
         # ---- 3. log-probabilities by pi_old and the reference, values, scores of a reward model; rewards of tokens
         evaluate_models(models, batch, args)
         batch["rewards"] = token_rewards(task_rewards, batch, finished, args)
+        if step == run.start and args.advantage in ("reward", "group") and isinstance(task_rewards[0], list):
+            common.say("  token rewards are summed over each completion: --advantage token or gae uses their positions")
 
         # ---- 4. advantages
         estimate_advantages(batch, args)
@@ -288,8 +292,9 @@ def train(args) -> None:
         run.lap("update")
 
         # ---- 6. log; evaluate and save when it is time
-        metrics = {k: v / tokens for k, v in sums.items()} | rollout_metrics(batch, task_rewards, finished, args)
-        metrics |= {"lr": optimizer.param_groups[0]["lr"], "policy/sampler_gap": gap}
+        metrics = common.rollout_metrics(batch, task_rewards, finished, args.samples_per_prompt)
+        metrics |= {k: v / tokens for k, v in sums.items()} | {"policy/sampler_gap": gap}
+        metrics["lr"] = optimizer.param_groups[0]["lr"]
         if metrics["policy/updates"] == 0 and step >= args.critic_warmup:
             common.say("  no completion of this step is better than another: the policy stays as it is")
         shown = zip(rows[:4], completions, batch["rewards"].sum(1).tolist())
@@ -321,6 +326,8 @@ def build(args, device):
 
 def prepare(args):
     """Task and tokenizer; every wrong argument and file is refused here, before a model is loaded."""
+    by_token = args.advantage != "token" or args.reward_file or args.reward_model
+    require(by_token, "--advantage token needs --reward_file or --reward_model: one reward for each token")
     one_sample = args.advantage == "group" and args.samples_per_prompt < 2
     require(not one_sample, "--advantage group compares samples of one prompt: --samples_per_prompt must be at least 2")
     geometry = common.split_evenly(args.prompts_per_step, args.samples_per_prompt, args.minibatches, args.micro_batch)
@@ -330,19 +337,17 @@ def prepare(args):
     )
     tokenizer = common.load_tokenizer(args.model)
     common.fits_context(args.model, args.max_prompt + args.max_new_tokens)
-    require(args.reward_model or not args.reward_ref, "--reward_ref is the reference of a --reward_model: give both")
     for name in filter(None, (args.reward_model, args.reward_ref)):
         common.score_of(args.reward_model, args.reward_ref)
         common.same_tokenizer(args.model, tokenizer, name, common.load_tokenizer(name))
         common.fits_context(name, args.max_prompt + args.max_new_tokens)
-    length = lambda prompt: len(common.encode_prompt(tokenizer, prompt))  # noqa: E731
-    task = tasks.fit_prompts(task, length, args.max_prompt, args.long_prompts)
+    task = tasks.fit_prompts(task, tokenizer, args.max_prompt, args.long_prompts)
     common.say(f"{geometry}\n{task.note}")
     return task, tokenizer
 
 
 @torch.no_grad()
-def evaluate_models(models, batch, args) -> None:
+def evaluate_models(models, batch, args):
     """Add [B, T] of each token before any update: log-probabilities by pi_old and the reference, values, scores."""
     one_update = args.epochs * args.minibatches == 1 and not args.kl_coef  # then pi = pi_old in the only update
 
@@ -381,43 +386,16 @@ def token_rewards(task_rewards, batch, finished, args):
             require(len(value) == n, f"reward(): {len(value)} rewards for a completion of {n} tokens (completion_ids)")
             rewards[b, :n] = torch.tensor(value, device=mask.device)
         else:
+            require(args.advantage != "token", "--advantage token: reward() gave a number, expected one for each token")
             rewards[b, last[b]] = value
+    if args.advantage == "token" and not args.reward_model:
+        rewards = whiten(rewards, mask)
     cut = torch.tensor([not done for done in finished], device=mask.device)
     rewards = rewards.scatter_add(1, last[:, None], -args.missing_eos_penalty * cut[:, None].float())
     if args.kl_coef:
-        kl = kl_estimate(batch["old_logprobs"], batch["ref_logprobs"], args.kl_estimator)
-        rewards = rewards - args.kl_coef * kl * mask
+        batch["kl"] = kl_estimate(batch["old_logprobs"], batch["ref_logprobs"], args.kl_estimator) * mask
+        rewards = rewards - args.kl_coef * batch["kl"]
     return rewards
-
-
-# same in: ppo_baseline.py lco.py
-def rollout_metrics(batch, task_rewards, finished, args) -> dict[str, float]:
-    """Global means over completions, prompts and tokens of a rollout."""
-    mask = batch["mask"]
-    task_reward = torch.tensor([sum(s) if isinstance(s, list) else s for s in task_rewards], dtype=torch.float64)
-    by_prompt = task_reward.view(-1, args.samples_per_prompt)
-    sums = {
-        "rows": len(task_rewards),
-        "tokens": mask.sum(),
-        "reward/mean": task_reward.sum(),
-        "reward/spread": (by_prompt.amax(1) > by_prompt.amin(1)).sum() * args.samples_per_prompt,
-        "length/mean": mask.sum(),
-        "length/finished": sum(finished),
-    }
-    if args.kl_coef:
-        sums["kl/ref"] = (kl_estimate(batch["old_logprobs"], batch["ref_logprobs"], args.kl_estimator) * mask).sum()
-    if "values" in batch:
-        returns, error = batch["returns"][mask].double(), (batch["returns"] - batch["values"])[mask].double()
-        sums |= {"r": returns.sum(), "rr": returns.square().sum(), "e": error.sum(), "ee": error.square().sum()}
-    sums = common.all_sum(sums, mask.device)
-    rows, tokens = sums.pop("rows"), sums.pop("tokens")
-    metrics = {k: v / rows for k, v in sums.items() if k.split("/")[0] in ("reward", "length")}
-    if args.kl_coef:
-        metrics["kl/ref"] = sums["kl/ref"] / tokens
-    if "values" in batch:
-        variance, unexplained = (sums[k + k] / tokens - (sums[k] / tokens) ** 2 for k in "re")
-        metrics["critic/explained_variance"] = 1 - unexplained / variance if variance > 1e-12 else None
-    return metrics
 
 
 if __name__ == "__main__":

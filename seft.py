@@ -51,6 +51,7 @@ import math
 import statistics
 import zlib
 
+from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -433,7 +434,7 @@ def make_round(writers, data, first: int, args, folder: Path) -> tuple[list[Answ
         ends, texts = common.stop_ids(writer.policy, writer.tokenizer), common.decode(writer.tokenizer, ids)
         ended = [answer[-1] in ends for answer in ids]
         if writer.tokenizer is not data.tokenizer:  # an external model may have another one
-            ids = [common.encode_completion(data.tokenizer, text) for text in texts]
+            ids = [common.encode_completion(data.tokenizer, text, row["prompt"]) for row, text in zip(rows, texts)]
         answers = [Answer(*one) for one in zip(mine, rows, ids, texts, ended, data.grade(texts, rows))]
         answers, threshold = revise(writers.get("reviser"), answers, data, args)
         answers = sorted(common.gather(list(map(asdict, answers))), key=lambda a: a["number"])
@@ -620,7 +621,8 @@ class Data:
             return [None] * len(rows)
         if task.correct:
             return list(map(float, task.correct(texts, rows)))
-        rows = [row | {"completion_ids": common.encode_completion(self.tokenizer, t)} for row, t in zip(rows, texts)]
+        ids = [common.encode_completion(self.tokenizer, text, row["prompt"]) for row, text in zip(rows, texts)]
+        rows = [row | {"completion_ids": answer} for row, answer in zip(rows, ids)]
         given = task.reward([row["prompt"] for row in rows], texts, rows)
         return [float(sum(x) if isinstance(x, list) else x) for x in given]
 
@@ -655,9 +657,9 @@ def load_data(args, tokenizer) -> Data:
 def load_prompts(args, task, pairs: list[dict], tokenizer) -> list[dict]:
     """Unannotated prompts with their ids, none of them twice, none of a pair, of the test set or too long."""
     seen = {json.dumps(row["prompt"]) for row in [*pairs, *task.test]}
-    found, known, long = [], 0, 0
+    found, known, long, changes = [], 0, 0, Counter()
     for row in task.unannotated(2 * args.unannotated, args.seed) if task.unannotated else task.train:
-        key, ids = json.dumps(row["prompt"]), common.encode_prompt(tokenizer, row["prompt"])
+        key, ids = json.dumps(row["prompt"]), common.encode_prompt(tokenizer, row["prompt"], changes)
         if key in seen:
             known += 1
         elif len(ids) > args.max_prompt:
@@ -665,7 +667,8 @@ def load_prompts(args, task, pairs: list[dict], tokenizer) -> list[dict]:
         elif len(found) < args.unannotated:
             found.append(row | {"prompt_ids": ids})
         seen.add(key)
-    common.say(f"{len(found)} unannotated prompts; left out: {known} seen before or elsewhere, {long} too long")
+    left_out = f"{known} seen before or elsewhere, {long} too long{common.changed(changes)}"
+    common.say(f"{len(found)} unannotated prompts; left out: {left_out}")
     least = max(args.rounds, common.world())
     require(len(found) >= least, f"--prompts {args.prompts or task.name}: {len(found)} new prompts, expected {least}")
     return found

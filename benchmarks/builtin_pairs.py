@@ -1,7 +1,7 @@
 """The pairs that seft.py makes of a built-in task, as a file for other scripts: pairs.jsonl in --out.
 
     python benchmarks/builtin_pairs.py --task strings --rows 2256 --out runs/pairs
-    python dckd.py --model builtin --task strings --dataset runs/pairs/pairs.jsonl --stage student --loss dpo
+    python dpo.py --model builtin --task strings --dataset runs/pairs/pairs.jsonl
 
 With the same --seed, its first rows are those that `seft.py --task strings` trains on.
 """

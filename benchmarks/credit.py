@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 import common  # noqa: E402  (before torch: it sets how OpenMP threads wait)
 import matplotlib  # noqa: E402
-import qrm  # noqa: E402
+import ppo_baseline  # noqa: E402
 import report  # noqa: E402
 from builtin import tasks as toys  # noqa: E402
 
@@ -68,7 +68,8 @@ def sample_answers(tokenizer, policy, n: int, seed: int):
 def score(models, objective: str, prompt_ids, ids, tokenizer) -> list[list[float]]:
     batch = common.make_batch(prompt_ids, ids, tokenizer.pad_token_id, DEVICE)
     with torch.no_grad():
-        scores = common.map_rows(lambda m: {"x": qrm.token_scores(models, m, objective)}, batch, 128)["x"]
+        one = lambda m: {"x": common.token_scores(models["reward"], m, models.get("reward_ref"))}  # noqa: E731
+        scores = common.map_rows(one, batch, 128)["x"]
     return [row[: len(c)] for row, c in zip(scores.tolist(), ids)]
 
 
@@ -120,7 +121,7 @@ def page(answers, colourings, path) -> None:
         right, T = a["right"][-1], len(a["ids"])
         terminal = torch.zeros(1, T)
         terminal[0, -1] = right
-        credit, _ = qrm.gae(terminal, torch.zeros(1, T), torch.ones(1, T, dtype=torch.bool), 1.0, 0.95)
+        credit, _ = ppo_baseline.gae(terminal, torch.zeros(1, T), torch.ones(1, T, dtype=torch.bool), 1.0, 0.95)
         columns = {"terminal reward + GAE (no critic)": credit[0].tolist()}
         columns |= {name: scores[i] for name, scores in colourings.items()} | {"truth: still right": a["right"]}
         kind = "right answer" if right else "wrong answer"

@@ -17,9 +17,11 @@ import os
 import random
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -259,13 +261,17 @@ def using(decoder: str):
 def decode() -> None:
     """Tokens per second, all rows alive: reference, graphs, transformers' generate."""
     random.seed(0)
-    for name, rows in (("0.5B", 256), ("0.5B", 64), ("1.5B", 256), ("7B", 256), ("7B", 64)):
+    chosen = os.environ.get("CASES", "")
+    cases = [("0.5B", 256), ("0.5B", 64), ("1.5B", 256), ("7B", 256), ("7B", 64)]
+    for name, rows in [case for case in cases if chosen in f"{case[0]} {case[1]}"]:
         model = qwen(name, trainable=False)
         prompts = [[random.randrange(9, 500) for _ in range(random.randrange(100, 160))] for _ in range(rows // 8)]
-        for decoder in ("reference", "graphs", "generate"):
-            if decoder == "generate" and (name, rows) != ("0.5B", 256):
+        for decoder in ("reference", "reference, cuDNN", "graphs", "graphs, no cuDNN", "generate"):
+            if decoder in ("generate", "reference, cuDNN") and (name, rows) != ("0.5B", 256):
                 continue
-            few, many = (4, 8) if DRY else (64, 320) if decoder == "graphs" else (16, 48)
+            torch.backends.cuda.enable_cudnn_sdp("cuDNN" in decoder or decoder == "generate")
+            gpu.Decoder.cudnn = "no cuDNN" not in decoder
+            few, many = (4, 8) if DRY else (64, 320) if "graphs" in decoder else (16, 48)
             u = common.uniforms(0, 0, 0, range(rows), many)
 
             def run(n):
@@ -279,7 +285,7 @@ def decode() -> None:
                             max_new_tokens=n, min_new_tokens=n, do_sample=True, top_k=0, top_p=1.0, pad_token_id=0,
                         )  # fmt: skip
                 else:
-                    with using(decoder):
+                    with using(decoder.split(",")[0]):
                         common.generate(model, prompts, samples=8, max_new_tokens=n, noise=u[:, :n], stop_ids=[-1], pad_id=0)
 
             run(few)
@@ -293,7 +299,7 @@ def decode() -> None:
                 seconds.append(time.perf_counter() - begin)
             each = (seconds[1] - seconds[0]) / (many - few)
             seen = dict(ms_per_token=each * 1e3, tokens_per_s=rows / each, first_s=seconds[0] - few * each, peak_GiB=peak())
-            expected = ">= 50,000 at 0.5B and 12,000 at 7B with 256 rows" if decoder == "graphs" else "13-20 ms"
+            expected = ">= 50,000 at 0.5B and 12,000 at 7B with 256 rows" if "graphs" in decoder else "13-20 ms"
             row("decode", f"{name} {rows} rows, {decoder}", expected, **seen)
         if DEVICE.type == "cuda" and rows == 256:
             with torch.profiler.profile() as profile, using("graphs"):
@@ -321,16 +327,18 @@ def vocabulary() -> None:
     advantages, args = torch.randn(n, device=DEVICE), lco.Args()
 
     def loss(z, z_old, ids, advantages):
-        dense = lco.fill_advantages(advantages, ids, z_old, "zero")
-        per_token, metrics = lco.vocabulary_loss(z, z_old, dense, args)
-        return per_token.sum(), {k: v.sum() for k, v in metrics.items()}
+        A = torch.zeros_like(z_old).scatter(-1, ids[:, None], advantages[:, None])
+        beta = lco.scaled_beta(A, args.beta, args.negative_beta_scale)
+        target, logp = lco.target_logprobs(z_old, A, beta, args.target), z.log_softmax(-1)
+        return lco.kld_loss(logp, target).sum(), lco.step_sizes(logp.detach(), z_old.log_softmax(-1), target)
 
     def step(function, mib):
         value, _ = common.over_vocabulary(function, [(hidden, weight), (old, old_weight)], [ids, advantages], 1.0, mib)
         return torch.autograd.grad(value, [hidden, weight])
 
     exact = step(loss, 64 if DRY else 1300)[1].double()
-    for kind, function in (("eager", loss), ("compiled", torch.compile(loss, dynamic=True))):
+    real, common._fused = common._fused, lambda fn, weight: fn  # compiled here or not at all
+    for kind, function in (("eager", loss), ("compiled", torch.compile(loss, dynamic=True, backend="eager" if DRY else "inductor"))):
         for mib in (64, 256, 1024):
             free()
             with contextlib.suppress(torch.OutOfMemoryError):
@@ -338,16 +346,23 @@ def vocabulary() -> None:
                 error = ((step(function, mib)[1].double() - exact).norm() / exact.norm()).item()
                 seen = dict(ms=seconds * 1e3, head_gradient_off=error, GiB_above=peak() - before)
                 row("vocabulary", f"LCO-KLD {kind} {mib} MiB", "110-150, 70-100 ms; compiled 35-50", **seen)
-    for mib in (64, 256):
-        step = lambda m=mib: torch.autograd.grad(  # noqa: E731
-            common.token_logprobs(hidden, weight, ids, chunk_mib=m)[0].sum(), [hidden, weight]
-        )
-        row("vocabulary", f"token_logprobs {mib} MiB", "-", ms=timed(step, 2) * 1e3)
+    for kind in ("eager", "compiled"):
+        common._fused = real if kind == "compiled" else lambda fn, weight: fn
+        free()
+        step = lambda: torch.autograd.grad(common.token_logprobs(hidden, weight, ids)[0].sum(), [hidden, weight])  # noqa: E731
+        row("vocabulary", f"token_logprobs {kind}, default chunks", "48 eager", ms=timed(step, 2) * 1e3, GiB=peak())
+    total, a, b = torch.zeros(64, 32, device=DEVICE), normal(64, 128), normal(128, 32)
+    with contextlib.suppress(TypeError, RuntimeError):
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+        error = (total - a.float() @ b.float()).abs().max().item()
+        row("vocabulary", "addmm of bfloat16 into fp32, in place", "below 1e-4", error=error)
 
 
 def attention() -> None:
     """Kernels and times of attention: no mask, padding, packed rows."""
-    for B, S, mask in ((8, 1024, None), (8, 1024, "padded"), (1, 4608, "packed"), (8, 512, "padded")):
+    cases = ((8, 1024, None), (8, 1024, "padded"), (1, 4608, "packed"))
+    for B, S, mask, cudnn in [(*case, cudnn) for case in cases for cudnn in (True, False)]:
+        torch.backends.cuda.enable_cudnn_sdp(cudnn)
         S = S // 32 if DRY else S
         q = torch.randn(B, 28, S, 16 if DRY else 128, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
         k, v = (torch.randn_like(q, requires_grad=True) for _ in range(2))
@@ -367,7 +382,8 @@ def attention() -> None:
             on_gpu = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
             words = ("flash", "fmha", "cudnn", "attention")
             kernels = ", ".join(sorted({n.split("<")[0][-40:] for n in on_gpu if any(w in n.lower() for w in words)}))
-        row("attention", f"{B} x {S}, {mask or 'no mask'}", "a mask: 2-4 x", ms=timed(run) * 1e3, kernels=kernels)
+        case = f"{B} x {S}, {mask or 'no mask'}, cuDNN {'on' if cudnn else 'off'}"
+        row("attention", case, "a mask: 2-4 x", ms=timed(run) * 1e3, kernels=kernels)
 
 
 def activations() -> None:
@@ -389,7 +405,264 @@ def activations() -> None:
         row("activations", "freed by the cycle collector alone", "0", GiB=before - used())
 
 
-PARTS = [start, noise, sampler, determinism, equality, decode, vocabulary, attention, activations]
+def check_words(script: str) -> list[str]:
+    return ["check.py", script] if (ROOT / "check.py").exists() else [script, "--check"]
+
+
+# ---- whole runs --------------------------------------------------------------------------------------------------
+
+# Runs a script in its own process, and says at the end how much memory it took. CUDNN=1: with cuDNN's attention in
+# training too; STEPS_ALONE=1: nothing is evaluated or saved.
+WORKER = """
+import os, runpy, sys
+sys.argv = sys.argv[1:]
+import torch
+if os.environ.get("CUDNN") == "1":
+    torch.backends.cuda.enable_cudnn_sdp = lambda on: None
+if os.environ.get("STEPS_ALONE"):
+    import common
+    common.save_checkpoint = common.export_model = lambda *given, **more: None
+    common.Sampling.evaluate = lambda *given, **more: ({}, [])
+runpy.run_path(sys.argv[0], run_name="__main__")
+if torch.cuda.is_available():
+    print("PEAK", torch.cuda.max_memory_allocated() / 2**30)
+"""
+
+
+def shell(words: list[str], limit: int = 240, **env) -> tuple[int, str, float]:
+    """(exit status, output, seconds) of a script in a process of its own."""
+    begin = time.time()
+    words = [sys.executable, "-c", WORKER, *map(str, words)] if words[0].endswith(".py") else words
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    try:
+        done = subprocess.run(
+            words, cwd=ROOT, capture_output=True, text=True, timeout=limit, env=os.environ | {"PYTHONPATH": path} | env
+        )
+        return done.returncode, done.stdout + done.stderr, time.time() - begin
+    except subprocess.TimeoutExpired as stop:
+        return 124, str(stop.stdout), limit
+
+
+def together(jobs: dict[str, list[str]], **settings) -> dict[str, tuple]:
+    """Runs several scripts at the same time: they check, nothing is timed."""
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        return dict(zip(jobs, pool.map(lambda words: shell(words, **settings), jobs.values())))
+
+
+def last_error(said: str) -> str:
+    return " | ".join([line for line in said.splitlines() if "rror" in line or line.startswith("FAIL")][-2:])[:300]
+
+
+def metrics_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def scripts() -> None:
+    """Every script on this device, in bfloat16: recomputed activations, LoRA, critic and KL, teachers, a reviser."""
+    home = Path(tempfile.mkdtemp())
+    small = ["--steps", 3, "--prompts_per_step", 8, "--test_rows", 64, "--eval_every", 3, "--dtype", "bfloat16"]
+    distil = ["--steps", 3, "--prompts_per_step", 8, "--test_rows", 16, "--dtype", "bfloat16", "--builtin_pairs", 64]
+    jobs = {
+        "lco": ["lco.py", *small, "--loss", "kld"],
+        "lco lch, recomputed": ["lco.py", *small, "--loss", "lch", "--activation_checkpointing", True],
+        "lco lch": ["lco.py", *small, "--loss", "lch"],
+        "lco, LoRA": ["lco.py", *small, "--lora_rank", 8],
+        "lco fp32": ["lco.py", *small[:-1], "float32"],
+        "ppo, critic and KL": ["ppo_baseline.py", *small, "--kl_coef", 0.05],
+        "qrm": ["qrm.py", *small, "--stage", "policy", "--reward", "rule"],
+        "dckd": ["dckd.py", *distil, "--stage", "student", "--model", "builtin-small", "--teacher", "builtin"],
+        "adpa": ["adpa.py", *distil, "--stage", "student", "--model", "builtin-small", "--teacher", "builtin", "--ref_teacher", "builtin"],
+        "seft": ["seft.py", *distil, "--stage", "evolve", "--revise", "adaptive", "--reviser", "builtin", "--rounds", 1, "--unannotated", 32],
+        "evaluate": ["evaluate.py", "--model", "builtin", "--test_rows", 64, "--samples_per_prompt", 4, "--dtype", "bfloat16"],
+    }  # fmt: skip
+    jobs = {k: [*map(str, v), "--out", str(home / k.replace(" ", "-").replace(",", ""))] for k, v in jobs.items()}
+    if DRY and not os.environ.get("EVERY"):
+        jobs = {k: jobs[k] for k in ("lco", "evaluate")}
+    found = {}
+    for name, (code, said, seconds) in together(jobs).items():
+        folder = Path(jobs[name][-1])
+        found[name] = [] if code or name == "evaluate" else metrics_of(folder)
+        seen = {"exit": code, "error": last_error(said) if code else ""}
+        seen |= {k: v for line in found[name] for k, v in line.items() if k in ("eval/sampled", "policy/sampler_gap")}
+        row("scripts", name, "exit 0, no error", seconds=seconds, **seen)
+    if not DRY and found["lco lch"] and found["lco lch, recomputed"]:
+        pairs = zip(found["lco lch"], found["lco lch, recomputed"])
+        gap = max(abs(a[k] - b[k]) for a, b in pairs for k in a if k[:5] != "time/" and a[k] is not None)
+        row("scripts", "recomputed activations", "largest difference near 0", difference=gap)
+
+
+def checks() -> None:
+    """The pre-flight, in fp32 and bfloat16; two ranks on one GPU; learning as on the CPU."""
+    home = Path(tempfile.mkdtemp())
+    jobs = {
+        f"{name} {dtype}": check_words(f"{name}.py") + ["--dtype", dtype]
+        for name in ("lco", "ppo_baseline")
+        for dtype in ("float32", "bfloat16")
+    }
+    if DRY:
+        jobs = dict(list(jobs.items())[:1])
+    else:
+        bare = ["--out", str(home / "bare")]
+        jobs |= {"bare lco": ["lco.py", *bare], "bare lco fp32": ["lco.py", "--dtype", "float32", "--out", str(home / "fp32")]}
+        jobs |= {"bare ppo": ["ppo_baseline.py", "--out", str(home / "ppo")]}
+    for name, (code, said, seconds) in together(jobs).items():
+        if name.startswith("bare"):
+            folder = Path(jobs[name][-1])
+            last = {} if code else {k: v for k, v in metrics_of(folder)[-1].items() if k.startswith("eval/")}
+            row("checks", name, "greedy .98, sampled .76 (LCO) or .86 (PPO)", exit=code, seconds=seconds, error=last_error(said) if code else "", **last)
+        else:
+            passed = sum(line.startswith("pass") for line in said.splitlines())
+            row("checks", name, "all pass", exit=code, passed=passed, error=last_error(said))
+
+
+TWO = """
+import runpy, sys
+import torch.distributed as dist
+real = dist.init_process_group
+dist.init_process_group = lambda backend, **more: real("gloo", **more)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def ranks() -> None:
+    """Two ranks share the device through gloo (NCCL refuses that): FSDP2's streams and DTensors, fp32."""
+    home = Path(tempfile.mkdtemp())
+    words = ["lco.py", "--steps", 3, "--prompts_per_step", 8, "--test_rows", 16, "--eval_every", 3, "--minibatches", 1]
+    words = [*map(str, words), "--epochs", "2", "--dtype", "float32", "--device", DEVICE.type, "--out"]
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29517", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    with ThreadPoolExecutor(3) as pool:
+        one = pool.submit(shell, [*words, str(home / "1")])
+        start = [sys.executable, "-c", TWO, *words, str(home / "2")]
+        two = [pool.submit(shell, start, 240, **address, RANK=str(rank)) for rank in (0, 1)]
+        codes, said = [f.result()[0] for f in (one, *two)], two[0].result()[1]
+    seen = {"exits": codes, "error": last_error(said)}
+    if not any(codes):
+        pairs = zip(metrics_of(home / "1"), metrics_of(home / "2"))
+        gaps = [abs(a[k] - b[k]) / (abs(a[k]) + 1e-2) for a, b in pairs for k in a if k[:5] != "time/" and a[k] is not None]
+        seen["largest_relative_difference"] = max(gaps)
+    row("ranks", "two ranks on one device", "within 1e-4 of one", **seen)
+
+
+def random_model(name: str, layers: int | None, home: Path) -> str:
+    """A folder with random weights in a real shape, bfloat16, and the tokenizer of the built-in model."""
+    folder = home / f"{name}-{layers}"
+    with torch.device(DEVICE):
+        model = transformers.Qwen2ForCausalLM(config_of(name, layers)).bfloat16()
+    tokenizer = common.load_tokenizer("builtin")
+    model.generation_config.eos_token_id = model.config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    del model
+    free()
+    return str(folder)
+
+
+def work(name: str, layers: int | None, tokens: float, answers: float, lora: bool = False) -> float:
+    """FLOP of an update: 6 per weight of the body and token (4 with adapters), 6 per weight of the head and answer."""
+    config = config_of(name, layers)
+    with torch.device("meta"):
+        model = transformers.Qwen2ForCausalLM(config)
+    head = config.vocab_size * config.hidden_size
+    body = sum(p.numel() for p in model.model.parameters()) - head
+    return (4 if lora else 6) * body * tokens + (4 if lora else 6) * head * answers
+
+
+def update() -> None:
+    """Steps of lco.py with random weights: seconds, share of the matmul rate, peak memory against the estimate."""
+    home, rate = Path(tempfile.mkdtemp()), peak_rate()
+    cases = [  # shape, layers, prompts a step, micro-batch, more arguments
+        ("0.5B", None, 64, 64, ["--loss", "kld"]),
+        ("1.5B", None, 16, 32, ["--loss", "kld"]),
+        ("7B", 8, 8, 16, ["--loss", "kld"]),
+    ]
+    chosen = os.environ.get("CASES", "")
+    for name, layers, prompts, micro, more in cases[:1] if DRY else [c for c in cases if chosen in c[0]]:
+        length, prompts = (8, 2) if DRY else (256, prompts)
+        model = random_model(name, layers, home)
+        out = home / f"run-{name}-{len(list(home.iterdir()))}"
+        words = ["lco.py", "--model", model, "--task", "chains", "--steps", 2, "--prompts_per_step", prompts, "--samples_per_prompt", 8]
+        words += ["--minibatches", 1, "--micro_batch", micro, "--max_prompt", 32, "--max_new_tokens", length, "--test_rows", 8]
+        words += ["--eval_every", 9, "--rollout_rows", 512, "--reward_file", write_reward(home), "--dtype", "bfloat16", "--out", out, *more]
+        code, said, seconds = shell(words, STEPS_ALONE="1")
+        if code:
+            row("update", f"{name} {more[-1]}", "exit 0", exit=code, error=last_error(said))
+            continue
+        line = metrics_of(out)[-1]
+        answers = prompts * 8 * line["length/mean"]
+        flop = work(name, layers, answers + prompts * 8 * 8, answers)
+        peak_gib = float(said.split("PEAK")[-1].split()[0]) if "PEAK" in said else 0.0
+        seen = dict(rollout_s=line["time/rollout"], update_s=line["time/update"], step_s=line["time/step"])
+        seen |= dict(share_of_matmul=flop / line["time/update"] / rate, peak_GiB=peak_gib, sampler_gap=line["policy/sampler_gap"])
+        case = f"{name}{f', {layers} layers' if layers else ''}, {prompts * 8} x {length} tokens, {more[-1]}"
+        row("update", case, "35 % of matmul at 1.5B, 45 % at 7B", **seen)
+
+
+def write_reward(home: Path) -> Path:
+    """A reward that differs within each group, whatever random weights say."""
+    file = home / "reward.py"
+    file.write_text("def reward(prompts, completions, rows):\n    return [float(len(c) % 2 + i % 2) for i, c in enumerate(completions)]\n")
+    return file
+
+
+GRPO = """
+import sys, time
+from datasets import Dataset
+from transformers import AutoTokenizer, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+model, prompts, length, micro, cpu = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5] == "cpu"
+class Clock(TrainerCallback):
+    def on_step_begin(self, *given, **more):
+        self.begin = time.perf_counter()
+    def on_step_end(self, *given, **more):
+        print("STEP", time.perf_counter() - self.begin, flush=True)
+config = GRPOConfig(output_dir=sys.argv[6], use_cpu=cpu, bf16=not cpu, per_device_train_batch_size=micro,
+    gradient_accumulation_steps=prompts * 8 // micro, num_generations=8, max_completion_length=length, max_steps=2,
+    beta=0.0, learning_rate=1e-6, report_to="none", save_strategy="no", logging_strategy="no", gradient_checkpointing=False)
+rows = Dataset.from_list([{"prompt": f"{i % 90 + 10}+{i % 7}="} for i in range(prompts * 8)])
+GRPOTrainer(model=model, reward_funcs=lambda completions, **_: [float(i % 2) for i, _ in enumerate(completions)],
+    args=config, train_dataset=rows, processing_class=AutoTokenizer.from_pretrained(model), callbacks=[Clock()]).train()
+"""
+
+
+def grpo() -> None:
+    """A step of TRL's GRPO with its rollout by transformers, on the same weights and lengths as `update`."""
+    home = Path(tempfile.mkdtemp())
+    model = random_model("0.5B", None, home)
+    prompts, length, micro = (2, 8, 8) if DRY else (64, 256, 64)
+    words = [sys.executable, "-c", GRPO, model, prompts, length, micro, DEVICE.type, home / "trl"]
+    code, said, seconds = shell([str(w) for w in words], limit=150)
+    steps = [float(line.split()[1]) for line in said.splitlines() if line.startswith("STEP")]
+    row("grpo", f"TRL GRPO, 0.5B, {prompts * 8} x {length} tokens", ">= 3 x our step", exit=code, steps_s=[round(s, 2) for s in steps],
+        error=last_error(said) if code else "")  # fmt: skip
+
+
+def batch_api() -> None:
+    """transformers' continuous batching, a manager sized for the case and warmed up, on the work of `decode`."""
+    model, rows, length = qwen("0.5B", trainable=False, dtype="float32").bfloat16().eval(), 256, 8 if DRY else 128
+    rows = 4 if DRY else rows
+    prompts = [[random.randrange(9, 500) for _ in range(128)] for _ in range(rows)]
+    config = transformers.GenerationConfig(do_sample=True, eos_token_id=-1, pad_token_id=0, max_new_tokens=length)
+    size = transformers.ContinuousBatchingConfig(num_blocks=2 * rows + 1, max_batch_tokens=max(512, rows * 16))
+    manager = model.init_continuous_batching(generation_config=config, continuous_batching_config=size)
+    manager.warmup()
+    manager.start()
+    deadline, found = time.perf_counter() + 60, []
+    for _ in range(2):
+        begin, tokens, left = time.perf_counter(), 0, rows
+        for prompt in prompts:
+            manager.add_request(prompt, max_new_tokens=length)
+        while left and time.perf_counter() < deadline:
+            result = manager.get_result(timeout=1)
+            if result and result.is_finished():
+                tokens, left = tokens + len(result.generated_tokens), left - 1
+        found.append(tokens / (time.perf_counter() - begin))
+    manager.stop(block=False)
+    row("batch_api", f"0.5B, {rows} rows, continuous batching", "-", unfinished=left, tokens_per_s=found[-1])
+
+
+PARTS = [start, sampler, equality, scripts, checks, ranks, noise, determinism, decode, update, grpo, vocabulary, attention]
+PARTS += [activations, batch_api]
 
 
 def main() -> None:

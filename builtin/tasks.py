@@ -203,6 +203,12 @@ def preference_pairs(
     return rows
 
 
+def slipping_pairs(seed: int, test_rows: int) -> tuple[list[dict], list[dict]]:
+    """2,000 training pairs and held-out ones: both answers are by one writer who slips, so that the better ones do too."""
+    made = dict(slip=0.6, needless=0.1, exact=False)
+    return preference_pairs(2000, seed, **made), preference_pairs(test_rows, 0, held_out=True, **made)
+
+
 def chain_pairs(n: int, seed: int, held_out: bool = False) -> list[dict]:
     """`preference_pairs` with the labels of their steps."""
     pairs = preference_pairs(n, seed, held_out=held_out)
@@ -429,7 +435,7 @@ def sum_correct(question: str, answer: str, text: str) -> bool:
     """
     if last_number(text) != answer:
         return False
-    if answer not in find_numbers(question):
+    if answer not in (str(number) for number, _, _ in find_numbers(question)):
         return True
     head = re.sub(r"\D*$", "", text)  # up to the last number
     result = re.search(rf"(?:[=:]|\b(?:is|equals|equal to))[\s*$]*{answer}$", head)
@@ -449,7 +455,8 @@ def word_answered(completions: list[str]) -> list[bool]:
 def load(name: str, test_rows: int) -> Task:
     """The task of this name, without its reward."""
     if name == "chains":
-        made = Task(name, chain_rows, chain_test_rows(test_rows), None, chain_correct, chain_answered, chain_step_labels)
+        test = chain_test_rows(test_rows)
+        made = Task(name, chain_rows, test, None, chain_correct, chain_answered, chain_step_labels)
         return replace(made, gold=chain_gold, pairs=chain_pairs, unannotated=unannotated)
     if name == "strings":
         made = Task(name, string_rows, string_test_rows(test_rows), None, string_correct, string_answered)

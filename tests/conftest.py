@@ -21,6 +21,7 @@ import pytest
 
 import common  # before torch: it sets how OpenMP threads wait
 import check
+import tasks
 
 import torch
 import torch.distributed as dist
@@ -166,6 +167,15 @@ def out(tmp_path) -> str:
 def reward_file(tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("reward") / "reward.py"
     path.write_text(REWARD)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def few_pairs(tmp_path_factory) -> str:
+    """16 pairs of the built-in task in a file; with 4 of them held out, 12 are left to train on."""
+    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    rows = tasks.builtin().slipping_pairs(0, 1)[0][:16]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
 
 

@@ -83,6 +83,7 @@ def test_wrong_value(script, name, value, expected, refused):
         (lco, dict(target="sideways"), ["--target", "exp, linear", "sideways"]),
         (lco, dict(loss="mse", target="linear"), ["--target linear", "--loss kld"]),
         *((s, dict(advantage="group", samples_per_prompt=1), ["--advantage group", "at least 2"]) for s in BOTH),
+        *((s, dict(advantage="token"), ["--advantage token needs --reward_file"]) for s in BOTH),
     ],
 )
 def test_combination_that_means_nothing(script, changes, parts, refused):
@@ -110,14 +111,8 @@ def test_model_folders(refused, tmp_path):
     no_tokenizer.mkdir()
     (no_tokenizer / "config.json").write_text('{"model_type": "llama"}')
     refused(lco, [f"--model {missing}: no such folder"], model=str(missing))
-    refused(lco, [f"--model {empty}", "no config.json and no .gguf"], model=str(empty))
+    refused(lco, [f"--model {empty}", "no config.json"], model=str(empty))
     refused(lco, [f"--model {no_tokenizer}", "no tokenizer"], model=str(no_tokenizer))
-
-
-def test_two_gguf_files(refused, tmp_path):
-    for name in "ab":
-        (tmp_path / f"{name}.gguf").touch()
-    refused(lco, ["expected one .gguf file, found 2"], model=str(tmp_path))
 
 
 def test_hub_name_without_a_network(refused):
@@ -128,16 +123,6 @@ def test_tokenizers_that_differ(refused, tiny_model, gpt2_model):
     """Models that are compared token by token must have one vocabulary."""
     parts = ["tokenizers of", tiny_model, gpt2_model, "differ in"]
     refused(lco, parts, advantage="token", reward_model=tiny_model, reward_ref=gpt2_model)
-
-
-def test_lm_head_with_softcapping(tmp_path):
-    """What hidden @ W.T cannot express is refused by its config, before the weights are read."""
-    folder = tmp_path / "capped"
-    folder.mkdir()
-    config = {"model_type": "gemma2", "final_logit_softcapping": 30.0}
-    (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(common.BadInput, match="final_logit_softcapping=30.0 is not supported"):
-        common.load_model(str(folder), device=common.local_device("cpu"))
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
@@ -166,11 +151,9 @@ def test_datasets(refused, tmp_path, reward_file):
     refused(lco, ["--test_rows 5", small, "4 rows"], dataset=small, reward_file=reward_file)
 
 
-def test_gsm8k_row_without_an_answer(refused, tmp_path):
-    rows = [{"question": f"{i}+1?", "answer": f"It is {i + 1}.\n#### {i + 1}"} for i in range(9)]
-    rows[6]["answer"] = "It is 7."
-    path = write(tmp_path / "gsm8k.jsonl", rows)
-    refused(lco, [path, "row 7", "It is 7.", "'#### '"], dataset=path)
+def test_no_row_has_an_answer(refused, tmp_path):
+    path = write(tmp_path / "gsm8k.jsonl", [{"question": f"{i}+1?", "answer": f"It is {i + 1}."} for i in range(9)])
+    refused(lco, [path, "no row has an answer", "'#### '"], dataset=path)
 
 
 def test_prompts_without_a_reward(refused, tmp_path):

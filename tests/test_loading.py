@@ -188,7 +188,7 @@ common.launch(main, "cpu")
 def test_host_memory_of_a_load(tiny_model, letter_tokenizer, tmp_path):
     """Two ranks, a bfloat16 file of 200 MB: what a rank has to itself is never more than the file and 5 %.
 
-    Half of the weights in fp32, its shards, are as large as the file; the weights of the file are a map that both share.
+    Half of the weights in fp32, its shards, are as large as the file; those of the file are a map that both share.
     """
     shape = dict(hidden_size=512, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=8)
     config = transformers.LlamaConfig(**shape, num_key_value_heads=8, max_position_embeddings=64)
@@ -270,3 +270,55 @@ common.launch(lambda: ppo_baseline.train(ppo_baseline.Args(**json.load(open(sys.
     done = run_script(tmp_path / "apart.py", tmp_path / "job.json", tmp_path, ranks=2, expect=None)
     assert "error: --out run: ranks [1] do not see it; with several nodes it must be on shared storage" in done.stderr
     assert "step 0" not in done.stdout
+
+
+# ---- what fits -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "gpt2"])
+def test_activations_are_counted(family):
+    """Bytes kept per token, counted on a copy without storage, are within a fifth of those of a real forward pass."""
+    torch.manual_seed(0)
+    config = FAMILIES[family]()
+    for name in ("hidden_size", "n_embd"):
+        if hasattr(config, name):
+            setattr(config, name, 256)
+    config.intermediate_size, config.vocab_size = 768, 64
+    config.head_dim = 64
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    kept, (B, S) = {}, (2, 24)
+
+    def keep(x):
+        kept[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
+        return x
+
+    ids, mask = torch.ones(B, S, dtype=torch.long), torch.ones(B, S, dtype=torch.long)
+    mask[0, :3] = 0
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        out = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+    weights = {p.untyped_storage()._cdata for p in model.parameters()}
+    real = sum(size for key, size in kept.items() if key not in weights) / (B * S)
+    assert out.last_hidden_state.requires_grad
+    assert 0.85 < common.kept_per_token(model, "float32") / real < 1.2
+
+
+def test_estimate_counts_parameters_and_cache(tiny_model):
+    """Weights, gradients and Adam are 16 bytes per trained parameter; frozen ones are in the computation's dtype."""
+    policy = common.load_model(tiny_model, device=CPU)
+    n, config = sum(p.numel() for p in policy.parameters()), policy.config
+    ref = common.load_model(tiny_model, device=CPU, trainable=False)
+    sizes = dict(rows=12, micro_batch=2, rollout_rows=8, tokens=30, new_tokens=10, chunk_mib=64)
+    parts = common.memory_parts({"policy": policy, "ref": ref}, shards=4, dtype="bfloat16", **sizes)
+    assert parts["state"] == (16 + 2) * n / 4 and parts["whole weights"] == 2 * n
+    assert parts["KV cache"] == 2 * 2 * 2 * 8 * 2 * 8 * 30  # keys and values, layers, heads, width, bytes, rows, tokens
+    assert parts["kept states"] == 12 * 10 * config.hidden_size * 2
+    alone = common.memory_parts({"policy": policy}, shards=1, dtype="float32", **sizes)
+    assert alone["state"] == 16 * n and alone["whole weights"] == alone["loading"] == 0
+    recomputed = common.load_model(tiny_model, device=CPU, activation_checkpointing=True)
+    assert common.memory_parts({"policy": recomputed}, shards=1, dtype="float32", **sizes)["activations"] == (
+        2 * 30 * (common.kept_per_token(policy, "float32") / 2 + 2 * config.hidden_size * 4)
+    )
+    assert common.peak_memory(alone) == alone["state"] + max(
+        alone["KV cache"] + alone["sampling"],
+        *[sum(alone[k] for k in ("embeddings and head", "activations", "vocabulary", "kept states"))],
+    )

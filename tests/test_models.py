@@ -139,7 +139,6 @@ def test_shared_prompts_are_packed(kind, folder):
         ("Mistral", True, {"sliding_window": 12}),
         ("Mistral", False, {"sliding_window": 11}),  # the longest packed row has twelve tokens
         ("Mistral", False, {"sliding_window": 3}),
-        ("Lfm2", False, {"layer_types": ["conv", "full_attention"]}),
         ("Falcon", False, {"alibi": True, "parallel_attn": False}),
     ],
 )
@@ -187,23 +186,6 @@ def check_packing(kind, folder, packed):
     assert len(together) == len(alone) > 4 and any(g.any() for g in alone[1:])
     for a, b in zip(together, alone):
         assert (a - b).norm() <= 1e-5 * b.norm()
-
-
-@pytest.mark.parametrize("key, value", [("final_logit_softcapping", 30.0), ("logit_scale", 0.0625)])
-def test_refused_logits(key, value, tiny_model, tmp_path):
-    """Logits that are not hidden @ W.T are refused by name."""
-    name = changed(tiny_model, tmp_path / "model", **{key: value})
-    with pytest.raises(common.BadInput, match=f"{key}={value} is not supported"):
-        common.load_model(name, device=CPU)
-
-
-def test_refused_head_bias(tmp_path, letter_tokenizer):
-    from transformers import PhiConfig
-
-    shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4)
-    name = save_model(tmp_path / "phi", PhiConfig(**shape, **ids_of(letter_tokenizer)), letter_tokenizer)
-    with pytest.raises(common.BadInput, match="an LM head with a bias is not supported"):
-        common.load_model(name, device=CPU)
 
 
 def test_refused_dtype(tiny_model):

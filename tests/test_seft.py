@@ -325,7 +325,7 @@ def keep_a_copy(monkeypatch):
 
 
 def leave_out_eos(monkeypatch):
-    monkeypatch.setattr(common, "encode_completion", lambda t, text: t(text, add_special_tokens=False)["input_ids"])
+    monkeypatch.setattr(common, "encode_completion", lambda t, text, *_: t(text, add_special_tokens=False)["input_ids"])
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import threading
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -287,7 +288,7 @@ def test_no_question_answers_itself():
         ("#### none, but 5 before", "5"),
         ("7 + 5 = 12.", "12"),
         ("10-3=7", "7"),
-        ("from 10-3", "3"),
+        ("from 10-3", None),  # arithmetic that is left to do
         ("= -3", "-3"),
         ("it lost $-5", "-5"),
         ("it lost -$5", "-5"),
@@ -299,7 +300,7 @@ def test_no_question_answers_itself():
         ("\\boxed{\\frac{3}{2}}", "3/2"),
         ("about 20%", "20"),
         ("1,000,000 people", "1000000"),
-        ("1,2,3", "3"),
+        ("1,2,3", None),
         ("007", "7"),
         ("1/0", None),
         ("seven", None),
@@ -315,7 +316,7 @@ def test_gsm8k_grades_numbers_and_never_substrings():
     row = {"answer": "40"}
     texts = ["40", "140", "#### 40.0", "#### 4", "-40", "40 or 41", "forty"]
     assert tasks.gsm8k_correct(texts, [row] * 7) == [True, False, True, False, False, False, False]
-    assert tasks.gsm8k_answered(texts) == [True] * 6 + [False]
+    assert tasks.gsm8k_answered(texts) == [True] * 5 + [False, False]
 
 
 LATEX = [
@@ -367,6 +368,23 @@ def test_columns_decide_the_task(tmp_path):
     assert task.test[0]["prompt"][0]["role"] == "user" and task.test[0]["prompt"][0]["content"].startswith("7?")
     assert task.reward(["", "", ""], ["#### 7", "7", "8"], task.test) == [1.0, 0.0, 0.0]
 
+    rows = [{"question": f"{answer}?", "answer": answer} for answer in (3, "4 or 5", "1,000")]
+    task = tasks.load_task(dataset=write(tmp_path / "n.jsonl", rows), test_rows=1)
+    assert [row["answer"] for row in task.train + task.test] == ["3", "1000"]
+    assert task.gold(task.train, 0) == ["#### 3"]
+    assert f"; 1 rows of {tmp_path / 'n.jsonl'} without an answer left out: [2]" in task.note
+
+    rows = [
+        {"problem": "0?", "solution": "so \\boxed 2"},
+        {"problem": "1?", "solution": "so \\boxed{2}", "answer": "$\\frac{1}{2}$"},
+        {"problem": "2?", "solution": "no idea"},
+        {"problem": "3?", "answer": 7},
+        {"problem": "4?", "solution": "It is seven.", "answer": "7"},
+    ]
+    task = tasks.load_task(dataset=write(tmp_path / "a.jsonl", rows), test_rows=0)
+    assert [row["answer"] for row in task.train] == ["2", "\\frac{1}{2}", "7", "7"] and "left out: [3]" in task.note
+    assert task.gold(task.train[2:], 0) == ["\\boxed{7}", "It is seven.\n\\boxed{7}"]
+
     rows = [{"problem": f"{i}?", "solution": f"\\boxed{{{i}}}"} for i in range(4)]
     task = tasks.load_task(dataset=write(tmp_path / "m.jsonl", rows), test_rows=1)
     assert task.name == "math" and task.test[0]["answer"] == "3"
@@ -383,6 +401,24 @@ def test_all_three_kinds_of_file_give_the_same_rows(tmp_path):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(GSM8K), tmp_path / "d.parquet")
     for name in ("a.jsonl", "b.json", "c.json", "d.parquet"):
         assert tasks.read_rows(str(tmp_path / name)) == GSM8K
+
+
+def test_marks_blank_lines_and_broken_files(tmp_path):
+    """A byte order mark and empty lines are read; what is torn, nested too deeply or has a key twice is refused."""
+    lines = "\n\n".join(json.dumps(row) for row in GSM8K)
+    for text in ("\ufeff" + lines + "\n\n", "\n \n" + lines, lines.replace("\n", "\r\n")):
+        (tmp_path / "a.jsonl").write_text(text, encoding="utf-8", newline="")
+        assert tasks.read_rows(str(tmp_path / "a.jsonl")) == GSM8K
+    (tmp_path / "b.json").write_text("\ufeff" + json.dumps(GSM8K), encoding="utf-8")
+    assert tasks.read_rows(str(tmp_path / "b.json")) == GSM8K
+    deep = "[" * 100000
+    bad = {"twice.jsonl": '{"a": 1}\n\n{"a": 1, "a": 2}', "deep.jsonl": "{}\n" + deep, "deep.json": deep}
+    for name, text in bad.items():
+        (tmp_path / name).write_text(text)
+        refused("row 2 is not JSON (" if name.endswith("l") else "cannot be read as json (", tasks.read_rows,
+                str(tmp_path / name))  # fmt: skip
+    (tmp_path / "c.parquet").write_bytes(b"PAR1 no parquet PAR1")
+    refused("c.parquet: it cannot be read as parquet (", tasks.read_rows, str(tmp_path / "c.parquet"))
 
 
 def test_an_epoch_is_a_permutation_and_held_out_prompts_are_never_trained_on(tmp_path):
@@ -440,9 +476,6 @@ def test_prompts_and_messages_with_a_reward_file(tmp_path):
 
 def test_bad_files(tmp_path):
     load = tasks.load_task
-    refused("unknown; expected one of auto", load, "sums")
-    refused("--seed -1: expected 0 or more", load, seed=-1)
-    refused("--test_rows -1: expected 0 or more", load, test_rows=-1)
     refused("--dataset is empty", load, "math")
     refused("makes its own rows", load, "chains", "x.jsonl")
     refused("makes its own rows", load, "words", test_dataset="x.jsonl")
@@ -465,14 +498,15 @@ def test_bad_rows(tmp_path):
     def load(rows, task="auto", **kwargs):
         return tasks.load_task(task, write(tmp_path / "x.jsonl", rows), **{"test_rows": 0, **kwargs})
 
-    refused("it has the columns text, n; expected answer+question or problem+solution or prompt or messages",
+    refused("it has the columns text, n; expected answer+question or answer+problem or problem+solution or prompt",
             load, [{"text": "", "n": 1}])  # fmt: skip
-    refused("expected problem+solution for --task math", load, GSM8K, "math")
+    refused("expected answer+problem or problem+solution for --task math", load, GSM8K, "math")
     refused("row 2: 'question' is missing or empty; expected text", load, [GSM8K[0], {"answer": "#### 1"}])
-    refused("row 2: 'answer' is a int; expected text", load, [GSM8K[0], {"question": "a", "answer": 3}])
-    refused("row 1: 'answer' ends in 'it is 3'; expected '#### '", load, [{"question": "a", "answer": "it is 3"}])
-    refused("row 1: 'answer' ends in", load, [{"question": "a", "answer": "3 ####"}])
-    refused("row 1: 'solution' ends in", load, [{"problem": "a", "solution": "3"}])
+    refused("row 2: 'answer' is a list; expected text", load, [GSM8K[0], {"question": "a", "answer": ["3"]}])
+    for row in ({"question": "a", "answer": "it is 3"}, {"question": "a", "answer": "3 ####"},
+                {"question": "a", "answer": None}, {"problem": "a", "solution": "3"},
+                {"problem": "a", "answer": float("nan")}):  # fmt: skip
+        refused("no row has an answer; expected '#### ' and a number, \\boxed{} or a column 'answer'", load, [row])
     refused("--test_rows 10: ", load, GSM8K, test_rows=10)
     refused("--reward_file is empty", load, [{"prompt": "a"}])
     refused("each of its training prompts", load, [GSM8K[0], GSM8K[0]], test_rows=1)
@@ -484,6 +518,15 @@ def test_bad_rows(tmp_path):
     refused("row 1: 'prompt' is a int; expected text or a list of messages", load, [{"prompt": 3}], **reward)
     refused("row 1: 'prompt' is missing or empty", load, [{"prompt": []}], **reward)
     refused("row 1: 'prompt' has the message {'role': 'user'}", load, [{"prompt": [{"role": "user"}]}], **reward)
+    turn = {"role": "user", "content": "a"}
+    for more in ({"tool_calls": [1]}, {"name": "b"}, {"role": "tool"}, {"role": "human"}, {"weight": 1}):
+        refused("no tools or other keys", load, [{"prompt": [turn | more, turn]}], **reward)
+    for name in ("tools", "functions", "documents", "chat_template_kwargs"):
+        refused(f"row 1: '{name}' would go to the chat", load, [{"prompt": [turn], name: [{"a": 1}]}], **reward)
+    nothing = {"tools": None, "functions": []}
+    assert load([{"prompt": [turn | {"tool_calls": None}]} | nothing], **reward).train[0]["prompt"] == [turn]
+    refused("row 1: 'prompt' has half of a surrogate", load, [{"prompt": "a \ud83d"}], **reward)
+    refused("row 1: 'prompt' has half of a surrogate", load, [{"prompt": [turn | {"content": "\ude00"}]}], **reward)
     refused("'messages' has no user turn", load, [{"messages": [{"role": "system", "content": "a"}]}], **reward)
 
 
@@ -498,10 +541,42 @@ def test_bad_reward_files(tmp_path):
         ("reward = 3", "it has no function 'reward'"),
         ("def reward(:", "running it raised SyntaxError"),
         ("import no_such_module", "running it raised ModuleNotFoundError"),
-        ("def reward(completions): pass", "it has reward(completions)"),
+        ("def reward(completions): pass", "it has reward(completions); expected reward(prompts, completions, rows)"),
+        ("def reward(prompts, completions, answer, **kwargs): pass", "it has reward(prompts, completions, answer"),
+        ("def reward(completions, prompts, rows): pass", "it has reward(completions, prompts, rows)"),
+        ("def reward(*args): pass", "it has reward(*args)"),
+        ("def reward(prompts, completions, rows, more): pass", "it has reward(prompts, completions, rows, more)"),
+        ("import sys; sys.exit('no licence')", "running it raised SystemExit (no licence)"),
+        ("quit()", "running it raised SystemExit"),
     ):
         file.write_text(source)
         refused(message, tasks.load_task, reward_file=str(file))
+
+
+def test_reward_files_import_their_siblings_and_use_process_pools(tmp_path):
+    (tmp_path / "beside_the_reward.py").write_text("def score(text): return float(len(text))")
+    file = tmp_path / "pooled_reward.py"
+    file.write_text(
+        "from concurrent.futures import ProcessPoolExecutor\n"
+        "from multiprocessing import get_context\n"
+        "from beside_the_reward import score\n"
+        "def one(text): return score(text)\n"
+        "def reward(prompts, completions, rows, how='fork'):\n"
+        "    with ProcessPoolExecutor(1, get_context(how)) as pool: return list(pool.map(one, completions))\n"
+    )
+    for how in ("fork", "spawn"):
+        file.write_text(file.read_text().replace("how='fork'", f"how='{how}'"))
+        assert tasks.load_reward(str(file))([""] * 2, ["a", "bc"], [{}] * 2) == [1.0, 2.0]
+    for name in ("torch", "json", "datasets"):  # a module of that name is in use, or may be imported later
+        (tmp_path / f"{name}.py").write_text(file.read_text())
+        refused(f"another module has the name {name}", tasks.load_reward, str(tmp_path / f"{name}.py"))
+
+
+def test_a_reward_that_exits_is_an_error_with_its_text(tmp_path):
+    file = tmp_path / "exits.py"
+    for call, text in (("sys.exit('no key')", "sys.exit('no key')"), ("exit(0)", "sys.exit(0)"), ("quit()", "sys.exit(")):
+        file.write_text(f"import sys\ndef reward(prompts, completions, rows): {call}")
+        refused(f"exits.py: reward() called {text}", tasks.load_reward(str(file)), [], [], [])
 
 
 def test_rewards_are_checked():
@@ -510,7 +585,12 @@ def test_rewards_are_checked():
 
     assert check([1, np.float32(0.5)]) == [1.0, 0.5]
     assert check(np.array([1.0, 2.0])) == [1.0, 2.0]
-    assert check([[1.0], [1, True]], [1, 2]) == [[1.0], [1.0, 1.0]]
+    assert check([[1.0], [1, 0.0]], [1, 2]) == [[1.0], [1.0, 0.0]]
+    for value in (True, np.bool_(True), None, "2", 1j, [1.0, [2.0]], {}):
+        refused("r.py: the reward of row 2", check, [[1.0], [1.0, value]] if isinstance(value, list) else [1.0, value])
+    for value in (1e39, -1e39, 10**400, 10**39, float("-inf"), np.float64(1e300), Fraction(10) ** 50):
+        refused("expected a finite number, in float32 too", check, [1.0, value])
+    assert check([3.4e38, Fraction(1, 2)]) == [3.4e38, 0.5]
     refused("r.py: reward() returned a NoneType; expected a list", check, None)
     refused("r.py: reward() returned 1 rewards; expected one for 2 rows", check, [1.0])
     refused("r.py: the reward of row 2 is nan; expected a finite number", check, [1.0, float("nan")])
@@ -524,15 +604,13 @@ def test_rewards_are_checked():
 # prompts that are too long
 
 
-def test_fit_prompts(tmp_path):
+def test_fit_prompts(tmp_path, monkeypatch):
     rows = [{"question": "x" * i, "answer": f"#### {i}"} for i in range(1, 11)]
     task = tasks.load_task(dataset=write(tmp_path / "x.jsonl", rows), test_rows=2)
     room = len(tasks.GSM8K_ASK)
-
-    def length(prompt):
-        return len(prompt[0]["content"]) - room
-
-    assert tasks.fit_prompts(task, length, 10) is task
+    length = lambda prompt: len(prompt) if isinstance(prompt, str) else len(prompt[0]["content"]) - room  # noqa: E731
+    monkeypatch.setattr(tasks, "encode_prompt", lambda length, prompt, changes: [0] * length(prompt))
+    assert tasks.fit_prompts(task, length, 10) == task
     fitted = tasks.fit_prompts(task, length, 9)
     assert len(fitted.train) == 8 and len(fitted.test) == 1
     assert "0 training and 1 held-out prompts are longer than 9 tokens, left out" in fitted.note
@@ -542,8 +620,7 @@ def test_fit_prompts(tmp_path):
     assert len(tasks.fit_prompts(task, length, 6, "truncate").train) == 8
     refused("--max_prompt 6: 2 training and 2 held-out", tasks.fit_prompts, task, length, 6, "error")
     refused("--max_prompt 6: ", tasks.fit_prompts, task, length, 6)  # no held-out row would be left
-    refused("--long_prompts cut: unknown", tasks.fit_prompts, task, length, 6, "cut")
-    refused("--max_prompt 3: 0 training and", tasks.fit_prompts, tasks.load_task(), len, 3)
+    refused("--max_prompt 3: 0 training and", tasks.fit_prompts, tasks.load_task(), length, 3)
 
 
 # preference pairs

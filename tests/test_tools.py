@@ -109,7 +109,9 @@ def test_the_real_model_of_the_readme_in_both_shells(shell, tmp_path):
     while words:
         count = int(words.pop(0))
         calls.append([words.pop(0) for _ in range(count)])
+    convert, *calls = calls
+    assert convert == ["benchmarks/convert_gguf.py", "/a folder", "runs/smollm2-model"]
     assert [call[0] for call in calls] == ["lco.py", "ppo_baseline.py"] and calls[0][1:] == calls[1][1:]
     for call, module in zip(calls, (lco, ppo_baseline)):
         args = common.parse_args(module.Args, module.BUILTIN, call[1:])
-        assert args.model == "/a folder" and args.task == "words" and args.lr == 2e-5 and args.steps == 14
+        assert args.model == "runs/smollm2-model" and args.task == "words" and args.lr == 2e-5 and args.steps == 14
