@@ -285,7 +285,7 @@ def pair_margins(models, rows, tokenizer, args, device) -> list[tuple[int, float
 
 def check_combinations(args) -> None:
     """Values that are legal alone and not together."""
-    require(args.temperature > 0 or args.format, f"--temperature must be above 0, found {args.temperature}")
+    require(args.temperature >= 1e-6 or args.format, f"--temperature must be at least 1e-06, found {args.temperature}")
     require(math.isfinite(args.right_from), f"--right_from must be a finite number, found {args.right_from}")
     require(args.step_separator != "", "--step_separator is empty; expected the text that ends a step")
     for k in args.k:
@@ -500,6 +500,7 @@ def write(run, args, started: float, metrics: dict, samples: list[dict], task: s
 
 
 def evaluate(args) -> None:
+    args = with_sizes(args)
     check_combinations(args)
     run = rate_reward_model if args.pairs else answer_questions if args.format else measure_accuracy
     run(args)

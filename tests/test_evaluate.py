@@ -381,7 +381,7 @@ def test_two_ranks_are_one(base, reward_run, judged, tmp_path):
     jobs = {
         "accuracy": base,
         "orm": reward_run("orm")[0],
-        "dpo": reward_run("dpo")[0],
+        "qrm-lm": reward_run("qrm-lm")[0],
         "mt_bench": judged | dict(format="mt_bench", dataset=questions),
     }
     (tmp_path / "driver.py").write_text(DRIVER)
@@ -453,13 +453,6 @@ def test_wrong_questions(kind, row, words, judged, tmp_path, monkeypatch):
     with pytest.raises(common.BadInput) as error:
         run(tmp_path / "run", **judged, format=kind, dataset=data)
     assert words in str(error.value) and "q.jsonl" in str(error.value)
-
-
-def test_wrong_separator(reward_run, tmp_path):
-    """A separator that no answer has would read every step PRM at the last token alone."""
-    settings, _ = reward_run("step_prm")
-    with pytest.raises(common.BadInput, match="--step_separator"):
-        run(tmp_path / "run", **settings | {"step_separator": ";"})
 
 
 def test_long_prompts_are_refused(base, tmp_path):
