@@ -158,9 +158,7 @@ def objective(models, micro, counts, args):
     topk = 0 if args.objective == "opd" else args.adv_topk
 
     def loss(*logits):  # of some of the states: [N, V] never exists at once
-        entropy = -(logits[0].softmax(-1) * logits[0].log_softmax(-1)).sum()
-        logps, cut = zip(*(within(z.log_softmax(-1), size) for z in logits))
-        logp, start_logp, teacher_logp, ref_logp = logps
+        (logp, start_logp, teacher_logp, ref_logp), cut = zip(*(within(z.log_softmax(-1), size) for z in logits))
         A = advantages(teacher_logp, ref_logp, topk)
         if args.objective == "adpa":
             total = adpa_loss(logp, A).sum()
@@ -168,6 +166,7 @@ def objective(models, micro, counts, args):
             total = kl_loss(logp, start_logp, A, args.beta).sum()
         else:
             total = opd_loss(logp, ref_logp, A, args.opd_lambda).sum()
+        z, logp = logits[0].detach(), logp.detach()
         return total, {
             "loss/teacher": total,
             "adpa/advantage": -adpa_loss(logp, A).sum(),
@@ -175,7 +174,7 @@ def objective(models, micro, counts, args):
             "kl/start": (logp.exp() * (logp - start_logp)).sum(),
             "kl/teachers": (teacher_logp.exp() * (teacher_logp - ref_logp)).sum(),
             "kl/outside": (cut[0] + cut[2]).sum(),
-            "policy/entropy": entropy,
+            "policy/entropy": -(z.softmax(-1) * z.log_softmax(-1)).sum(),
         }
 
     total, sums = common.over_vocabulary(loss, [(hidden[states], head), *frozen], [], args.temperature)
@@ -257,18 +256,19 @@ def build(args, device):
 def prepare(args):
     """Data and tokenizer; every wrong argument and file is refused here, before a model is loaded."""
     even = args.micro_batch % 2 == 0
-    require(even, f"--micro_batch {args.micro_batch}: two answers are compared, so it must be even")
+    require(even, f"--micro_batch {args.micro_batch}: the answers to a prompt stay together, so it must be even")
     tokenizer = common.load_tokenizer(args.model)
     fresh = args.objective != "opd" or (args.refresh_every and args.state_temperature)
     require(fresh, "--objective opd is on-policy: it needs --refresh_every 1 and --state_temperature 1")
     for name in (args.model, args.teacher, reference_teacher(args)):
         common.fits_context(name, args.max_prompt + args.max_new_tokens)
         common.same_tokenizer(args.model, tokenizer, name, common.load_tokenizer(name))
+    common.say(f"the advantage is that of {args.teacher} over {reference_teacher(args)}")
     return *load_data(args, tokenizer, tasks.load_pairs), tokenizer
 
 
 def reference_teacher(args) -> str:
-    """pi_ref: --ref_teacher, or what the config of --teacher names; said when both differ."""
+    """pi_ref: --ref_teacher, or what the config of --teacher names."""
     known = getattr(common.load_config(args.teacher), "aligned_from", None)
     require(args.ref_teacher or known, f"--ref_teacher is empty, and {args.teacher} does not name its reference model")
     return args.ref_teacher or known
@@ -310,9 +310,8 @@ def answer_prompts(sampling, pairs, step: int, args, folder: Path) -> None:
         numbers, steps = tasks.walk(range(len(pairs))), range(first, min(first + span, args.steps))
         used = {i for s in steps for i in numbers(args.seed, s, args.prompts_per_step)}
         mine = sorted(used)[common.rank() :: common.world()]
-        noise = None  # greedy
-        if args.state_temperature and mine:
-            noise = common.uniforms(args.seed, common.TRAIN, first, mine, args.max_new_tokens)
+        drawn = args.state_temperature > 0 and mine  # else greedy
+        noise = common.uniforms(args.seed, common.TRAIN, first, mine, args.max_new_tokens) if drawn else None
         sampling = replace(sampling, temperature=args.state_temperature or 1.0)
         answers = common.gather(list(zip(mine, sampling.complete([pairs[i]["prompt_ids"] for i in mine], 1, noise))))
         if common.rank() == 0:

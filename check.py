@@ -27,9 +27,9 @@ import torch.nn.functional as F
 
 # Less to do. Two epochs: with a single update per rollout pi_old would not be evaluated, and nothing compared with it.
 LESS = dict(
-    steps=2, dpo_steps=2, warmup_reviser_steps=2, reviser_steps=2, epochs=2, minibatches=1, rounds=2, micro_batch=8,
+    steps=2, warmup_reviser_steps=2, reviser_steps=2, epochs=2, minibatches=1, rounds=2, micro_batch=8,
     test_rows=4, test_pairs=2, builtin_pairs=64, warmup_steps=0, external_rounds=0, pair_share=0.0, keep_threshold="0",
-    cache="none", wandb=False, resume=False,
+    wandb=False, resume=False,
 )  # fmt: skip
 
 
@@ -42,8 +42,9 @@ class Checks:
         self.looking, self.answers, self.sampled, self.rollout, self.told = False, {}, set(), None, set()
         self.gap = None
         self.screen, self.complete, self.sampler_gap = sys.stdout, common.Sampling.complete, common.sampler_gap
-        names = ("train", "update", "judge", "revise") if hasattr(module, "train") else ("token_scores",)
+        names = ("train", "update", "judge", "revise")
         self.real = {name: getattr(module, name) for name in names if hasattr(module, name)}
+        self.token_scores = common.token_scores
 
     def run(self) -> None:
         """The whole script, in a folder that is thrown away."""
@@ -62,10 +63,11 @@ class Checks:
             complete = lambda *given, **more: self.spied_complete(*given, **more)  # noqa: E731
             stack.enter_context(mock.patch.object(common.Sampling, "complete", complete))
             stack.enter_context(mock.patch.object(common, "sampler_gap", self.spied_gap))
+            if "train" not in self.real:
+                stack.enter_context(mock.patch.object(common, "token_scores", self.spied_scores))
             stack.enter_context(mock.patch.object(common.RunFolder, "report"))
             stack.enter_context(contextlib.redirect_stdout(None))  # the script's own lines are not shown
-            start = next(name for name in ("run_stages", "train", "evaluate") if hasattr(self.module, name))
-            getattr(self.module, start)(small)
+            getattr(self.module, "train" if "train" in self.real else "evaluate")(small)
         self.say("all checks passed")
 
     def say(self, text: str) -> None:
@@ -138,30 +140,31 @@ class Checks:
             self.look_at_gradients(bound)
         return self.real["update"](*given, **more)
 
-    def token_scores(self, models, micro, objective):
-        """evaluate.py's token_scores() of a reward model."""
+    def spied_scores(self, model, batch, ref=None):
+        """common.token_scores() of the reward model that evaluate.py rates."""
         if "scores" not in self.told:
             self.told.add("scores")
-            self.look_at_models(models, micro)
-        return self.real["token_scores"](models, micro, objective)
+            self.look_at_models({"reward": model}, batch)
+        return self.token_scores(model, batch, ref)
 
-    def judge(self, reviser, tokenizer, asked, args):
+    def judge(self, reviser, answers, data, args):
         """seft.py's judge(): three probabilities that sum to 1, the same whatever else is scored beside them."""
-        chances = self.real["judge"](reviser, tokenizer, asked, args)
-        alone = [self.real["judge"](reviser, tokenizer, [one], args)[0] for one in asked[:4]]
-        gap = max((abs(a - b) for x, y in zip(chances, alone) for a, b in zip(x, y)), default=0.0)
-        total = max((abs(sum(c) - 1) for c in chances), default=0.0)
+        self.real["judge"](reviser, answers, data, args)
+        alone = [replace(a) for a in answers[:4]]
+        for twin in alone:
+            self.real["judge"](reviser, [twin], data, args)
+        gap = max((abs(p - q) for a, b in zip(answers, alone) for p, q in zip(a.chances, b.chances)), default=0.0)
+        total = max((abs(sum(a.chances) - 1) for a in answers), default=0.0)
         detail = f"largest difference {gap:.1e}, sum {total:.1e} off"
         self.once("labels are scored as a distribution", max(gap, total) < self.tight, detail)
-        return chances
 
     def revise(self, *given):
         """seft.py's revise(): an answer with the label No is kept as it is."""
-        items, threshold = self.real["revise"](*given)
-        kept = [item for item in items if item["label"] == self.module.NO]
-        same = all(item["completion_ids"] is item["answer_ids"] for item in kept)
-        self.once("No keeps an answer as it is", same, f"{len(kept)} of {len(items)} answers were kept")
-        return items, threshold
+        answers, threshold = self.real["revise"](*given)
+        kept = [a for a in answers if a.label == self.module.NO]
+        same = all(a.target is a.ids for a in kept)
+        self.once("No keeps an answer as it is", same, f"{len(kept)} of {len(answers)} answers were kept")
+        return answers, threshold
 
     # ---- checks ------------------------------------------------------------------------------------------------------
 
@@ -171,6 +174,7 @@ class Checks:
         self.report("tokenizer and vocabularies agree", self.vocabularies, models)
         self.report("dropout is off", dropout_is_off, models)
         if id(batch["mask"]) in self.answers:
+            stops = {*common.stop_ids(next(iter(models.values())), self.tokenizer())}
             self.report("EOS is inside the loss", self.end_of_sequence, batch, stops)
         for name, model in models.items():
             self.report(f"{name}: padding and batch size do not matter", self.padding, model, batch)

@@ -1043,7 +1043,7 @@ def encode_pairs(
 
 
 def decode(tokenizer, completion_ids: list[list[int]]) -> list[str]:
-    return tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
+    return tokenizer.batch_decode(completion_ids, skip_special_tokens=True) if completion_ids else []
 
 
 def make_batch(prompt_ids: list[list[int]], completion_ids: list[list[int]], pad_id: int, device) -> dict:

@@ -98,7 +98,7 @@ def dckd_loss(logits, teacher_logits, ids, better, worse, chosen_weight: float, 
     (logp, cut), (teacher_logp, teacher_cut) = within(full_logp, size), within(teacher_logits.log_softmax(-1), size)
     kl = (teacher_logp.exp() * (teacher_logp - logp)).sum(-1)  # [N], nats
     kl_chosen, kl_rejected = (better * kl).sum(), (worse * kl).sum()
-    entropy = -(full_logp.exp() * full_logp).sum(-1)
+    entropy = -(full_logp.detach().exp() * full_logp.detach()).sum(-1)
     return nll + chosen_weight * kl_chosen + rejected_weight * kl_rejected, {
         "loss/nll": nll,
         "kl/chosen": kl_chosen,
@@ -204,7 +204,7 @@ def build(args, device):
 def prepare(args):
     """Data and tokenizer; every wrong argument and file is refused here, before a model is loaded."""
     even = args.micro_batch % 2 == 0
-    require(even, f"--micro_batch {args.micro_batch}: two answers are compared, so it must be even")
+    require(even, f"--micro_batch {args.micro_batch}: the answers to a prompt stay together, so it must be even")
     tokenizer = common.load_tokenizer(args.model)
     for name in (args.model, args.teacher):
         common.fits_context(name, args.max_prompt + args.max_new_tokens)

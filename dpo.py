@@ -186,7 +186,7 @@ def build(args, device):
 def prepare(args):
     """Data and tokenizer; every wrong argument and file is refused here, before a model is loaded."""
     even = args.loss == "sft" or args.micro_batch % 2 == 0
-    require(even, f"--micro_batch {args.micro_batch}: two answers are compared, so it must be even")
+    require(even, f"--micro_batch {args.micro_batch}: the answers to a prompt stay together, so it must be even")
     tokenizer = common.load_tokenizer(args.model)
     common.fits_context(args.model, args.max_prompt + args.max_new_tokens)
     load = tasks.load_pairs if args.loss == "dpo" else tasks.load_demonstrations

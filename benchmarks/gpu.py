@@ -274,7 +274,7 @@ def decode() -> None:
             few, many = (4, 8) if DRY else (64, 320) if "graphs" in decoder else (16, 48)
             u = common.uniforms(0, 0, 0, range(rows), many)
 
-            def run(n):
+            def run(n, model=model, decoder=decoder, prompts=prompts, rows=rows, u=u):
                 if decoder == "generate":
                     batch = common.make_batch(prompts, [[0]] * len(prompts), 0, DEVICE)
                     with common.gathered(model), torch.no_grad(), warnings.catch_warnings():
@@ -405,10 +405,6 @@ def activations() -> None:
         row("activations", "freed by the cycle collector alone", "0", GiB=before - used())
 
 
-def check_words(script: str) -> list[str]:
-    return ["check.py", script] if (ROOT / "check.py").exists() else [script, "--check"]
-
-
 # ---- whole runs --------------------------------------------------------------------------------------------------
 
 # Runs a script in its own process, and says at the end how much memory it took. CUDNN=1: with cuDNN's attention in
@@ -461,7 +457,7 @@ def scripts() -> None:
     """Every script on this device, in bfloat16: recomputed activations, LoRA, critic and KL, teachers, a reviser."""
     home = Path(tempfile.mkdtemp())
     small = ["--steps", 3, "--prompts_per_step", 8, "--test_rows", 64, "--eval_every", 3, "--dtype", "bfloat16"]
-    distil = ["--steps", 3, "--prompts_per_step", 8, "--test_rows", 16, "--dtype", "bfloat16", "--builtin_pairs", 64]
+    bare = ["--steps", 3, "--prompts_per_step", 8, "--test_rows", 16, "--dtype", "bfloat16"]
     jobs = {
         "lco": ["lco.py", *small, "--loss", "kld"],
         "lco lch, recomputed": ["lco.py", *small, "--loss", "lch", "--activation_checkpointing", True],
@@ -469,11 +465,14 @@ def scripts() -> None:
         "lco, LoRA": ["lco.py", *small, "--lora_rank", 8],
         "lco fp32": ["lco.py", *small[:-1], "float32"],
         "ppo, critic and KL": ["ppo_baseline.py", *small, "--kl_coef", 0.05],
-        "qrm": ["qrm.py", *small, "--stage", "policy", "--reward", "rule"],
-        "dckd": ["dckd.py", *distil, "--stage", "student", "--model", "builtin-small", "--teacher", "builtin"],
-        "adpa": ["adpa.py", *distil, "--stage", "student", "--model", "builtin-small", "--teacher", "builtin", "--ref_teacher", "builtin"],
-        "seft": ["seft.py", *distil, "--stage", "evolve", "--revise", "adaptive", "--reviser", "builtin", "--rounds", 1, "--unannotated", 32],
-        "evaluate": ["evaluate.py", "--model", "builtin", "--test_rows", 64, "--samples_per_prompt", 4, "--dtype", "bfloat16"],
+        "qrm": ["qrm.py", "--epochs", 1, "--test_rows", 16, "--dtype", "bfloat16"],
+        "dpo": ["dpo.py", *bare],
+        "dckd": ["dckd.py", *bare],
+        "adpa": ["adpa.py", *bare],
+        "adpa, opd": ["adpa.py", *bare, "--objective", "opd", "--refresh_every", 1],
+        "seft, reviser": ["seft.py", "--warmup_reviser_steps", 4, "--reviser_steps", 4, *bare[2:]],
+        "seft, evolve": ["seft.py", "--stage", "evolve", "--reviser", "builtin", "--rounds", 1, "--unannotated", 32, *bare],
+        "evaluate": ["evaluate.py", "--model", "builtin", "--test_rows", 64, "--samples_per_prompt", 4, *bare[6:]],
     }  # fmt: skip
     jobs = {k: [*map(str, v), "--out", str(home / k.replace(" ", "-").replace(",", ""))] for k, v in jobs.items()}
     if DRY and not os.environ.get("EVERY"):
@@ -495,7 +494,7 @@ def checks() -> None:
     """The pre-flight, in fp32 and bfloat16; two ranks on one GPU; learning as on the CPU."""
     home = Path(tempfile.mkdtemp())
     jobs = {
-        f"{name} {dtype}": check_words(f"{name}.py") + ["--dtype", dtype]
+        f"{name} {dtype}": ["check.py", f"{name}.py", "--dtype", dtype]
         for name in ("lco", "ppo_baseline")
         for dtype in ("float32", "bfloat16")
     }

@@ -96,7 +96,7 @@ def commands(model: str, out: Path, steps: int | None) -> dict[str, str]:
     prompts = f"--prompts {out}/prompts.jsonl --test_dataset {out}/test.jsonl --reward_file {out}/reward.py --rounds 2"
     return {
         "reviser": f"seft.py --stage reviser {train} {shared}",
-        "policy": f"seft.py --stage evolve --reviser {out}/reviser/adaptive/model --lr 3e-4 --warmup_steps 2 "
+        "policy": f"seft.py --stage evolve --reviser {out}/reviser/model --lr 3e-4 --warmup_steps 2 "
         f"--steps {2 * policy if steps else policy} {prompts} {shared} --calibration 48",
     }
 

@@ -53,6 +53,25 @@ def departed(names: list[str], folder: Path) -> Path:
     return folder
 
 
+def edit_distance(a: list, b: list) -> int:
+    """Insertions, deletions and replacements between two sequences (Levenshtein), a row of the table at a time."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        above, row = row, [i]
+        for j, y in enumerate(b):
+            row.append(min(above[j + 1] + 1, row[j] + 1, above[j] + (x != y)))
+    return row[-1]
+
+
+def edits_of(answers: list[dict]) -> dict[str, float | None]:
+    """Mean edits in tokens between y0 and y* of the answers of a round that were revised, for Major and Minor."""
+    found = {"major": [], "minor": []}
+    for a in answers:
+        if not a["fault"] and a["label"] in (0, 1):
+            found[("major", "minor")[a["label"]]].append(edit_distance(a["ids"], a["revision"]))
+    return {f"revise/distance_{name}": statistics.mean(x) if x else None for name, x in found.items()}
+
+
 def full_command(study: str, name: str, command: str) -> str:
     """As it is recorded: without seed and folders."""
     prepared = name in STUDIES[study].get("prepare", {})
@@ -83,6 +102,7 @@ def run(study: str, name: str, command: str, seed: int, threads: int) -> dict:
         ok, errors = process.returncode == 0, screen.read_text().strip().splitlines()
         lines = sorted(out.rglob("metrics.jsonl"), key=lambda file: file.stat().st_mtime)[-1:]  # of its last stage
         metrics = [json.loads(text) for file in lines for text in file.read_text().splitlines()]
+        edits = [edits_of(json.loads(file.read_text())["answers"]) for file in sorted(out.glob("rounds/*.json"))]
     evaluated = [m for m in metrics if any(k.startswith("eval/") for k in m)]
     held_out = [{k: v for k, v in m.items() if k == "step" or k.startswith("eval/")} for m in evaluated]
     return {
@@ -101,9 +121,8 @@ def run(study: str, name: str, command: str, seed: int, threads: int) -> dict:
             for key in sorted({k for m in metrics for k in m if k.startswith("diagnose/")})
         },
         "rounds": [
-            {k: v for k, v in m.items() if k == "step" or k.startswith(("revise/", "drop/"))}
-            for m in metrics
-            if "revise/after" in m
+            {k: v for k, v in m.items() if k == "step" or k.startswith(("revise/", "drop/"))} | more
+            for m, more in zip([m for m in metrics if "revise/after" in m], edits)
         ],
         "grad_norm_max": max((m["grad_norm"] for m in metrics if "grad_norm" in m), default=None),
         "grad_norm_median": statistics.median([m["grad_norm"] for m in metrics if "grad_norm" in m] or [0]),

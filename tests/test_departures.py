@@ -1,12 +1,16 @@
 """benchmarks/departures: each patch applies to the scripts as they are, is small, and does what the study measures."""
 
 import importlib.util
+import itertools
+import math
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
+import common
 import pytest
-from conftest import ROOT
+from conftest import ROOT, read_metrics
 
 import torch
 
@@ -76,3 +80,52 @@ def test_a_patched_script_trains(name, settings, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert Path(tmp_path / "run" / "model").exists()
+
+
+def test_labels_of_other_rules(patched):
+    """The gap alone moves with a habit of copying; hardness never says No and splits at the median."""
+    gap, hardness = patched("seft_gap"), patched("seft_hardness")
+    assert gap.need(-1.0, -2.0, -0.5, -3.0) == 1.0 and gap.need(-1.0, 1.0, 2.5, -3.0) == -2.0
+    assert hardness.need(-1.0, 0.0, 0.0, 0.0) == 1.0
+    assert hardness.labels_of([0.0, 0.2, 3.0], [0.1, 0.2, 3.0]) == [hardness.MINOR, hardness.MINOR, hardness.MAJOR]
+
+
+SEFT = "--builtin_pairs 40 --test_rows 4 --prompts_per_step 4 --unannotated 8"
+SEFT += " --warmup_reviser_steps 2 --reviser_steps 1"
+SEFT_STAGES = {
+    "seft_plain": ["--stage reviser", "--stage evolve --revise always --reviser builtin"],
+    "seft_direct": ["--stage evolve --revise always --reviser builtin"],
+    "seft_gold": ["--stage evolve --revise never --gold_slip 0.5"],
+    "seft_flip": ["--stage reviser --flip 0.5"],
+    "seft_from_start": ["--stage reviser"],
+    "seft_order": ["--stage evolve --revise never --order hard_to_easy"],
+    "seft_pairs_threshold": ["--stage evolve --reviser builtin"],
+}
+
+
+@pytest.mark.parametrize("name", SEFT_STAGES)
+def test_patched_seft_trains(name, patched, tmp_path):
+    """Each in this process, with the arguments that the studies give it."""
+    seft = patched(name)
+    for i, words in enumerate(SEFT_STAGES[name]):
+        argv = [*SEFT.split(), "--steps", "2", *words.split(), "--out", str(tmp_path / f"run-{i}")]
+        with mock.patch.object(common.RunFolder, "report"):
+            seft.train(common.parse_args(seft.Args, seft.BUILTIN, argv))
+        lines = read_metrics(tmp_path / f"run-{i}")
+        assert all(x is None or math.isfinite(x) for line in lines for x in line.values())
+        assert ("loss/label" in lines[-1]) == ("reviser" in words.split() and name != "seft_plain")
+
+
+def test_edits():
+    """Against the recursive definition, on strings of up to 3 letters over 2; unfit and kept answers do not count."""
+
+    def slow(a, b):
+        if not a or not b:
+            return len(a) + len(b)
+        return min(slow(a[1:], b) + 1, slow(a, b[1:]) + 1, slow(a[1:], b[1:]) + (a[0] != b[0]))
+
+    words = [list(w) for n in range(4) for w in itertools.product([1, 2], repeat=n)]
+    assert all(study.edit_distance(a, b) == slow(a, b) for a in words for b in words)
+    fates = [(0, None, [1, 3]), (0, None, [1, 3, 4]), (0, "echo", [9] * 9), (2, None, None)]
+    answers = [dict(label=label, fault=fault, ids=[1, 2], revision=revision) for label, fault, revision in fates]
+    assert study.edits_of(answers) == {"revise/distance_major": 1.5, "revise/distance_minor": None}

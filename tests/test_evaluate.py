@@ -1,6 +1,5 @@
 """evaluate.py: Pass@k and intervals against closed forms, the numbers of the other scripts, files, ranks, bad input."""
 
-import functools
 import itertools
 import json
 import math
@@ -15,12 +14,12 @@ import lco
 import numpy as np
 import pytest
 import qrm
+import tasks
 from builtin import tasks as toys
 from conftest import ROOT, TINY, flags, read_metrics, run_here, run_script
 
 import torch
 
-KINDS = {"qrm": dict(objective="qrm"), "qrm-lm": dict(objective="qrm", head="lm"), "orm": dict(objective="orm")}
 FILES = ["args.json", "metrics.jsonl", "result.json", "samples.jsonl", "source.py"]
 DRIVER = """
 import json, sys
@@ -278,42 +277,114 @@ def test_stop(base, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def reward_run(tiny_model, tmp_path_factory):
-    """reward_run(kind): arguments that rate a reward model of qrm.py, and the last line of what it logged."""
-    home = tmp_path_factory.mktemp("rewards")
-    pairs = write(home / "pairs.jsonl", toys.chain_pairs(21, 0))
-    small = dict(model=tiny_model, pairs=pairs, step_separator="=", micro_batch=4, test_pairs=5)
+def judges(tiny_model, tmp_path_factory) -> dict:
+    """{how the score of an answer comes from its tokens: arguments of a reward model that is rated so}."""
+    from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
-    @functools.cache
-    def of(kind: str):
-        more = dict(max_prompt=24, max_new_tokens=24, pairs_per_step=4, lr=3e-3, eval_every=2)
-        settings = {k: v for k, v in small.items() if k != "step_separator"} | more | KINDS[kind]
-        run_here(qrm, **settings, out=str(home / kind))
-        return small | {"reward_model": str(home / kind / "model")}, read_metrics(home / kind)[-1]
+    home = tmp_path_factory.mktemp("judges")
+    shared = dict(model=tiny_model, pairs=write(home / "pairs.jsonl", toys.chain_pairs(21, 0)), test_pairs=5)
 
-    return of
+    def saved(name, cls, **config):
+        torch.manual_seed(1)
+        model = cls.from_pretrained(tiny_model, **config)
+        for p in model.parameters():
+            p.data += 0.05 * torch.randn_like(p)
+        model.save_pretrained(home / name)
+        common.load_tokenizer(tiny_model).save_pretrained(home / name)
+        return shared | {"reward_model": str(home / name), "micro_batch": 2}
+
+    found = {"last": saved("orm", AutoModelForTokenClassification, num_labels=1)}
+    found["mean"] = saved("qrm", AutoModelForTokenClassification, num_labels=1)
+    found["mean, LM head"] = saved("qrm-lm", AutoModelForCausalLM)
+    for name in ("qrm", "qrm-lm"):
+        file = home / name / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"reward_score": "mean"}))
+    return found | {"sum": saved("dpo", AutoModelForCausalLM) | {"reward_ref": tiny_model}}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_pair_accuracy_is_what_was_logged(kind, reward_run, tmp_path):
-    """Held-out pairs: the same accuracy and margin as qrm.py's last evaluation."""
-    settings, last = reward_run(kind)
+@pytest.mark.parametrize("how", ["last", "mean", "mean, LM head", "sum"])
+def test_pair_accuracy_by_hand(how, judges, tmp_path):
+    """Each held-out pair alone: the mean of its tokens' scores, the last one, or the sum of log-ratios."""
+    settings, margins = judges[how], []
+    load = lambda name: common.load_model(name, head="saved", trainable=False, device=torch.device("cpu"))  # noqa: E731
+    model, tokenizer = load(settings["reward_model"]), common.load_tokenizer(settings["model"])
+    ref = load(settings["reward_ref"]) if "reward_ref" in settings else None
+    for row in toys.chain_pairs(21, 0)[-5:]:
+        scores = []
+        for side in ("chosen", "rejected"):
+            prompt = common.encode_prompt(tokenizer, row["prompt"])
+            answer = common.encode_completion(tokenizer, row[side])
+            with torch.no_grad():
+                states = model(torch.tensor([prompt + answer])).logits[0]
+                if how in ("last", "mean"):
+                    tokens = states[len(prompt) :, 0]
+                else:
+                    tokens, at = 0, torch.arange(len(answer)) + len(prompt) - 1
+                    for sign, one in ((1, model), (-1, ref))[: 1 + (ref is not None)]:
+                        logp = one(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
+                        tokens = tokens + sign * logp[at, torch.tensor(answer)]
+            scores.append({"l": tokens[-1], "m": tokens.mean(), "s": tokens.sum()}[how[0]].item())
+        margins.append(scores[0] - scores[1])
     found = values(run(tmp_path / "run", **settings))
-    assert found["eval/pair_accuracy"] == last["eval/pair_accuracy"]
-    assert found["eval/margin"] == pytest.approx(last["eval/margin"], rel=1e-4, abs=1e-6)
+    assert found["eval/pair_accuracy"] == sum(x > 0 for x in margins) / 5
+    assert found["eval/margin"] == pytest.approx(sum(margins) / 5, rel=1e-4, abs=1e-6)
     whole = run(tmp_path / "all", **settings | {"test_pairs": 0})
     assert whole["prompts"] == 21 and len(read(tmp_path / "all" / "samples.jsonl")) == 21
 
 
-def test_other_classifier(tiny_model, reward_run, tmp_path):
-    """A folder that does not say what it was trained on needs a name, and is rated as told."""
-    settings, _ = reward_run("orm")
-    settings = settings | {"reward_model": tiny_model}
-    with pytest.raises(common.BadInput, match="does not say what it was trained on"):
-        run(tmp_path / "saved", **settings)
-    with pytest.raises(common.BadInput, match="language model"):
-        run(tmp_path / "orm", **settings, objective="orm")
-    assert 0 <= values(run(tmp_path / "qrm", **settings, objective="qrm"))["eval/pair_accuracy"] <= 1
+@pytest.mark.parametrize("kind", [{}, {"head": "lm"}, {"objective": "orm"}], ids=str)
+def test_pair_accuracy_is_what_was_logged(kind, judges, tiny_model, tmp_path):
+    """Held-out pairs: the same accuracy and margin as qrm.py's last evaluation."""
+    shared = dict(model=tiny_model, pairs=judges["last"]["pairs"], test_pairs=5, micro_batch=4)
+    more = dict(max_prompt=24, max_new_tokens=24, pairs_per_step=4, lr=3e-3, eval_every=2)
+    trained = run_here(qrm, **shared | more | kind, out=str(tmp_path / "qrm"))
+    found = values(run(tmp_path / "run", **shared, reward_model=str(trained / "model")))
+    last = read_metrics(trained)[-1]
+    assert found["eval/pair_accuracy"] == last["eval/pair_accuracy"]
+    assert found["eval/margin"] == pytest.approx(last["eval/margin"], rel=1e-4, abs=1e-6)
+
+
+def test_language_model_without_a_reference(judges, tiny_model, tmp_path):
+    """It has no score, unless its folder says so."""
+    with pytest.raises(common.BadInput, match="give --reward_ref"):
+        run(tmp_path / "run", **judges["last"] | {"reward_model": tiny_model})
+
+
+# ---- pairs of the model's own samples --------------------------------------------------------------------------------
+
+
+def test_pick_pairs():
+    """Of each prompt a right and a wrong sample of the closest lengths; unfinished and empty ones are no answers."""
+    rows = [("a", "12345", True), ("a", "1", False), ("a", "1234", False), ("b", "1", True), ("b", "2", True)]
+    rows += [("c", "1", True), ("c", "", False)]
+    rows = [dict(prompt=p, completion=c, right=r, ended=True) for p, c, r in rows]
+    rows += [dict(prompt="d", completion="1", right=right, ended=right) for right in (True, False)]
+    assert evaluate.pick_pairs(rows) == [dict(prompt="a", chosen="12345", rejected="1234")]
+
+
+def test_pairs_out(tmp_path, capsys):
+    """Pairs for qrm.py and dpo.py: training prompts, graded by the task, the same whoever samples them again."""
+    settings = dict(max_prompt=24, max_new_tokens=24, test_rows=12, samples_per_prompt=8)
+    files = [tmp_path / f"pairs-{i}.jsonl" for i in range(2)]
+    for file in files:
+        run(tmp_path / file.stem, **settings, pairs_out=str(file))
+    pairs = tasks.load_pairs(str(files[0]))
+    assert len(pairs) > 3 and files[0].read_text() == files[1].read_text()
+    for pair in pairs:
+        row = [{"prompt": pair["prompt"]}]
+        assert toys.chain_correct([pair["chosen"]], row) == [True] != toys.chain_correct([pair["rejected"]], row)
+        assert not toys.chain_is_held_out(pair["prompt"])
+    assert f"{len(pairs)} pairs" in capsys.readouterr().out
+    with pytest.raises(common.BadInput, match="expected a new file"):
+        run(tmp_path / "again", **settings, pairs_out=str(files[0]))
+
+
+def test_pairs_of_a_dataset(base, reward_file, tmp_path):
+    """Prompts of a file: each once, none of the held-out ones."""
+    more = dict(dataset=prompts_file(tmp_path), reward_file=reward_file, right_from=3.0, test_rows=5)
+    run(tmp_path / "run", **base | more, pairs_out=str(tmp_path / "pairs.jsonl"))
+    prompts = {row["prompt"] for row in read(tmp_path / "run" / "samples.jsonl")}
+    assert len(prompts) == 5 and not prompts & {f"{i}+{i + 1}=" for i in range(15, 20)}
 
 
 # ---- answer files ----------------------------------------------------------------------------------------------------
@@ -375,13 +446,13 @@ def test_model_names_in_files(judged, tmp_path):
 # ---- ranks -----------------------------------------------------------------------------------------------------------
 
 
-def test_two_ranks_are_one(base, reward_run, judged, tmp_path):
+def test_two_ranks_are_one(base, judges, judged, tmp_path):
     """Accuracy of 5 prompts, 5 pairs with each of two reward models, and 3 questions: 1 process = 2 ranks."""
     questions = write(tmp_path / "question.jsonl", QUESTIONS)
     jobs = {
         "accuracy": base,
-        "orm": reward_run("orm")[0],
-        "qrm-lm": reward_run("qrm-lm")[0],
+        "orm": judges["last"],
+        "dpo": judges["sum"],
         "mt_bench": judged | dict(format="mt_bench", dataset=questions),
     }
     (tmp_path / "driver.py").write_text(DRIVER)
@@ -407,20 +478,13 @@ def test_two_ranks_are_one(base, reward_run, judged, tmp_path):
     [
         (dict(k=[1, 8]), "--k 8: expected a number from 1 to --samples_per_prompt 4"),
         (dict(samples_per_prompt=0), "--samples_per_prompt must be at least 1"),
-        (dict(temperature=0.0), "--temperature must be at least"),
+        (dict(temperature=0.0), "--temperature must be above 0"),
         (dict(format="jsonl"), "--format must be one of"),
         (dict(pairs="p.jsonl"), "--pairs and --reward_model go together"),
         (dict(reward_model="x"), "--pairs and --reward_model go together"),
-        (dict(pairs="p.jsonl", reward_model="x", format="mt_bench"), "two evaluations"),
+        (dict(pairs="p.jsonl", reward_model="x", format="mt_bench"), "--pairs and --format are two evaluations"),
+        (dict(pairs="p.jsonl", reward_model="x", pairs_out="new.jsonl"), "--pairs and --pairs_out are two evaluations"),
         (dict(format="mt_bench"), "--dataset is empty"),
-        (dict(format="mt_bench", dataset="q.jsonl", k=[1]), "--k is for accuracy, and this evaluation is --format"),
-        (
-            dict(pairs="p.jsonl", reward_model="x", dataset="q.jsonl"),
-            "--dataset is for accuracy and --format, and this",
-        ),
-        (dict(test_pairs=5), "--test_pairs is for --pairs, and this evaluation is accuracy"),
-        (dict(format="mt_bench", dataset="q.jsonl", long_prompts="drop"), "--long_prompts drop"),
-        (dict(generator="me"), "--generator is for --format, and this evaluation is accuracy"),
         (dict(right_from=math.nan), "--right_from must be a finite number"),
         (dict(test_dataset="none.jsonl"), "there is no such file"),
         (dict(max_prompt=60), "--max_prompt + --max_new_tokens is 72"),
@@ -461,7 +525,7 @@ def test_long_prompts_are_refused(base, tmp_path):
         run(tmp_path / "run", **base | {"max_prompt": 5})
 
 
-def test_check(base, reward_run, capsys):
-    for settings in (base, reward_run("orm")[0]):
+def test_check(base, judges, capsys):
+    for settings in (base, judges["last"]):
         check.Checks(evaluate, common.check_args(evaluate.Args(**settings))).run()
     assert capsys.readouterr().out.count("all checks passed") == 2

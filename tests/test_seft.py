@@ -1,4 +1,4 @@
-"""SEFT end to end: command line, stages, every control and switch, ranks, resume, check.py, bad input."""
+"""SEFT end to end: command line, both stages, every switch, ranks, resume, check.py, bad input."""
 
 import inspect
 import json
@@ -11,7 +11,7 @@ import check
 import common
 import pytest
 import seft
-import tasks
+from builtin import tasks as toys
 from conftest import assert_same_metrics, check_here, flags, read_metrics, run_here, run_script
 
 import torch
@@ -28,8 +28,16 @@ def base(tiny_model) -> dict:
     return TINY | dict(model=tiny_model, stage="evolve", reviser="builtin", keep_threshold="0.3")
 
 
-def rounds(run) -> list[dict]:
-    return [json.loads(file.read_text()) for file in sorted((Path(run) / "rounds").iterdir())]
+def rounds(run) -> list[list[seft.Answer]]:
+    """The answers of each round."""
+    files = sorted((Path(run) / "rounds").iterdir())
+    return [[seft.Answer(**a) for a in json.loads(file.read_text())["answers"]] for file in files]
+
+
+def needs(run) -> list[dict]:
+    """What the R0 of each half found of the pairs of the other one."""
+    lines = [x for half in (0, 1) for x in (Path(run) / f"needs-{half}.jsonl").read_text().splitlines()]
+    return [json.loads(x) for x in lines]
 
 
 # ---- the command line ------------------------------------------------------------------------------------------------
@@ -37,27 +45,24 @@ def rounds(run) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory):
-    """(folder, screen) of the bare command with less to do: both stages on the built-in task."""
-    folder = tmp_path_factory.mktemp("bare") / "seft"
-    less = dict(steps=2, warmup_reviser_steps=2, reviser_steps=2, prompts_per_step=8, builtin_pairs=32, test_rows=16)
-    done = run_script("seft.py", *flags(**less, unannotated=32, calibration=8, out=folder))
-    return folder, done.stdout
+    """(folder, screen) of the commands of the header with less to do, on the built-in task."""
+    folder = tmp_path_factory.mktemp("bare")
+    less = dict(prompts_per_step=8, builtin_pairs=32, test_rows=16)
+    words = flags(**less, warmup_reviser_steps=2, reviser_steps=2, out=folder / "reviser")
+    screen = run_script("seft.py", *words).stdout
+    words = flags(**less, steps=2, unannotated=32, calibration=8, out=folder / "policy", stage="evolve")
+    return folder, screen + run_script("seft.py", *words, "--reviser", folder / "reviser" / "model").stdout
 
 
 def test_stages(bare):
-    """A run folder for each run; the revisers start from the policy, the labels come from both, the policy asks R."""
+    """Two run folders; the first stage says how to go on."""
     folder, screen = bare
-    runs = {p.parent.relative_to(folder).as_posix(): p.parent for p in folder.rglob("args.json")}
-    assert sorted(runs) == ["policy", "reviser/adaptive", "reviser/warmup-0", "reviser/warmup-1"]
-    about = {name: json.loads((run / "args.json").read_text())["args"] for name, run in runs.items()}
-    assert about["reviser/adaptive"].pop("model") == str(folder / "reviser/warmup-0/model")
-    assert {a["model"] for a in about.values() if "model" in a} == {"builtin"}
-    assert about["reviser/adaptive"]["judges"] == [str(folder / f"reviser/warmup-{i}/model") for i in (0, 1)]
-    assert about["policy"]["reviser"] == str(folder / "reviser/adaptive/model")
-    own = {"policy": ["rounds"], "reviser/adaptive": ["labels.jsonl"]}
-    for name, run in runs.items():
-        assert sorted(p.name for p in run.iterdir()) == sorted(FILES + own.get(name, []))
-        assert [line["step"] for line in read_metrics(run)] == [0, 1, 2]
+    own = {"policy": ["rounds"], "reviser": ["needs-0.jsonl", "needs-1.jsonl"]}
+    for name, more in own.items():
+        assert sorted(p.name for p in (folder / name).iterdir()) == sorted(FILES + more)
+    assert [line["step"] for line in read_metrics(folder / "reviser")] == list(range(7))
+    assert [line["step"] for line in read_metrics(folder / "policy")] == [0, 1, 2]
+    assert f"--stage evolve --reviser {folder / 'reviser' / 'model'}" in screen
     assert "32 unannotated prompts; left out:" in screen and "training: 32 pairs" in screen
 
 
@@ -67,17 +72,17 @@ def test_metrics(bare):
     lines = [line for file in folder.rglob("metrics.jsonl") for line in read_metrics(file.parent)]
     assert all("/" in k for line in lines for k in line if k not in ("step", "lr", "grad_norm"))
     assert all(x is None or math.isfinite(x) for line in lines for x in line.values())
-    first, last = read_metrics(folder / "policy")[0], read_metrics(folder / "policy")[-1]
+    first, made, last = read_metrics(folder / "policy")
     assert first["kl/start"] == pytest.approx(0, abs=1e-6) and last["kl/start"] > 1e-6
     assert {"eval/pass@1", "eval/sampled"} <= first.keys() & last.keys()
-    made = read_metrics(folder / "policy")[1]
     assert {"revise/fix", "revise/damage", "revise/keep_right", "revise/keep_wrong", "revise/auc"} <= made.keys()
-    assert {"revise/distance_minor", "revise/same_major", "revise/length_ratio", "revise/threshold"} <= made.keys()
+    assert {"revise/same_major", "revise/length_ratio", "revise/threshold"} <= made.keys()
     assert sum(made[f"revise/{name}"] for name in seft.NAMES) == pytest.approx(1)
-    reviser = read_metrics(folder / "reviser" / "adaptive")
-    assert {"label/no", "label/quality_no", "eval/label_auc", "eval/fix", "eval/damage"} <= reviser[0].keys()
-    assert {"loss/label", "loss/nll", "grad_norm"} <= reviser[1].keys()
-    assert "loss/label" not in read_metrics(folder / "reviser" / "warmup-0")[1]
+    reviser = read_metrics(folder / "reviser")
+    assert {"eval/fix", "eval/damage", "eval/nll"} <= reviser[0].keys() & reviser[2].keys() & reviser[4].keys()
+    assert {"label/no", "label/quality_no", "loss/label", "loss/nll", "grad_norm"} <= reviser[5].keys()
+    assert {"eval/label_auc", "eval/label_loss", "eval/fix"} <= reviser[6].keys()
+    assert not any(k.startswith(("loss/label", "label/", "eval/label")) for line in reviser[:5] for k in line)
 
 
 def test_samples_show_the_revision(bare):
@@ -91,47 +96,37 @@ def test_samples_show_the_revision(bare):
     assert "round 0" in page and not re.search(r"https?://|<script", page)
 
 
-def test_no_pair_is_scored_by_a_model_that_saw_it(bare):
-    """Each judge was trained on one half, and labels prompts of the other one alone."""
-    folder, _ = bare
-    pairs = tasks.load_task("chains").pairs(32, 0)
-    lines = [json.loads(x) for x in (folder / "reviser/adaptive/labels.jsonl").read_text().splitlines()]
-    assert sorted(line["pair"] for line in lines) == list(range(32 + 16))
-    seen = [{p["prompt"] for p in pairs if seft.fold_of(p) == fold} for fold in (0, 1)]
-    assert all(seen) and not seen[0] & seen[1]
-    assert all(pairs[line["pair"]]["prompt"] not in seen[line["judge"]] for line in lines if line["pair"] < 32)
-    for fold in (0, 1):
-        about = json.loads((folder / f"reviser/warmup-{fold}" / "args.json").read_text())["args"]
-        assert about["fold"] == fold and about["stage"] == "warmup"
+def test_no_pair_is_scored_by_a_model_that_saw_it(base, out, monkeypatch):
+    """Each R0 is given one half of the pairs, with all pairs of a prompt, and scores those of the other; R sees all."""
+    given, original = [], seft.reviser_rows
+    monkeypatch.setattr(seft, "reviser_rows", lambda d, pairs, a: given.append(pairs) or original(d, pairs, a))
+    run = run_here(seft, **base | dict(stage="reviser", reviser="", builtin_pairs=32), out=out)
+    pairs = toys.chain_pairs(32, 0)
+    seen = [{p["prompt"] for p in some} for some in given]
+    assert len(given) == 3 and not seen[0] & seen[1] and len(given[0]) + len(given[1]) == len(given[2]) == 32
+    assert sorted(line["pair"] for line in needs(run)) == list(range(32 + 5))
+    for line in needs(run):  # the first R0 learns half 1
+        assert line["pair"] >= 32 or pairs[line["pair"]]["prompt"] not in seen[1 - line["half"]]
+    assert {line["half"] for line in needs(run) if line["pair"] >= 32} == {0}
 
 
-def test_finished_stages_are_left(bare):
-    """--resume of all stages runs what has not ended and nothing else; without it the folder is refused."""
-    folder, _ = bare
-    about = json.loads((folder / "policy" / "args.json").read_text())["args"]
-    settings = about | dict(stage="all", reviser="", out=str(folder))
-    with pytest.raises(common.BadInput, match="exists and is not empty"):
-        seft.run_stages(seft.Args(**settings))
-    before = {p: p.read_bytes() for p in folder.rglob("*.jsonl")}
-    with mock.patch.object(seft, "train", side_effect=AssertionError):
-        seft.run_stages(seft.Args(**settings | dict(resume=True)))
-    (folder / "reviser/adaptive/model").rename(folder / "reviser/adaptive/model.part")
-    with mock.patch.object(common.RunFolder, "report"):
-        seft.run_stages(seft.Args(**settings | dict(resume=True)))
-    assert (folder / "reviser/adaptive/model").exists() and before == {
-        p: p.read_bytes() for p in folder.rglob("*.jsonl")
-    }
+def test_the_second_r0_starts_anew(base, out, monkeypatch):
+    """Its first step is that of a run which trains it alone; R goes on from it, with an optimizer of its own."""
+    seen, original = [], seft.update
 
+    def update(models, optimizer, batch, rate, args):
+        start = [p.detach().clone() for p in models.parameters()]
+        seen.append((start, len(optimizer.state), rate))
+        metrics = original(models, optimizer, batch, rate, args)
+        seen[-1] += ([p.detach().clone() for p in models.parameters()],)
+        return metrics
 
-def test_warmup_trains_on_its_half_alone(base, out, monkeypatch):
-    """What R0 of a fold is given are the pairs of that fold."""
-    given = []
-    original = seft.rows_for_reviser
-    monkeypatch.setattr(seft, "rows_for_reviser", lambda d, pairs, a: given.append(pairs) or original(d, pairs, a))
-    for fold in (0, 1):
-        run_here(seft, **base | dict(stage="warmup", fold=fold), out=f"{out}-{fold}")
-    assert all(seft.fold_of(p) == fold for fold, pairs in enumerate(given) for p in pairs)
-    assert len(given[0]) + len(given[1]) == 12
+    monkeypatch.setattr(seft, "update", update)
+    run_here(seft, **base | dict(stage="reviser", reviser=""), out=out)
+    same = lambda a, b: all(torch.equal(x, y) for x, y in zip(a, b))  # noqa: E731
+    assert len(seen) == 6 and [n > 0 for _, n, _, _ in seen] == [False, True] * 3
+    assert same(seen[0][0], seen[2][0]) and not same(seen[1][3], seen[2][0]) and same(seen[3][3], seen[4][0])
+    assert [rate for _, _, rate, _ in seen] == [1e-3, 5e-4] * 3
 
 
 @pytest.mark.parametrize("argv", [[], ["--task", "strings"]], ids=["chains", "strings"])
@@ -147,24 +142,17 @@ def test_check_on_the_built_in_tasks(argv, capsys):
 SWITCHES = [
     dict(),
     dict(revise="always"),
-    dict(revise="plain"),
     dict(revise="never", temperature=0.7),
-    dict(revise="direct"),
     dict(then="{prompt}", max_new_tokens=12),
-    dict(revise="gold", reviser=""),
-    dict(revise="gold", reviser="", gold_slip=0.5),
     dict(keep_threshold="auto"),
-    dict(keep_threshold="pairs"),
-    dict(order="easy_to_hard"),
-    dict(order="hard_to_easy", rounds=1),
+    dict(rounds=1),
     dict(pair_share=0.5),
-    dict(revise_temperature=1.0),
+    dict(revise="never", pair_share=1.0, reviser=""),
     dict(lora_rank=4, warmup_steps=2),
     dict(dtype="bfloat16", activation_checkpointing=True),
     dict(external_model="builtin", external_rounds=1, revise="never"),
-    dict(stage="warmup"),
-    dict(stage="adaptive", judges=["builtin", "builtin"], builtin_flip=0.5),
-    dict(stage="adaptive", judges=["builtin", "builtin"], label_rule="hardness", lora_rank=4),
+    dict(stage="reviser"),
+    dict(stage="reviser", reviser="", lora_rank=4, warmup_steps=1),
 ]
 
 
@@ -177,26 +165,34 @@ def test_switches(switches, base, out):
     assert lines[-1]["step"] == len(lines) - 1 and lines[1]["grad_norm"] > 0
     assert all(x is None or math.isfinite(x) for line in lines for x in line.values())
     assert lines[1]["loss/total"] != lines[-1]["loss/total"]
-    assert "loss/label" in lines[1] or switches.get("stage") != "adaptive"
+    assert "loss/label" in lines[-1] or switches.get("stage") != "reviser"
 
 
 def test_no_returns_the_answer_as_it_is(base, out):
     """Where everything is kept, y* is y0 token by token; what has no end cannot be kept."""
     run = run_here(seft, **base | dict(model="builtin", keep_threshold="0", max_new_tokens=10), out=out)
-    items = [item for made in rounds(run) for item in made["items"]]
-    kept = [i for i in items if i["label"] == seft.NO]
-    assert kept and all(i["completion_ids"] == i["answer_ids"] and i["revised"] == i["answer"] for i in kept)
-    assert all(i["ended"] for i in kept) and all(i["label"] != seft.NO for i in items if not i["ended"])
+    answers = [a for made in rounds(run) for a in made]
+    kept = [a for a in answers if a.label == seft.NO]
+    assert kept and all(a.target is a.ids and a.after == a.before for a in kept)
+    assert all(a.ended for a in kept) and all(a.label != seft.NO for a in answers if not a.ended)
 
 
 def test_what_is_dropped_is_counted(base, out):
     """An untrained reviser: nothing that has no end or is no sum is learnt, and the shares add up."""
-    changes = dict(reviser=base["model"], revise="plain", pair_share=0.5, model="builtin")
+    changes = dict(reviser=base["model"], revise="always", pair_share=0.5, model="builtin")
     with pytest.raises(common.BadInput, match="all 8 answers were dropped"):
         run_here(seft, **base | changes, out=out)
-    items = rounds(out)[0]
-    reasons = [i["fault"] for i in items["items"]]
-    assert all(reasons) and sum(v for k, v in items["metrics"].items() if k.startswith("drop/")) == pytest.approx(1)
+    answers = rounds(out)[0]
+    metrics = seft.revision_metrics(answers, None)
+    assert all(a.fault for a in answers)
+    assert sum(v for k, v in metrics.items() if k.startswith("drop/")) == pytest.approx(1)
+
+
+def test_nothing_to_find_a_threshold_by(base, out, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"{i}+1="}) + "\n" for i in range(40)))
+    with pytest.raises(common.BadInput, match="nothing can grade these answers"):
+        run_here(seft, **base | dict(prompts=str(prompts), keep_threshold="auto"), out=out)
 
 
 def test_prompts_are_new(base, out, tmp_path, capsys):
@@ -238,8 +234,8 @@ def test_own_data_in_messages_with_a_reward(base, out, tmp_path):
 
 
 def test_a_policy_learns_from_revisions(base, out):
-    """Gold answers in the place of revisions: their likelihood rises, and the policy moves away from its start."""
-    changes = dict(revise="gold", steps=20, rounds=1, unannotated=8, prompts_per_step=8, lr=1e-2, reviser="")
+    """The revisions become likelier, and the policy moves away from its start."""
+    changes = dict(revise="always", steps=20, rounds=1, unannotated=8, prompts_per_step=8, lr=1e-2)
     lines = read_metrics(run_here(seft, **base | changes, out=out))
     assert lines[-1]["loss/nll"] < 0.8 * lines[1]["loss/nll"] and lines[-1]["kl/start"] > 0.01
 
@@ -247,8 +243,8 @@ def test_a_policy_learns_from_revisions(base, out):
 # ---- ranks and resume ------------------------------------------------------------------------------------------------
 
 JOBS = {
-    "adaptive": dict(stage="adaptive", judges=["builtin", "builtin"], reviser_steps=3),
-    "evolve": dict(keep_threshold="auto", order="easy_to_hard", pair_share=0.5, revise_temperature=1.0),
+    "reviser": dict(stage="reviser", reviser="", model="builtin"),
+    "evolve": dict(keep_threshold="auto", pair_share=0.5),
     "lora": dict(lora_rank=4),
 }
 DRIVER = """
@@ -281,53 +277,51 @@ def test_two_ranks_are_one(name, base, two_ranks, out):
     assert_same_metrics(read_metrics(alone), read_metrics(two_ranks / name), relative=2e-5)
 
 
-@pytest.mark.parametrize("stop", [1, 2, 3])
-@pytest.mark.parametrize("name", JOBS)
+STOPS = {"reviser": [1, 2, 3, 4, 5], "evolve": [1, 2, 3], "lora": [1]}
+
+
+@pytest.mark.parametrize("name, stop", [(name, stop) for name, stops in STOPS.items() for stop in stops])
 def test_resume_is_bit_equal(name, stop, base, tmp_path):
-    """run = run(stop) + resume, inside a round and between two, to the last bit of every metric and weight."""
+    """run = run(stop) + resume, inside a phase or a round and between two, to the last bit of metrics and weights."""
     settings = base | JOBS[name]
-    if name != "evolve" and stop != 1:
-        pytest.skip("one stop is enough for what differs here")
     whole = run_here(seft, **settings, out=str(tmp_path / "whole"))
     run_here(seft, stop, **settings, out=str(tmp_path / "parts"))
     parts = run_here(seft, **settings, out=str(tmp_path / "parts"), resume=True)
     assert read_metrics(whole) == read_metrics(parts)
     weights = [(run / "model" / "model.safetensors").read_bytes() for run in (whole, parts)]
     assert weights[0] == weights[1]
-    if name != "adaptive":
-        assert rounds(whole) == rounds(parts)
+    kept = needs if name == "reviser" else rounds
+    assert kept(whole) == kept(parts)
 
 
-# ---- --check finds what is broken ------------------------------------------------------------------------------------
+# ---- check.py finds what is broken ------------------------------------------------------------------------------------
 
 
-def mean_a_micro_batch(monkeypatch):
-    objective = seft.objective
+def mean_of_a_micro_batch(monkeypatch):
+    loss = seft.weighted_nll
 
-    def mean(models, micro, args):
-        return {k: x / len(micro["mask"]) for k, x in objective(models, micro, args).items()}
+    def mean(logprobs, mask, is_label, label_weight):
+        total, metrics = loss(logprobs, mask, is_label, label_weight)
+        return total / len(mask), metrics
 
-    monkeypatch.setattr(seft, "objective", mean)
+    monkeypatch.setattr(seft, "weighted_nll", mean)
 
 
 def labels_of_the_batch(monkeypatch):
     """Normalised over a batch in the place of the three labels."""
     judge = seft.judge
 
-    def mixed(*args):
-        return (torch.tensor(judge(*args)).softmax(0)).tolist()
+    def mixed(reviser, answers, *rest):
+        judge(reviser, answers, *rest)
+        for a, chances in zip(answers, torch.tensor([a.chances for a in answers]).softmax(0).tolist()):
+            a.chances = chances
 
     monkeypatch.setattr(seft, "judge", mixed)
 
 
 def keep_a_copy(monkeypatch):
-    revise = seft.revise
-
-    def decoded(*args):
-        items, threshold = revise(*args)
-        return [i | {"completion_ids": list(i["completion_ids"])} for i in items], threshold
-
-    monkeypatch.setattr(seft, "revise", decoded)
+    target = seft.Answer.target.fget
+    monkeypatch.setattr(seft.Answer, "target", property(lambda a: list(target(a))))
 
 
 def leave_out_eos(monkeypatch):
@@ -335,18 +329,18 @@ def leave_out_eos(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "damage, name",
+    "damage, name, changes",
     [
-        (mean_a_micro_batch, "gradient ignores micro-batches"),
-        (labels_of_the_batch, "labels are scored as a distribution"),
-        (keep_a_copy, "No keeps an answer as it is"),
-        (leave_out_eos, "EOS is inside the loss"),
+        (mean_of_a_micro_batch, "gradient ignores micro-batches", {}),
+        (labels_of_the_batch, "labels are scored as a distribution", {}),
+        (keep_a_copy, "No keeps an answer as it is", {}),
+        (leave_out_eos, "EOS is inside the loss", dict(stage="reviser", reviser="")),
     ],
 )
-def test_check_finds(damage, name, base, monkeypatch, capsys):
+def test_check_finds(damage, name, changes, base, monkeypatch, capsys):
     damage(monkeypatch)
     with pytest.raises(SystemExit) as stop:
-        check_here(seft, **base | dict(model="builtin"))
+        check_here(seft, **base | dict(model="builtin") | changes)
     screen = capsys.readouterr().out
     assert stop.value.code == 1 and re.search(rf"FAIL +{name}", screen), screen
 
@@ -356,12 +350,12 @@ def test_check_finds(damage, name, base, monkeypatch, capsys):
 
 @pytest.fixture
 def refused(base, out, monkeypatch):
-    """refused([parts of the message], **changes): run_stages() says so before a model is loaded."""
+    """refused([parts of the message], **changes): train() says so before a model is loaded."""
 
     def check(parts, **changes):
         monkeypatch.setattr(common, "load_model", lambda *a, **k: pytest.fail("a model was loaded"))
         with pytest.raises(common.BadInput) as error:
-            seft.run_stages(common.check_args(seft.Args(**base | dict(out=out) | changes)))
+            seft.train(common.check_args(seft.Args(**base | dict(out=out) | changes)))
         message = str(error.value)
         assert all(part in message for part in parts) and "\n" not in message, message
 
@@ -371,30 +365,24 @@ def refused(base, out, monkeypatch):
 @pytest.mark.parametrize(
     "changes, parts",
     [
-        (dict(stage="both"), ["--stage", "all, reviser, warmup", "both"]),
+        (dict(stage="both"), ["--stage", "reviser, evolve", "both"]),
         (dict(revise="sometimes"), ["--revise", "adaptive, always", "sometimes"]),
-        (dict(label_rule="size"), ["--label_rule", "contrast, gap, hardness"]),
-        (dict(order="random"), ["--order", "easy_to_hard", "random"]),
-        (dict(keep_threshold="high"), ["--keep_threshold 'high'", "auto, pairs or a number"]),
+        (dict(keep_threshold="high"), ["--keep_threshold 'high'", "auto or a number"]),
         (dict(keep_threshold="1.5"), ["--keep_threshold '1.5'", "from 0 to 1"]),
         (dict(labels=["++", "+="]), ["--labels takes three", "found 2"]),
         (dict(labels=["+", "+=", "=+"]), ["--labels", "'+=' begins with '+'"]),
         (dict(labels=["Major", "+=", "=+"]), ["--labels and --ask", "cannot write 'Major'"]),
         (dict(ask="revise"), ["--labels and --ask", "cannot write 'revise'"]),
-        (dict(stage="warmup", then="{prompt}"), ["a reviser reads a prompt", "64 positions"]),
+        (dict(stage="reviser", reviser="", then="{prompt}"), ["--max_prompt + --max_new_tokens", "64 positions"]),
         (dict(reviser=""), ["--reviser is empty", "--revise adaptive needs one"]),
-        (dict(stage="all"), ["--stage all makes its own", "--reviser"]),
-        (dict(stage="adaptive"), ["--judges takes", "found 0"]),
         (dict(rounds=3), ["--steps 4 does not divide into --rounds 3"]),
         (dict(micro_batch=3), ["--micro_batch 3 does not divide", "4 rows"]),
         (dict(unannotated=1), ["1 new prompts, expected 2"]),
-        (dict(gold_slip=0.5), ["--gold_slip is of --revise gold"]),
-        (dict(gold_slip=2.0), ["--gold_slip must be at most 1", "2.0"]),
         (dict(pair_share=-0.1), ["--pair_share must be at least 0"]),
         (dict(external_rounds=1), ["--external_rounds needs --external_model"]),
         (dict(external_rounds=3, external_model="builtin"), ["--external_rounds 3 of --rounds 2"]),
-        (dict(stage="warmup", task="words"), ["--dataset is empty: --stage warmup needs preference pairs"]),
-        (dict(stage="warmup", max_new_tokens=30), ["a reviser reads a prompt", "64 positions"]),
+        (dict(stage="reviser", task="words"), ["--dataset is empty: --stage reviser needs preference pairs"]),
+        (dict(stage="reviser", builtin_pairs=1), ["1 pairs", "two halves"]),
         (dict(seed=-1), ["--seed"]),
         (dict(max_prompt=2), ["no pair is left", "are too long"]),
     ],
@@ -406,13 +394,6 @@ def test_wrong_value(changes, parts, refused):
 
 def test_tokenizers_that_differ(refused, gpt2_model, tiny_model):
     refused([f"the tokenizers of {tiny_model} and {gpt2_model} differ in"], reviser=gpt2_model)
-
-
-def test_answers_of_its_own(refused, tmp_path):
-    """--revise gold where nobody has the answers."""
-    prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps({"prompt": f"{i}+1="}) + "\n" for i in range(40)))
-    refused(["--revise gold: --task prompts has no answers"], revise="gold", prompts=str(prompts))
 
 
 def test_the_source_says_what_is_reconstructed():
