@@ -143,7 +143,7 @@ def test_builtin_defaults_are_for_the_built_in_model():
         given = common.parse_args(script.Args, script.BUILTIN, ["--lr", "0.5"])
         assert given.lr == 0.5 and given.max_prompt == script.BUILTIN["max_prompt"]
         other = common.parse_args(script.Args, script.BUILTIN, ["--model", "x/y"])
-        assert dataclasses.replace(other, model="builtin") == script.Args()
+        assert dataclasses.replace(other, model="builtin", dtype="auto") == script.Args()
 
 
 # ---- losses, advantages, switches ------------------------------------------------------------------------------------
