@@ -41,6 +41,7 @@ TINY = dict(
     eval_every=2,
     lr=1e-3,
     critic_lr=1e-3,
+    dtype="float32",
 )
 
 # Gives nearly every completion of a random model another value: without a signal Adam amplifies rounding errors.
