@@ -95,10 +95,10 @@ def test_claims_are_whole(lines):
 
 
 def test_every_switch_of_a_release_has_a_claim():
-    """The switches of LCO's released code, as its docs page lists them."""
+    """The switches and patches for LCO's released code, as its docs page lists them."""
     page = PAGES["lco.md"].read_text()
     table = page.split("## The authors' released code, switch by switch")[1].split("\n## ")[0]
-    switches = set(re.findall(r"\| `(--[^`]+)` \|", table))
+    switches = set(re.findall(r"\| `(--[^`]+|\w+\.patch)` \|", table))
     assert len(switches) == 4 and switches <= {claim.switch for claim in claims.load_claims()}
 
 
