@@ -178,7 +178,6 @@ class Checks:
         self.report("tokenizer and vocabularies agree", self.vocabularies, models)
         self.report("dropout is off", dropout_is_off, models)
         if id(batch["mask"]) in self.answers:
-            stops = {*common.stop_ids(next(iter(models.values())), self.tokenizer())}
             self.report("EOS is inside the loss", self.end_of_sequence, batch, stops)
         for name, model in models.items():
             self.report(f"{name}: padding and batch size do not matter", self.padding, model, batch)

@@ -22,7 +22,7 @@ SCRIPTS = [ROOT / f"{name}.py" for name in NAMES if (ROOT / f"{name}.py").exists
 FAMILIES = [("ppo_baseline", "lco"), ("dpo", "dckd"), ("dckd", "adpa")]
 DIFF_BUDGET = {"ppo_baseline--lco": 170, "dpo--dckd": 90, "dckd--adpa": 140}  # changed lines
 BUDGET = {  # lines of a room; when it outgrows them, something in it wants to leave
-    "ppo_baseline": 405, "lco": 530, "qrm": 420, "dpo": 300, "dckd": 300, "adpa": 380, "check": 342, "report": 285,
+    "ppo_baseline": 405, "lco": 530, "qrm": 420, "dpo": 300, "dckd": 300, "adpa": 380, "check": 341, "report": 285,
     "cpu": 130, "gpu": 190,
 }  # fmt: skip
 DIFFS = {
