@@ -433,7 +433,7 @@ def minibatch_rows(seed: int, step: int, epoch: int, rows_total: int, minibatche
 # ======================================================================================================================
 
 _HERE = Path(__file__).resolve().parent / "builtin"
-SMALL = 2**28  # parameters of a model that is run on a few tokens before a run begins
+SMALL = 2**26  # parameters of a model that is run on a few tokens before a run begins
 BUILTIN = {"builtin": _HERE / "policy", "builtin-small": _HERE / "small", "builtin-strings": _HERE / "strings"}
 BUILTIN["builtin-aligned"] = _HERE / "aligned"  # builtin after dpo.py
 

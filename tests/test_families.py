@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
+import check
 import common
 import pytest
 from conftest import ROOT, TINY, flags, ids_of, run_script, save_model
@@ -148,7 +149,7 @@ def test_composite_configurations(tmp_path):
     about["text_config"]["attention_dropout"] = about["vision_config"]["attention_dropout"] = 0.5
     (tmp_path / "model" / "config.json").write_text(json.dumps(about))
     model = common.load_model(str(tmp_path / "model"), device=CPU)
-    assert common.check_dropout({"policy": model})[0]
+    assert check.dropout_is_off({"policy": model})[0]
     assert not model.config.text_config.attention_dropout and not model.config.vision_config.attention_dropout
     assert common.check_vocabulary({"policy": model}, tokens)[0]
     sizes = dict(rows=4, micro_batch=2, rollout_rows=4, max_prompt=8, max_new_tokens=8, dtype="auto")
@@ -162,7 +163,7 @@ def test_layerdrop_is_off(tmp_path):
     families.save("OPT", tmp_path / "model", families.tokenizer())
     model = common.load_model(str(tmp_path / "model"), device=CPU)
     batch = common.make_batch([[3, 4]] * 8, [[5, 6, 7]] * 8, 0, CPU)
-    assert model.training and common.check_dropout({"policy": model})[0]
+    assert model.training and check.dropout_is_off({"policy": model})[0]
     assert torch.equal(common.completion_hidden(model, batch), common.completion_hidden(model, batch))
 
 
