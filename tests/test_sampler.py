@@ -38,7 +38,7 @@ def test_sampling_leaves_the_mode_as_it_was():
 @pytest.mark.parametrize("name, loss", [(name, loss) for name, losses in LOSSES.items() for loss in losses])
 def test_a_healthy_run_is_not_stopped(name, loss, dtype, tmp_path):
     """Two minibatches, so that the first one is compared with the rollout policy."""
-    lines = read_metrics(run_here(SCRIPTS[name], **SMALL | dict(steps=2), loss=loss, dtype=dtype, out=str(tmp_path)))
+    lines = read_metrics(run_here(SCRIPTS[name], **SMALL | dict(steps=2, loss=loss, dtype=dtype, out=str(tmp_path))))
     for line in lines[1:]:
         assert line["policy/sampler_gap"] < common.ON_POLICY[dtype] / 5
 
@@ -70,6 +70,6 @@ def test_planted_faults_stop_a_run(name, dtype, fault, tmp_path):
 @pytest.mark.parametrize("fault", [("generate", hotter), ("load_model", with_dropout)], ids=lambda fault: fault[0])
 def test_planted_faults_fail_the_preflight(dtype, fault, capsys):
     with mock.patch.object(common, *fault), pytest.raises(SystemExit):
-        check_here(lco, **SMALL, dtype=dtype)
+        check_here(lco, **SMALL | dict(dtype=dtype))
     failed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("FAIL")]
     assert len(failed) == 1 and ("sampler" in failed[0] or "padding" in failed[0] or "micro-batches" in failed[0])
