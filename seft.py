@@ -52,7 +52,7 @@ import statistics
 import zlib
 
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -437,7 +437,7 @@ def make_round(writers, data, first: int, args, folder: Path) -> tuple[list[Answ
             ids = [common.encode_completion(data.tokenizer, text, row["prompt"]) for row, text in zip(rows, texts)]
         answers = [Answer(*one) for one in zip(mine, rows, ids, texts, ended, data.grade(texts, rows))]
         answers, threshold = revise(writers.get("reviser"), answers, data, args)
-        answers = sorted(common.gather(list(map(asdict, answers))), key=lambda a: a["number"])
+        answers = sorted(common.gather(list(map(vars, answers))), key=lambda a: a["number"])
         if common.rank() == 0:
             file.parent.mkdir(parents=True, exist_ok=True)
             common.write_whole(file, json.dumps({"threshold": threshold, "answers": answers}))

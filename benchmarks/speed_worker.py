@@ -113,8 +113,8 @@ class Lengths:
         if u is None:
             return self.pick(logits, temperature, None)
         logits[:, self.stops] = -float("inf")
-        token = self.pick(logits, temperature, None if self.greedy else u % END)
-        return token.masked_fill(u == END, self.stops[0])
+        token, logprob = self.pick(logits, temperature, None if self.greedy else u % END)
+        return token.masked_fill(u == END, self.stops[0]), logprob
 
     def remembered(self, model, tokenizer):
         self.stops = self.stop_ids(model, tokenizer)

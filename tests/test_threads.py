@@ -20,13 +20,13 @@ from conftest import read_metrics
 import torch
 
 RL = dict(prompts_per_step=8, samples_per_prompt=8, minibatches=2, warmup_steps=1)
-PAIRS = dict(stage="student", builtin_pairs=128, prompts_per_step=32)
+PAIRS = dict(prompts_per_step=32)
 JOBS = {  # name: (script, function, what it changes)
     "ppo": (ppo_baseline, "train", RL),
     "lch": (lco, "train", RL),
     "qrm": (qrm, "train", dict(pairs_per_step=32, epochs=3, test_pairs=8)),
     "dckd": (dckd, "train", PAIRS),
-    "adpa": (adpa, "train", PAIRS | dict(ref_teacher="builtin-small")),
+    "adpa": (adpa, "train", PAIRS),
     "seft": (seft, "train", dict(stage="evolve", reviser="builtin", unannotated=96, builtin_pairs=64, calibration=8)),
 }
 
