@@ -267,7 +267,7 @@ class Checks:
     def micro_batches(self, bound, gradient) -> tuple[bool, str]:
         norm = gradient.norm()
         error = max(((self.gradient(bound, size)[0] - gradient).norm() / norm).item() for size in (6, 2))
-        passed = norm > 0 and error < (0.3 if self.args.dtype == "bfloat16" else self.tight)
+        passed = norm > 0 and error < (0.6 if self.args.dtype == "bfloat16" else self.tight)
         return passed, f"gradient norm {norm:.3g}, relative difference {error:.1e} for [8, 6, 2]"
 
     def at_distance_0(self, args) -> tuple[bool, str]:
