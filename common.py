@@ -758,7 +758,7 @@ def _fp32_buffers(model) -> None:
 
 @contextlib.contextmanager
 def _as_fp32(model):
-    """Empty fp32 stand-ins for all weights meanwhile, after which peft draws adapters in fp32."""
+    """Inside, all weights are empty fp32 stand-ins, so that peft draws its adapters in fp32."""
     weights = {p: p.data for p in model.parameters() if p.is_floating_point()}
     for p, data in weights.items():
         p.data = torch.zeros((), device=data.device).expand(data.shape)
