@@ -253,7 +253,7 @@ def sampler_gap(per_token, batch: dict, sampled: list[list[float]], dtype: str, 
 
     per_token(batch) returns the log-probabilities [B, T] of the training forward; sampled: those of the sampler, per
     row. Raises when the gap is larger than rounding explains. In bfloat16 that depends on how open the policy is, for
-    an error e of a logit moves log p by (1 - p) e: gap / mean (1 - p) is .02 to .06 for healthy kernels, .15 to .24 if
+    an error e of a logit moves log p by (1 - p) e: gap / mean (1 - p) is .02 to .06 for healthy kernels, .15 to .23 if
     the sampler's temperature is 0.9 instead of 1, and .3 or more with dropout of 0.05 (docs/gpu.md).
     """
     some = take(batch, list(range(min(rows, len(sampled)))))
