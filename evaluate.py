@@ -218,7 +218,7 @@ def measure_accuracy(args) -> None:
     """Greedy and sampled accuracy on held-out prompts, or on training prompts, whose samples make --pairs_out."""
     device, n, train = common.local_device(args.device), args.samples_per_prompt, bool(args.pairs_out)
     held_out = args.test_rows, args.test_dataset
-    task = tasks.load_task(args.task, args.dataset, args.reward_file, args.seed, *held_out, train=train)
+    task = tasks.load_task(args.task, args.dataset, args.reward_file, *held_out, train=train)
     tokenizer = common.load_tokenizer(args.model)
     task = tasks.fit_prompts(task, tokenizer, args.max_prompt, args.long_prompts)
     if train:

@@ -332,7 +332,7 @@ def prepare(args):
     require(not one_sample, "--advantage group compares samples of one prompt: --samples_per_prompt must be at least 2")
     geometry = common.split_evenly(args.prompts_per_step, args.samples_per_prompt, args.minibatches, args.micro_batch)
     task = tasks.load_task(
-        args.task, args.dataset, args.reward_file, args.seed, args.test_rows, args.test_dataset,
+        args.task, args.dataset, args.reward_file, args.test_rows, args.test_dataset,
         graded=not args.reward_model,
     )
     tokenizer = common.load_tokenizer(args.model)

@@ -632,7 +632,7 @@ def load_data(args, tokenizer) -> Data:
     name = args.task if args.task != "auto" or args.prompts or args.dataset else "chains"
     if name in ("chains", "strings", "words") or args.prompts:
         held_out = args.test_rows, args.test_dataset
-        task = tasks.load_task(name, args.prompts, args.reward_file, args.seed, *held_out, graded=False)
+        task = tasks.load_task(name, args.prompts, args.reward_file, *held_out, graded=False)
     else:
         task = tasks.Task("pairs", None, [], tasks.load_reward(args.reward_file) if args.reward_file else None)
     parts = [], []

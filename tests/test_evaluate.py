@@ -282,7 +282,7 @@ def judges(tiny_model, tmp_path_factory) -> dict:
     from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
     home = tmp_path_factory.mktemp("judges")
-    shared = dict(model=tiny_model, pairs=write(home / "pairs.jsonl", toys.chain_pairs(21, 0)), test_pairs=5)
+    shared = dict(model=tiny_model, pairs=write(home / "pairs.jsonl", toys.preference_pairs(21, 0)), test_pairs=5)
 
     def saved(name, cls, **config):
         torch.manual_seed(1)
@@ -309,7 +309,7 @@ def test_pair_accuracy_by_hand(how, judges, tmp_path):
     load = lambda name: common.load_model(name, head="saved", trainable=False, device=torch.device("cpu"))  # noqa: E731
     model, tokenizer = load(settings["reward_model"]), common.load_tokenizer(settings["model"])
     ref = load(settings["reward_ref"]) if "reward_ref" in settings else None
-    for row in toys.chain_pairs(21, 0)[-5:]:
+    for row in toys.preference_pairs(21, 0)[-5:]:
         scores = []
         for side in ("chosen", "rejected"):
             prompt = common.encode_prompt(tokenizer, row["prompt"])

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import graders
 import tasks
 
 # fmt: off
@@ -403,12 +404,12 @@ GRADERS = Path(__file__).resolve().parent.parent / "docs" / "graders.md"
 
 def number_is_right(reference: str, answer: str) -> bool:
     row = tasks.gsm8k_row({"question": "?", "answer": f"so\n#### {reference}"}, "here")
-    return tasks.gsm8k_correct([answer], [row])[0]
+    return graders.gsm8k_correct([answer], [row])[0]
 
 
 def latex_is_right(reference: str, answer: str) -> bool:
     row = tasks.math_row({"problem": "?", "solution": f"It is $\\boxed{{{reference}}}$."}, "here")
-    return tasks.math_correct([f"so \\boxed{{{answer}}}."], [row])[0]
+    return graders.math_correct([f"so \\boxed{{{answer}}}."], [row])[0]
 
 
 def disagree(grader, right: dict, wrong: dict) -> list:
@@ -431,14 +432,14 @@ def test_zeros_after_the_decimal_point():
 
     numbers = {"0.00067": 3, "1/2**99": 29, "1e-5*I": 5, "pi/10**9": 8, "1/factorial(20)": 18, "10**-2000": 1000}
     numbers |= dict.fromkeys(("0", "oo", "x", "3", "1/3", "Interval(0, 1)"), 0)
-    assert {text: tasks._zeros(sympy.sympify(text)) for text in numbers} == numbers and tasks._zeros("text") == 0
+    assert {text: graders._zeros(sympy.sympify(text)) for text in numbers} == numbers and graders._zeros("text") == 0
 
 
 def test_every_answer_equals_itself():
     more = [r"\text{(A), (B)}", r"x \in \left\{ 1 \right.", "]a, b[", r"\frac{1", r"\begin{cases} 1 \end{cases}", "?"]
     assert [a for a in MATH_ANSWERS if not latex_is_right(a, a)] == []
-    assert [a for a in more if not tasks.same_latex(a, a)] == []
-    assert not tasks.same_latex("", "")
+    assert [a for a in more if not graders.same_latex(a, a)] == []
+    assert not graders.same_latex("", "")
 
 
 def near_misses(answer: str) -> set[str]:
@@ -473,7 +474,7 @@ def test_boxes():
         r"\boxed{\left\{ x \right.}": r"\left\{ x \right.", r"\boxed{\boxed{2}}": "2", r"\boxedtext{3}": None,
         r"\boxed{1} \boxed{2": "1", r"\[\boxed 4\]": "4", "10": None,
     }  # fmt: skip
-    assert {text: tasks.last_boxed(text) for text in texts} == texts
+    assert {text: graders.last_boxed(text) for text in texts} == texts
     run_on = "\\boxed{18}\n\nProblem: What is $3+4$?\n\nSolution: \\boxed{7}"
-    assert tasks.math_correct([run_on, run_on], [{"answer": "18"}, {"answer": "7"}]) == [True, False]
-    assert tasks.math_answered(["\\boxed{18}", "18", "\\boxed{18"]) == [True, False, False]
+    assert graders.math_correct([run_on, run_on], [{"answer": "18"}, {"answer": "7"}]) == [True, False]
+    assert graders.math_answered(["\\boxed{18}", "18", "\\boxed{18"]) == [True, False, False]
