@@ -8,6 +8,9 @@ what is still judged otherwise than by a careful reader: docs/graders.md. tasks.
 `question` or `problem` columns, and for nothing else.
 """
 
+import ast
+import itertools
+import operator
 import re
 import threading
 import unicodedata
@@ -18,6 +21,8 @@ SPELLINGS = [
     (r"[−–‒﹣]", "-"),
     (r"[€£¥₹]|\\(?:pounds|euro)\b|<<.*?>>", ""),  # GSM8K's <<9*2=18>> too
     (r"°", r"^\\circ"),
+    (r"[¼½¾⅐-⅞]", lambda match: " " + unicodedata.normalize("NFKC", match[0]).replace("⁄", "/")),
+    (r"[０-９]", lambda match: unicodedata.normalize("NFKC", match[0])),
     (r"[⁰¹²³⁴-⁹]+", lambda match: f"^{{{unicodedata.normalize('NFKC', match[0])}}}"),
     (r"[\s~]", " "),  # thin and unbreakable spaces too
     (r"\\varnothing\b", r"\\emptyset"),
@@ -42,6 +47,7 @@ PLAIN = [  # LaTeX of a number as plain text
     (r"\\(?:text\w*|mbox|math\w*) *\{([^{}]*)\}", r" \1 "),
     (r"\\frac *(?:\{ *(-?\d+) *\}|(\d)) *(?:\{ *(\d+) *\}|(\d))", r" \1\2/\3\4"),
     (r"\\(?:cdot|times)|[×·⋅]", "*"),
+    (r"(?<=[a-zA-Z])\\?\$", " "),  # US$5
     (r"\\?\$", ""),
     (r"\\[,;:! ()\[\]]|\\?%|(?<!\d)\*\*|\*\*(?!\d)", " "),
     (r"([a-zA-Z]) *\^ *\{?-?\d+\}?", r"\1"),  # cm^2
@@ -57,7 +63,13 @@ NUMBER = re.compile(
     r"(?P<tens>(?: *[*x] *10\^-?\d\d?(?!\d)|e[+-]?\d\d?(?!\w))*)(?:\^(?P<power>-?\d\d?))?(?!\d|\.\d)",
     re.ASCII,
 )
-JOINED = re.compile(r"(?:[-+*/^÷,;:&|<>]|\b(?:and|or|to|x|plus|minus|times)) *$")  # 3, 4 and 3*4 are not one number
+JOINED = re.compile(  # 3, 4 and 3*4 are not one number; nor are 3 or maybe 4
+    r"[-+*/^÷,;:&|<>)] *$|\b(?:and|to|x|plus|minus|times|maybe|perhaps) *$|\b(?:or|but|vs\.?)(?: \w+)? *$"
+)
+UNIT = re.compile(r"^ *(?:hours?|hrs?|h|min|minutes?|days?|weeks?|months?|years?|feet|foot|ft|yards?|pounds?|lbs?) *$")
+ASSIGNMENTS = re.compile(r"^\W*[a-zA-Z]\w* *= *[-$]*[\d.]+ *(?:[,;]|\band\b|\bor\b) *[a-zA-Z]\w* *=")  # x = 3, y = 4
+UNDONE = re.compile(r"√|\b(?:sqrt|log|ln|sin|cos|tan)(?:_\w+)? *[({\d]")
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 ANSWER = re.compile(r"####.*\d|\\(?:boxed|fbox)\b|\b[Aa]nswer(?: is)?:? *\$?-?\d|^A:", re.M)
 NEXT_QUESTION = re.compile(
     r"\b(?:Q|Question|Problem|Exercise|Instruction|Input|User|Human)\b[*\d ]*:|^(?:user|human):|<\|im_start\|"
@@ -99,20 +111,57 @@ def find_numbers(text: str) -> list[tuple[Fraction, int, int]]:
 
 def one_number(line: str) -> Fraction | None:
     """The number that a line states, after its last `=`, `:` or "is"; None for several numbers or bare arithmetic."""
+    exact = not re.search(r"%|\d[kK]\b", line)  # 50% of 4k
     line = respell(respell(line, SPELLINGS), PLAIN)
+    equations = itertools.pairwise(re.split(r"(?<![!<>])=", line))
+    if ASSIGNMENTS.search(line) or (exact and any(differ(*sides) for sides in equations)):
+        return None
     aside = re.sub(r"\([^()]*\)", " ", line)  # 18 (9*2)
-    for part in reversed(re.split(r"=|≈|: |\bis\b|\bare\b", aside if re.search(r"\d", aside) else line)):
+    for part in reversed(re.split(r"(?<![!<>])=|≈|: |\bis\b|\bare\b", aside if re.search(r"\d", aside) else line)):
         found = find_numbers(part)
-        if not found:
+        if not found or UNDONE.search(part):
             continue
         first = not re.search(r"[a-zA-Z]", part[: found[0][1]])  # 18 dollars for 2 weeks, but 2 weeks later 18 dollars
         pair = found[:2] if first else found[-2:]
         begin = pair[-1][1] + part[pair[-1][1] :].startswith("-")
-        if len(pair) == 1 or not JOINED.search(part[pair[0][2] : begin]):
+        between, only_numbers = part[pair[0][2] : begin], not re.search("[a-zA-Z]", part)
+        if len(pair) == 1 or not (JOINED.search(between) or only_numbers or (first and UNIT.search(between))):
             return found[0 if first else -1][0]
         if not re.fullmatch(r"[-\d .*+/()^x]+", part):  # after 18 = 9*2 the part before counts
             return None
     return None
+
+
+def worth(text: str) -> Fraction | None:
+    """What arithmetic comes to, exactly: 2*(3+4) -> 14; None for everything else."""
+    text = re.sub(r"(?<=[\d)]) *[x×] *(?=[\d(])", "*", text).replace("÷", "/").strip(" .")
+    found = find_numbers(text)
+    if [place for _, *place in found] == [[0, len(text)]]:
+        return found[0][0]
+
+    def value(node) -> Fraction:
+        if isinstance(node, ast.BinOp):
+            return OPERATORS[type(node.op)](value(node.left), value(node.right))
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+            return -value(node.operand)
+        return Fraction(str(node.value)) if isinstance(node, ast.Constant) else None
+
+    try:
+        return value(ast.parse(text, mode="eval").body) if re.fullmatch(r"[-\d.+*/() ]+", text) else None
+    except (ArithmeticError, KeyError, MemoryError, RecursionError, SyntaxError, TypeError, ValueError):
+        return None
+
+
+def differ(left: str, right: str) -> bool:
+    """Whether an equation of numbers is wrong, as 1 = 2; 10/3 = 3.33 is rounded, and 2*3 = 6+1 = 7 goes on."""
+    a, b = worth(left), worth(right)
+    if a is None or b is None:
+        return False
+    rounding = 0 if a.denominator == 1 else abs(a) / 100
+    if "/" in left and abs(a) > 1 and b.denominator == 1:
+        rounding = 1  # 10/3 = 3
+    begin = [value for value, *_ in find_numbers(right)[:1]]
+    return all(abs(a - x) > rounding for x in [b, *begin])
 
 
 def last_number(text: str) -> str | None:
