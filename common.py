@@ -305,6 +305,7 @@ def _boolean(word: str) -> bool:
     return word.lower() == "true"
 
 
+@lru_cache  # reading the source takes long
 def _comments(cls) -> dict[str, str]:
     """The comment that each field of a dataclass stands under."""
     comment, found = "", {}

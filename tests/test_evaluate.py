@@ -506,7 +506,7 @@ def test_wrong_values(changes, words, base, tmp_path, monkeypatch):
     "kind, row, words",
     [
         ("alpaca_eval", {"prompt": "x"}, "row 2: 'instruction' is missing"),
-        ("mt_bench", {"turns": ["a", "b"]}, "row 2: 'question_id' is missing"),
+        ("mt_bench", {"turns": ["a", "b"]}, "row 2: 'question_id' is None"),
         ("mt_bench", {"question_id": 1, "turns": "a"}, "row 2: 'turns' is 'a'"),
         ("mt_bench", {"question_id": 1, "turns": ["a" * 20, "b" * 20]}, "row 2: its last prompt may have"),
     ],
