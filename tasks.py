@@ -372,7 +372,7 @@ def checked_reward(reward: Callable, name: str) -> Callable:
         real = isinstance(value, numbers.Real) and not isinstance(value, bool)
         require(real, f"{where} is a {type(value).__name__}; expected a number")
         number = math.inf if abs(value) > FLOAT32_MAX else float(value)  # float(10**400) would raise
-        require(math.isfinite(number), f"{where} is {number}; expected a finite number, in float32 too")
+        require(math.isfinite(number), f"{where} is {number} in float32; expected a finite number")
         return number
 
     def checked(prompts: list, completions: list[str], rows: list[dict]) -> list:
