@@ -245,9 +245,9 @@ def parse_args(cls, builtin: dict, argv: list[str] | None = None):
     the defaults of the arguments that are not given.
     """
     parser = _Parser(usage="%(prog)s [--name value ...]", allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    groups, types = {}, typing.get_type_hints(cls)
+    groups, types, comments = {}, typing.get_type_hints(cls), _comments(cls)
     for f in fields(cls):
-        comment = _comments(cls).get(f.name, "arguments")
+        comment = comments.get(f.name, "arguments")
         group = groups[comment] if comment in groups else groups.setdefault(comment, parser.add_argument_group(comment))
         default = f.default if f.default is not MISSING else f.default_factory()
         legal = [f"default: {default!r}"] if default not in ("", []) else []
@@ -290,7 +290,11 @@ def check_args(args):
             limit, sign = f.metadata[key], 1 if key == "at_least" else -1
             inside = limit is None or (math.isfinite(value) and sign * value >= sign * limit)
             require(inside, f"--{f.name} must be {word} {limit}, found {value}")
+        finite = not isinstance(value, float) or math.isfinite(value)
+        require(finite, f"--{f.name} must be a finite number, found {value}")
     return args
+
+
 _LIMITS = {"at_least": "at least", "at_most": "at most"}
 
 
@@ -305,7 +309,7 @@ def _boolean(word: str) -> bool:
     return word.lower() == "true"
 
 
-@lru_cache  # reading the source takes long
+@lru_cache
 def _comments(cls) -> dict[str, str]:
     """The comment that each field of a dataclass stands under."""
     comment, found = "", {}

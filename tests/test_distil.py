@@ -200,7 +200,7 @@ JOBS = {
 }
 DRIVER = """
 import json, sys
-import common, adpa, dckd, dpo
+import common, lm, adpa, dckd, dpo
 
 def main():
     for script, settings in json.load(open(sys.argv[1])):

@@ -24,7 +24,7 @@ import torch
 FILES = ["args.json", "metrics.jsonl", "result.json", "samples.jsonl", "source.py"]
 DRIVER = """
 import json, sys
-import common, evaluate
+import common, lm, evaluate
 
 def main():
     for settings in json.load(open(sys.argv[1])):

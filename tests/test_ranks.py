@@ -40,7 +40,7 @@ def reward(prompts, completions, rows):
 """
 DRIVER = """
 import json, sys
-import common, lco, ppo_baseline
+import common, lm, lco, ppo_baseline
 import lm
 
 def main():

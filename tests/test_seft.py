@@ -251,7 +251,7 @@ JOBS = {
 }
 DRIVER = """
 import json, sys
-import common, seft
+import common, lm, seft
 
 def main():
     for settings in json.load(open(sys.argv[1])):
