@@ -33,10 +33,9 @@ Run
 More in docs/lco.md. Shapes: B sequences, T completion positions, N unmasked tokens, V vocabulary, H width.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
-
-import math
 
 import common  # before torch: it sets how OpenMP threads wait
 import lm
@@ -345,13 +344,11 @@ def train(args) -> None:
         rollout = sampling.rollout(rows, args.samples_per_prompt, args.seed, step)
         rows, prompt_ids, completion_ids, finished, sampled = rollout
         batch = common.make_batch(prompt_ids, completion_ids, tokenizer.pad_token_id, device)
-        logprobs = lambda micro: lm.policy_logprobs(policy, micro, args.temperature)[0]  # noqa: E731
-        gap = lm.sampler_gap(logprobs, batch, sampled, args.dtype)  # the sampler is the policy
+        gap = lm.sampler_gap(policy, args.temperature, batch, sampled, args.dtype)  # the sampler is the policy
         completions = common.decode(tokenizer, completion_ids)
         run.lap("rollout")
 
         # ---- 2. reward each completion
-        rows = [row | {"completion_ids": ids} for row, ids in zip(rows, completion_ids)]  # for rewards token by token
         task_rewards = task.reward([row["prompt"] for row in rows], completions, rows)
 
         # ---- 3. log-probabilities by pi_old and the reference, values, scores of a reward model; rewards of tokens
@@ -418,7 +415,7 @@ def prepare(args):
     by_token = args.advantage != "token" or args.reward_file or args.reward_model
     require(by_token, "--advantage token needs --reward_file or --reward_model: one reward for each token")
     compared = args.advantage != "group" or args.samples_per_prompt > 1
-    require(compared, "--advantage group compares samples of one prompt: --samples_per_prompt must be at least 2")
+    require(compared, "--advantage group compares the samples of a prompt: --samples_per_prompt must be at least 2")
     geometry = common.split_evenly(args.prompts_per_step, args.samples_per_prompt, args.minibatches, args.micro_batch)
     source = args.task, args.dataset, args.reward_file, args.seed, args.test_rows, args.test_dataset
     task = tasks.load_task(*source, graded=not args.reward_model)
@@ -435,21 +432,14 @@ def prepare(args):
 
 @torch.no_grad()
 def evaluate_models(models, batch, args):
-    """Add [B, T] of each token before any update: log-probabilities by pi_old and the reference, values, scores.
-
-    And final states [B, T, H] of pi_old and a dense reward model: with their LM heads, returned, a loss has the logits.
-    """
+    """Add numbers [B, T] of each token before any update; return the LM heads of models whose final states are kept."""
     one_update = args.epochs * args.minibatches == 1 and not args.kl_coef  # then pi = pi_old in the only update
-    kept = {} if one_update else {"old": models["policy"]}
+    kept = {} if one_update else {"old": models["policy"]}  # whose logits are rebuilt in the loss
     if args.advantage == "token" and args.reward_model and not lm.has_scalar_head(models["reward"].config):
         kept |= {name: models[name] for name in ("reward", "reward_ref") if name in models}
-    heads = {}
 
     def one(micro):
-        out = {}
-        for name, model in kept.items():
-            out[f"{name}_hidden"] = lm.completion_hidden(model, micro)
-            heads[name] = heads[name] if name in heads else lm.head_weight(model).clone()
+        out = {f"{name}_hidden": lm.completion_hidden(model, micro) for name, model in kept.items()}
         if args.kl_coef:
             out["old_logprobs"] = lm.policy_logprobs(models["policy"], micro, args.temperature)[0]
             with lm.reference(models) as ref:
@@ -457,11 +447,11 @@ def evaluate_models(models, batch, args):
         if "critic" in models:
             out["values"] = lm.completion_scalars(models["critic"], micro) * micro["mask"]
         if "reward" in models:
-            ref = models["reward_ref"] if args.reward_ref else None
-            out["scores"] = lm.token_scores(models["reward"], micro, ref)
+            out["scores"] = lm.token_scores(models["reward"], micro, models["reward_ref"] if args.reward_ref else None)
         return out
 
     batch |= lm.map_rows(one, batch, args.micro_batch)
+    heads = {name: lm.head_weight(model).clone() for name, model in kept.items()}
     if "reward" in heads:  # what whiten() multiplies the scores by
         batch["scale"] = batch["mask"] / (common.moments(batch["scores"], batch["mask"])[1] + 1e-8) ** 0.5
     return heads

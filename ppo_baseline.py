@@ -241,13 +241,11 @@ def train(args) -> None:
         rollout = sampling.rollout(rows, args.samples_per_prompt, args.seed, step)
         rows, prompt_ids, completion_ids, finished, sampled = rollout
         batch = common.make_batch(prompt_ids, completion_ids, tokenizer.pad_token_id, device)
-        logprobs = lambda micro: lm.policy_logprobs(policy, micro, args.temperature)[0]  # noqa: E731
-        gap = lm.sampler_gap(logprobs, batch, sampled, args.dtype)  # the sampler is the policy
+        gap = lm.sampler_gap(policy, args.temperature, batch, sampled, args.dtype)  # the sampler is the policy
         completions = common.decode(tokenizer, completion_ids)
         run.lap("rollout")
 
         # ---- 2. reward each completion
-        rows = [row | {"completion_ids": ids} for row, ids in zip(rows, completion_ids)]  # for rewards token by token
         task_rewards = task.reward([row["prompt"] for row in rows], completions, rows)
 
         # ---- 3. log-probabilities by pi_old and the reference, values, scores of a reward model; rewards of tokens
@@ -310,7 +308,7 @@ def prepare(args):
     by_token = args.advantage != "token" or args.reward_file or args.reward_model
     require(by_token, "--advantage token needs --reward_file or --reward_model: one reward for each token")
     compared = args.advantage != "group" or args.samples_per_prompt > 1
-    require(compared, "--advantage group compares samples of one prompt: --samples_per_prompt must be at least 2")
+    require(compared, "--advantage group compares the samples of a prompt: --samples_per_prompt must be at least 2")
     geometry = common.split_evenly(args.prompts_per_step, args.samples_per_prompt, args.minibatches, args.micro_batch)
     source = args.task, args.dataset, args.reward_file, args.seed, args.test_rows, args.test_dataset
     task = tasks.load_task(*source, graded=not args.reward_model)
@@ -340,8 +338,7 @@ def evaluate_models(models, batch, args):
         if "critic" in models:
             out["values"] = lm.completion_scalars(models["critic"], micro) * micro["mask"]
         if "reward" in models:
-            ref = models["reward_ref"] if args.reward_ref else None
-            out["scores"] = lm.token_scores(models["reward"], micro, ref)
+            out["scores"] = lm.token_scores(models["reward"], micro, models["reward_ref"] if args.reward_ref else None)
         return out
 
     batch |= lm.map_rows(one, batch, args.micro_batch)
