@@ -140,7 +140,7 @@ class Checks:
         kept = [a for a in answers if a.label == self.module.NO]
         most = max(gaps, default=0.0)
         self.report("labels are scored as a distribution", most < self.tight, f"largest difference {most:.1e}")
-        self.report("No keeps an answer as it is", all(a.target is a.ids for a in kept), f"{len(kept)} of {len(answers)}")
+        self.report("No keeps an answer as it is", all(a.target is a.ids for a in kept), f"{len(kept)} answers")
         return answers, threshold
 
     # ---- checks ------------------------------------------------------------------------------------------------------
