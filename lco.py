@@ -114,7 +114,7 @@ BUILTIN = dict(
 
 
 def scaled_beta(advantages, beta: float, negative_beta_scale: float):
-    """beta of each token, for its advantage; a larger one where A < 0 keeps noise from pushing pi off its mode."""
+    """beta per token, from its advantage: a larger one where A < 0 keeps noise from pushing pi off its mode."""
     return torch.where(advantages < 0, beta * negative_beta_scale, beta)
 
 
@@ -357,9 +357,9 @@ def train(args) -> None:
         if step == run.start and args.advantage in ("reward", "group") and isinstance(task_rewards[0], list):
             common.say("  token rewards are summed over each completion: --advantage token or gae uses their positions")
 
-        # ---- 4. advantages, and beta of each token [B, T]; dense advantages are no noisy samples, so it is the same
+        # ---- 4. advantages, and beta per token [B, T]: another rule for the step size belongs here
         estimate_advantages(batch, args)
-        scale = 1.0 if "reward" in heads else args.negative_beta_scale
+        scale = 1.0 if "reward" in heads else args.negative_beta_scale  # dense advantages are no noisy samples
         batch["beta"] = scaled_beta(batch["advantages"], args.beta, scale)
 
         # ---- 5. update: a few passes over the rollout in minibatches
