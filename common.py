@@ -259,9 +259,9 @@ def parse_args(cls, builtin: dict, argv: list[str] | None = None):
     the defaults of the arguments that are not given.
     """
     parser = _Parser(usage="%(prog)s [--name value ...]", allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    groups, types = {}, typing.get_type_hints(cls)
+    groups, types, comments = {}, typing.get_type_hints(cls), _comments(cls)
     for f in fields(cls):
-        comment = _comments(cls).get(f.name, "arguments")
+        comment = comments.get(f.name, "arguments")
         group = groups[comment] if comment in groups else groups.setdefault(comment, parser.add_argument_group(comment))
         default = f.default if f.default is not MISSING else f.default_factory()
         legal = [f"default: {default!r}"] if default not in ("", []) else []
