@@ -287,7 +287,7 @@ def string_prompt(rng: np.random.Generator, held_out: bool = False) -> str:
 
 
 def fill_string(rng: np.random.Generator, constraints: list[tuple[str, str]]) -> str:
-    """A random string that satisfies all of these constraints: what is asked for first, then any letter that may be."""
+    """A random string that satisfies all of these constraints: required letters first, then any that are allowed."""
     by_kind = {kind: [what for k, what in constraints if k == kind] for kind in "#+-^$2"}
     text = [""] * int(by_kind["#"][0])
     if by_kind["^"]:
