@@ -203,6 +203,20 @@ def all_max(value: float, device: torch.device) -> float:
     return most.item()
 
 
+def all_equal(x: torch.Tensor) -> bool:
+    """Whether the entries of x on all ranks are the same number, but for rounding."""
+    most, least = (sign * all_max((sign * x).max(), x.device) for sign in (1, -1))
+    return most - least <= 1e-6 * max(abs(most), abs(least))
+
+
+def moments(x: torch.Tensor, mask: torch.Tensor) -> tuple[float, float]:
+    """Mean and variance of the unmasked entries of x on all ranks, in float64."""
+    x = (x * mask).double()
+    sums = all_sum({"n": mask.sum(), "x": x.sum(), "xx": x.square().sum()}, x.device)
+    mean = sums["x"] / sums["n"]
+    return mean, max(sums["xx"] / sums["n"] - mean**2, 0.0)
+
+
 def say(text: str) -> None:
     """Print on rank 0."""
     if rank() == 0:
@@ -503,6 +517,19 @@ def make_batch(prompt_ids: list[list[int]], completion_ids: list[list[int]], pad
         "mask": torch.tensor([[True] * len(c) + [False] * (T - len(c)) for c in completion_ids]),
     }
     return {k: v.to(device) for k, v in batch.items()}
+
+
+def place_rewards(task_rewards: list, mask: torch.Tensor, by_token: bool) -> torch.Tensor:
+    """[B, T]: a number on the last token of its completion, a list of numbers on all; by_token: all must be lists."""
+    rewards = torch.zeros(mask.shape, device=mask.device)
+    for b, (value, n) in enumerate(zip(task_rewards, mask.sum(1).tolist())):
+        if isinstance(value, list):
+            require(len(value) == n, f"reward(): {len(value)} rewards for a completion of {n} tokens (completion_ids)")
+            rewards[b, :n] = torch.tensor(value, device=mask.device)
+        else:
+            require(not by_token, "--advantage token: reward() gave a number, expected one for each token")
+            rewards[b, n - 1] = value
+    return rewards
 
 
 def take(batch: dict, rows: list[int]) -> dict:

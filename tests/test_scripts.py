@@ -232,6 +232,7 @@ def test_dense_scores_in_closed_form(temperature, base, out, lm_judge):
     heads = lco.evaluate_models(models, batch, args)
     batch["rewards"] = lco.token_rewards(None, batch, [True] * 3, args)
     lco.estimate_advantages(batch, args)
+    batch["beta"] = torch.full_like(batch["advantages"], args.beta)
     with torch.no_grad():
         loss, _ = lco.dense_objective(models["policy"], heads, batch, args)
         mask, ids = batch["mask"], batch["completion_ids"][batch["mask"]]
