@@ -26,10 +26,14 @@ except ModuleNotFoundError:  # delete cpu.py and only speed changes
 
 import argparse
 import contextlib
+import errno
+import fcntl
+import hashlib
 import importlib.util
 import inspect
 import json
 import math
+import pickle
 import re
 import shlex
 import shutil
@@ -50,6 +54,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -63,7 +68,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 # ======================================================================================================================
 
 _stop = threading.Event()  # set by SIGTERM or SIGINT; ranks agree on it once a step
-_signal = _exit_code = 0  # the signal that asked for an early end; what the process returns after one
+_signal, _first_signal = 0, 0.0  # which one asked for an early end, and when
 _store = None  # shared by all ranks; holds the message of the rank that failed first
 
 
@@ -133,25 +138,36 @@ def launch(main, device: str = "auto") -> None:
             gpu.prepare()
         record(main)()
         dist.barrier()
-        code = _exit_code
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    except BadInput as error:
-        code = 2
-        _store.set("failed", "bad input")
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
     except BaseException as error:
-        code = 1
-        if _store_says_failed():
+        code, sentence = 2 if isinstance(error, BadInput) else 1, _sentence(error)
+        if code == 1 and _store_says_failed():
             print(f"rank {rank()}: stopping because another rank failed ({type(error).__name__})", file=sys.stderr)
         else:
             _store.set("failed", f"rank {rank()}: {error}")
-            print(f"rank {rank()} failed:\n{traceback.format_exc()}", file=sys.stderr)
+            told = f"{Path(sys.argv[0]).name}: error: {sentence}"
+            print(told if sentence else f"rank {rank()} failed:\n{traceback.format_exc()}", file=sys.stderr)
+    if code and rank() == 0:
+        _remove_unused_folder()
     sys.stdout.flush()
     sys.stderr.flush()
     if code or world() > 1:
         os._exit(code)  # a normal exit right after a gloo collective aborts in about one run of ten
     dist.destroy_process_group()
+
+
+def _sentence(error: BaseException) -> str | None:
+    """An error in one sentence where the user's files, disk or settings explain it; None where its place matters."""
+    if isinstance(error, (BadInput, FloatingPointError)):
+        return str(error)
+    full = getattr(error, "errno", None) in DISK_ERRORS
+    if not full and not isinstance(error, CheckpointException) and "(os error 28)" not in str(error):
+        return None
+    reason = error.strerror if full else " ".join(str(error).split())[:200]
+    place = getattr(error, "filename", None) or _folder or "."
+    free = shutil.disk_usage(_folder or ".").free / 2**20
+    return f"writing to {place} failed with {free:.0f} MiB free there: {reason}"
 
 
 def _store_says_failed() -> bool:
@@ -163,12 +179,14 @@ def _store_says_failed() -> bool:
 
 def _on_signal(number, frame) -> None:
     """First signal: finish the step, save, leave. Second one, or a rank that has failed: leave now."""
-    global _signal
-    if _stop.is_set() and number == signal.SIGINT:
-        os._exit(130)
+    global _signal, _first_signal
+    if _stop.is_set():  # torchrun and schedulers may send one signal twice, within a moment
+        if number == signal.SIGINT or time.monotonic() - _first_signal > 1:
+            os._exit(128 + number)
+        return
     if rank() == 0:  # not print(), which may be what was interrupted
-        os.write(2, b"\nstopping after this step, with a checkpoint; Ctrl-C again stops at once, without one\n")
-    _signal = number
+        os.write(2, b"\nstopping after this step, with a checkpoint; a second signal stops at once, without one\n")
+    _signal, _first_signal = number, time.monotonic()
     _stop.set()
     # torchrun sends the same SIGTERM when a peer died. Then there is no next step to wait for.
     threading.Thread(target=lambda: _store_says_failed() and os._exit(1), daemon=True).start()
@@ -179,6 +197,15 @@ def stop_requested(device: torch.device) -> bool:
     flag = torch.tensor(float(_stop.is_set()), device=device)
     dist.all_reduce(flag, dist.ReduceOp.MAX)
     return bool(flag)
+
+
+def leave_stopped(text: str) -> None:
+    """Say it and end all ranks with 128 + the number of the signal that asked for it."""
+    number = int(all_max(_signal, torch.device("cpu")))
+    say(text)
+    dist.barrier()
+    if number:  # else a test asked
+        raise SystemExit(128 + number)
 
 
 def all_sum(values: dict, device: torch.device) -> dict[str, float]:
@@ -213,7 +240,7 @@ def stop_unless_finite(values: dict) -> None:
     """Raise on every rank alike: the values must be global ones."""
     bad = {k: float(v) for k, v in values.items() if not math.isfinite(float(v))}
     if bad:
-        raise FloatingPointError(f"not finite: {bad}")
+        raise FloatingPointError(f"not finite: {bad}; the last checkpoint stays as it was")
 
 
 # ======================================================================================================================
@@ -252,7 +279,7 @@ def parse_args(cls, builtin: dict, argv: list[str] | None = None):
         default = f.default if f.default is not MISSING else f.default_factory()
         legal = [f"default: {default!r}"] if default not in ("", []) else []
         legal += [f"{word} {f.metadata[key]}" for key, word in _LIMITS.items() if f.metadata[key] is not None]
-        kind, options = types[f.name], {"metavar": ""}
+        kind, options = types[f.name], {"metavar": "", "action": _Once}
         if typing.get_origin(kind) is typing.Literal:
             legal[:0] = [", ".join(map(str, typing.get_args(kind)))]
             kind = type(default)
@@ -284,6 +311,7 @@ def check_args(args):
     types = typing.get_type_hints(type(args))
     for f in fields(args):
         value = getattr(args, f.name)
+        require(not isinstance(value, int) or abs(value) < 2**63, f"--{f.name} must be below 2**63, found {value}")
         if typing.get_origin(types[f.name]) is typing.Literal:
             one_of(**{f.name: (value, typing.get_args(types[f.name]))})
         for key, word in _LIMITS.items():
@@ -297,6 +325,13 @@ _LIMITS = {"at_least": "at least", "at_most": "at most"}
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+class _Once(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None):
+        if hasattr(namespace, self.dest):
+            parser.error(f"--{self.dest} is given twice")
+        setattr(namespace, self.dest, values)
 
 
 def _boolean(word: str) -> bool:
@@ -549,6 +584,8 @@ def rollout_metrics(batch, task_rewards: list, finished: list[bool], samples: in
 # ======================================================================================================================
 
 ON_SCREEN = ("reward/mean", "loss/", "kl/", "policy/kl_old", "policy/logit_gap", "length/mean", "revise/", "eval/")
+_folder = None  # of this process's run
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ENAMETOOLONG}
 FREE_TO_CHANGE = {"out", "resume", "device", "micro_batch", "rollout_rows", "save_every", "wandb"}
 
 
@@ -559,59 +596,111 @@ def from_rank_0(value):
     return box[0]
 
 
+def on_rank_0(fn):
+    """What fn() returns on rank 0, on every rank; where it raises BadInput, every rank does."""
+    result = problem = None
+    if rank() == 0:
+        try:
+            result = fn()
+        except BadInput as error:
+            problem = str(error)
+    result, problem = from_rank_0((result, problem))
+    require(problem is None, problem)
+    return result
+
+
 class RunFolder:
-    """args.json, source.py, metrics.jsonl, samples.jsonl, plot.png, report.html, checkpoint/, model/. Rank 0 writes."""
+    """args.json, source.py, metrics.jsonl, samples.jsonl, plot.png, report.html, checkpoint/, model/. Rank 0 writes.
+
+    One process at a time: its rank 0 holds a lock on .lock, which the kernel frees when it dies.
+    """
 
     def __init__(self, args, script: str):
         name = Path(script).stem
         self.path = Path(from_rank_0(args.out or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"))
-        settings = asdict(args)
-        resume = settings.get("resume", False)  # a script without steps has none of these
-        self.settings, self.total = settings, settings.get("steps", 0)
+        self.settings = settings = asdict(args)
+        self.total = settings.get("steps", 0)  # a script without steps has no --resume either
         self.first = self.tracker = None
-        files = [p.name for p in self.path.iterdir() if p.suffix != ".part"] if self.path.is_dir() else []
-        files = from_rank_0(files)
-        require(not resume or args.out, "--resume needs --out, the folder of the run to go on with")
-        if resume and "args.json" in files:
-            before = from_rank_0(json.loads((self.path / "args.json").read_text())["args"] if rank() == 0 else None)
-            for key in settings.keys() - FREE_TO_CHANGE:
-                require(
-                    before.get(key) == settings[key],
-                    f"--resume {self.path}: --{key} was {before.get(key)!r} and is now {settings[key]!r}; "
-                    "a resumed run keeps its settings",
-                )
-        else:
-            hint = ", or give --resume" if "resume" in settings else ""
-            require(not files, f"--out {self.path} exists and is not empty: choose another folder{hint}")
-        if rank() == 0:
-            self.path.mkdir(parents=True, exist_ok=True)
+        require(args.out or not settings.get("resume"), "--resume needs --out, the folder of the run to go on with")
+        on_rank_0(lambda: self._open(Path(script)))
         if ranks_of_node() < world():
             _require_shared(self.path)
         say(f"run folder: {self.path}")
-        if rank() != 0:
-            return
-        if settings.get("wandb"):
-            require(importlib.util.find_spec("wandb") is not None, "--wandb: the package wandb is not installed")
+        if rank() == 0 and settings.get("wandb"):
             import wandb
 
             self.tracker = wandb.init(project="minalign", name=self.path.name, config=settings, resume="allow")
-        about = {"args": settings, "command": " ".join(sys.argv), "world": world(), "git": _git_commit()}
-        about |= {"torch": torch.__version__, "time": time.strftime("%Y-%m-%d %H:%M:%S")}
-        write_whole(self.path / "args.json", json.dumps(about, indent=2) + "\n")
-        shutil.copy(script, self.path / "source.py")
+
+    def _open(self, script: Path) -> None:
+        """Make the folder this process's, or refuse what would mix two runs."""
+        global _folder
+        path, settings, resume = self.path, self.settings, self.settings.get("resume", False)
+        wandb = not settings.get("wandb") or importlib.util.find_spec("wandb") is not None
+        require(wandb, "--wandb: the package wandb is not installed")
+        try:
+            self._refuse_a_used_folder()
+            path.mkdir(parents=True, exist_ok=True)
+            _lock(path)
+            self._refuse_a_used_folder()  # by a run that has ended just now
+            before = stored(path / "args.json")[0] if _is_used(path) else {}
+        except OSError as error:
+            raise BadInput(f"--out {path}: {error.strerror}") from error
+        _folder = path
+        watched, changed = _watch(script, settings), []
+        if before:
+            args = before.get("args") if isinstance(before, dict) else None
+            require(isinstance(args, dict), f"--resume {path}: its args.json has no arguments; it is not that of a run")
+            for key in settings.keys() - FREE_TO_CHANGE:
+                require(
+                    args.get(key) == settings[key],
+                    f"--resume {path}: --{key} was {args.get(key)!r} and is now {settings[key]!r}; "
+                    "a resumed run keeps its settings",
+                )
+            changed = [k for k, digest in before.get("watched", {}).items() if watched.get(k, digest) != digest]
+            data = [key for key in changed if not key.endswith(".py")]
+            require(
+                not data,
+                f"--resume {path}: the content of {', '.join(data)} is not what the run began with; "
+                "bring it back, or begin another run",
+            )
+        source = path / "source.py"
+        if changed:
+            found = f"WARNING: {', '.join(changed)} changed since the run in {path} began, which goes on with the new code"
+            if script.name in changed and source.exists():
+                source.rename(path / time.strftime("source-until-%Y%m%d-%H%M%S.py"))
+                found += "; the old script is kept as source-until-*.py"
+            print(found, file=sys.stderr)
         for name in ("metrics.jsonl", "samples.jsonl"):
-            (self.path / name).touch()
+            (path / name).touch()
+        write_whole(source, script.read_text())
+        about = {"args": settings, "command": " ".join(sys.argv), "world": world(), "git": _git_commit()}
+        about |= {"torch": torch.__version__, "time": time.strftime("%Y-%m-%d %H:%M:%S"), "watched": watched}
+        write_whole(path / "args.json", json.dumps(about, indent=2) + "\n")
+
+    def _refuse_a_used_folder(self) -> None:
+        path, resume = self.path, self.settings.get("resume", False)
+        hint = ", or give --resume" if "resume" in self.settings else ""
+        used = _is_used(path) and not (resume and (path / "args.json").exists())
+        require(not used, f"--out {path} exists and is not empty: choose another folder{hint}")
 
     def cut(self, step: int) -> None:
         """Forget what was logged after `step`: the checkpoint that the run goes on from was written there."""
-        if rank() == 0:
-            for name in ("metrics.jsonl", "samples.jsonl"):
-                lines = (self.path / name).read_text().splitlines(keepends=True)
-                whole = [line for line in lines if line.endswith("\n")]  # the last one may be torn
-                write_whole(self.path / name, "".join(line for line in whole if json.loads(line)["step"] <= step))
+        if rank() != 0:
+            return
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            lines = (self.path / name).read_text(errors="replace").split("\n")[:-1]  # the last one may be torn
+            steps = [_step_of(line) for line in lines]
+            kept = [line + "\n" for line, at in zip(lines, steps) if at is not None and at <= step]
+            write_whole(self.path / name, "".join(kept))
+            if None in steps:
+                print(f"{self.path / name}: {steps.count(None)} line(s) are damaged and were taken out")
+            gap = sorted({*range(step + 1)} - {*steps})
+            if name == "metrics.jsonl" and gap:
+                print(f"{self.path / name}: step(s) {', '.join(map(str, gap))} were logged there and are missing")
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """One line into metrics.jsonl and one on the screen. Values must be finite or None (not known)."""
+        stop_unless_finite({name: value for name, value in metrics.items() if value is not None})
         if rank() != 0:
             return
         with (self.path / "metrics.jsonl").open("a") as file:
@@ -635,17 +724,20 @@ class RunFolder:
 
     def report(self) -> None:
         """plot.png and report.html, if report.py is there."""
-        if rank() == 0 and importlib.util.find_spec("report"):
-            import report
-
-            report.write_report(self.path)
+        self._write_page(lambda report: report.write_report(self.path))
 
     def token_page(self, name: str, title: str, answers: list[dict]) -> None:
         """A page of answers with coloured tokens, if report.py is there; see report.token_page()."""
+        self._write_page(lambda report: report.token_page(self.path / name, title, answers))
+
+    def _write_page(self, write) -> None:
         if rank() == 0 and importlib.util.find_spec("report"):
             import report
 
-            report.token_page(self.path / name, title, answers)
+            try:
+                write(report)
+            except (Exception, SystemExit) as error:  # a page must never cost the model
+                print(f"{self.path}: no plot or page could be written ({type(error).__name__}: {error})", flush=True)
 
 
 class Run(RunFolder):
@@ -655,7 +747,7 @@ class Run(RunFolder):
     for step in run.steps(models, optimizer, evaluate):    goes on from a checkpoint, or evaluates first
         run.lap("update")                                  time/update: the seconds since the last lap
         run.end_step(metrics, samples)                     logs; evaluates and saves when it is time
-    run.finish(policy, tokenizer)                          model/ and report.html; after an early end, how to go on
+    run.finish(policy, tokenizer)                          model/ and report.html; after an early end no model/
     """
 
     stop_after = None  # tests end a run after this step, as a signal would
@@ -697,17 +789,16 @@ class Run(RunFolder):
             save_checkpoint(self.path, step, self.models, self.optimizer)
 
     def finish(self, policy, tokenizer) -> None:
-        global _exit_code
-        export_model(self.path / "model", policy, tokenizer)
+        """A run has ended when it has model/. One that was stopped exports nothing and leaves with an exit code."""
+        if not self.stopped:
+            export_model(self.path / "model", policy, tokenizer)
         self.report()
         if self.stopped:
-            number = int(all_max(_signal, torch.device("cpu")))
-            _exit_code = 128 + number if number else 0
             words = sys.argv + ([] if self.settings["out"] else ["--out", str(self.path)])
             words += [] if "--resume" in words else ["--resume"]
-            say(
-                f"stopped after step {self.step + 1} of {self.total}, whose checkpoint and model are in {self.path}; "
-                f"to go on: python {shlex.join(words)}"
+            leave_stopped(
+                f"stopped after step {self.step + 1} of {self.total}: {self.path} has its checkpoint, and no model/ "
+                f"before the last step; to go on: python {shlex.join(words)}"
             )
 
     def _resume(self) -> int:
@@ -719,6 +810,7 @@ class Run(RunFolder):
         step, path = newest
         load_checkpoint(path, self.models, self.optimizer)
         self.cut(step)
+        _remove_other_checkpoints(path)  # which the run was removing when it was killed
         say(f"resumed from {path}")
         return step
 
@@ -743,6 +835,92 @@ def write_whole(path: Path, text: str) -> None:
     part = path.with_name(path.name + ".part")
     part.write_text(text)
     part.replace(path)
+
+
+def stored(path: Path) -> list:
+    """The JSON documents of a file that a run has written: one, or one per line."""
+    try:
+        text = path.read_text()
+        return [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else [json.loads(text)]
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path} is damaged or missing ({error})") from error
+
+
+def unfinished(folder: Path) -> str:
+    """What to add where a model is expected in a folder that has none: perhaps it is that of a run."""
+    run = folder if (folder / "args.json").exists() else folder.parent
+    if not (run / "args.json").exists():
+        return ""
+    return f"; its model is {run}/model" if (run / "model").exists() else f"; the run in {run} has not ended (--resume)"
+
+
+# What a run has before it logs.
+_NEW = {".lock", "args.json", "source.py", "metrics.jsonl", "samples.jsonl"}
+
+
+def _is_used(path: Path) -> bool:
+    """Whether a folder has anything else than what a run leaves that never logged a step."""
+    files = list(path.iterdir()) if path.is_dir() else []
+    new = [p for p in files if p.suffix == ".part" or p.name in _NEW and (p.suffix != ".jsonl" or not p.stat().st_size)]
+    return bool(files) and (len(new) < len(files) or path / ".lock" not in files)
+
+
+def _remove_unused_folder() -> None:
+    """A run that failed before it logged anything leaves no folder."""
+    with contextlib.suppress(OSError):
+        if _folder and not _is_used(_folder):
+            for file in _folder.iterdir():
+                file.unlink()
+            _folder.rmdir()
+
+
+def _lock(folder: Path) -> None:
+    """Hold the folder for the life of this process."""
+    file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)  # stays open: closing it would free the lock
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        used = error.errno in (errno.EAGAIN, errno.EACCES)
+        require(not used, f"--out {folder}: another process is using this run folder")
+        print(f"{folder}: this file system has no locks: do not start a second run in it", file=sys.stderr)
+
+
+def _watch(script: Path, settings: dict) -> dict[str, str]:
+    """Hashes of what a resumed run must find as it was: code, and the files and models that arguments name."""
+    files = {p.name: p for p in (script, *map(script.with_name, ("common.py", "lm.py", "tasks.py"))) if p.exists()}
+    found = {name: _digest(path) for name, path in files.items()}
+    for name, value in settings.items():
+        if isinstance(value, str) and value and name != "out":
+            path = BUILTIN.get(value, Path(value))
+            if path.exists():
+                found[f"--{name} {value}"] = _digest(path)
+    return found
+
+
+def _digest(path: Path) -> str:
+    """Of a file, or of the model in a folder. Of a large file: its size and 32 MiB at both ends.
+
+    So copies are equal, a model of any size takes a moment, and trained weights, which differ everywhere, are noticed.
+    """
+    sha, some = hashlib.sha256(), 2**25
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        if file.is_file() and (file == path or file.suffix in (".json", ".jinja", ".model", ".txt", ".safetensors")):
+            size = file.stat().st_size
+            sha.update(f"{file.name if file != path else ''} {size}\n".encode())
+            with file.open("rb") as content:
+                sha.update(content.read(some))
+                content.seek(max(some, size - some))
+                sha.update(content.read())
+    return sha.hexdigest()
+
+
+def _step_of(line: str) -> int | None:
+    """The step of a logged line; None if it is damaged."""
+    try:
+        step = json.loads(line)["step"]
+        return step if isinstance(step, int) else None
+    except (ValueError, TypeError, KeyError):
+        return None
 
 
 def _git_commit() -> str | None:
@@ -770,6 +948,7 @@ def save_checkpoint(folder: Path, step: int, model, optimizer) -> None:
     """
     home = Path(folder) / "checkpoint"
     temporary, target = home / f"tmp-{step:06d}", home / f"step-{step:06d}"
+    _stop_unless_weights_are_sound(model, step)
     if rank() == 0:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -778,17 +957,42 @@ def save_checkpoint(folder: Path, step: int, model, optimizer) -> None:
     model_state, optimizer_state = get_state_dict(model, optimizer, options=_options())
     with _quiet_dcp():
         dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=temporary)
-    dist.barrier()
+    own = [*temporary.glob(f"__{rank()}_*")] + [temporary / ".metadata"] * (rank() == 0)
+    files = dict(gather([(path.name, [path.stat().st_size, _sha256(path)]) for path in own]))
     if rank() == 0:
-        sizes = {p.name: p.stat().st_size for p in temporary.iterdir()}
-        (temporary / "manifest.json").write_text(json.dumps(sizes))
+        (temporary / "manifest.json").write_text(json.dumps({"step": step, "files": files}))
         if target.exists():
             shutil.rmtree(target)
         temporary.rename(target)
-        for old in home.iterdir():
-            if old != target:
-                shutil.rmtree(old, ignore_errors=True)
+        _remove_other_checkpoints(target)
     dist.barrier()
+
+
+def _stop_unless_weights_are_sound(model, step: int) -> None:
+    """Raise on all ranks where a weight is NaN or so large that its square overflows: the older checkpoint is better."""
+    broken = 0.0
+    for p in model.parameters():
+        local = (p.to_local() if hasattr(p, "to_local") else p).detach()
+        if p.requires_grad and local.numel():
+            low, high = torch.aminmax(local)
+            broken = max(broken, float(not (low > -1e18 and high < 1e18)))
+    if all_max(broken, next(model.parameters()).device):
+        raise FloatingPointError(
+            f"the weights after step {step} are not finite or above 1e18: they are not saved, and an earlier "
+            "checkpoint stays as it was; a smaller --lr or --max_grad_norm may help"
+        )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _remove_other_checkpoints(kept: Path) -> None:
+    """What runs have made beside `kept`, and nothing else."""
+    for old in kept.parent.iterdir() if rank() == 0 else []:
+        if old != kept and re.fullmatch(r"(step|tmp)-\d{6,}", old.name):
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def _begin_state(optimizer) -> None:
@@ -805,24 +1009,56 @@ def _begin_state(optimizer) -> None:
 
 
 def latest_checkpoint(folder: Path) -> tuple[int, Path] | None:
-    """(step, path) of the newest checkpoint of a run folder, checked file by file; None when there is none."""
-    steps = sorted((Path(folder) / "checkpoint").glob("step-*"))
+    """(step, path) of the newest checkpoint of a run folder, every byte of it checked; None when there is none.
+
+    All ranks call it: each checks its share of the files.
+    """
+    found = (Path(folder) / "checkpoint").glob("step-*")
+    steps = {int(path.name[5:]): path for path in found if re.fullmatch(r"step-\d{6,}", path.name)}
     if not steps:
         return None
-    newest = steps[-1]
-    manifest = newest / "manifest.json"
-    require(manifest.exists(), f"checkpoint {newest} has no manifest.json: it is not whole")
-    for name, size in json.loads(manifest.read_text()).items():
-        found = (newest / name).stat().st_size if (newest / name).exists() else 0
-        require(found == size, f"checkpoint {newest} is truncated: {name} has {found} bytes, expected {size}")
-    return int(newest.name.split("-")[1]), newest
+    step, newest = max(steps.items())
+    require((newest / "manifest.json").exists(), f"checkpoint {newest} has no manifest.json: it is not whole")
+    manifest = stored(newest / "manifest.json")[0]
+    files = manifest.get("files") if isinstance(manifest, dict) else None
+    require(bool(files), f"checkpoint {newest}: its manifest.json lists no files with hashes; it cannot be checked")
+    saved = manifest.get("step")
+    require(saved == step, f"checkpoint {newest} was saved after step {saved}: give the folder its name back")
+    wrong = []
+    for name, (size, digest) in sorted(files.items())[rank() :: world()]:
+        path = newest / name
+        has = path.stat().st_size if path.exists() else 0
+        if has != size:
+            wrong.append(f"checkpoint {newest} is truncated: {name} has {has} bytes, expected {size}")
+        elif _sha256(path) != digest:
+            wrong.append(f"checkpoint {newest} is damaged: the content of {name} is not what was saved")
+    wrong = gather(wrong)
+    require(not wrong, "".join(wrong[:1]))
+    return step, newest
+
+
+class _Index(pickle.Unpickler):
+    """Reads a checkpoint's .metadata, a pickle: with nothing in it but what torch writes there, it runs no code."""
+
+    parts = "Metadata TensorProperties TensorStorageMetadata ChunkStorageMetadata BytesStorageMetadata MetadataIndex"
+    known = {f"torch.distributed.checkpoint.metadata.{name}" for name in [*parts.split(), "StorageMeta"]}
+    known |= {"torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING", "torch.serialization._get_layout"}
+    known |= {"torch.distributed.checkpoint.filesystem._StorageInfo", "torch.Size", "pathlib.PosixPath"}
+    known |= {f"torch.{name}" for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
+
+    def find_class(self, module, name):
+        if f"{module}.{name}" not in self.known:
+            raise BadInput(f"its .metadata is not by torch: it would run {module}.{name}")
+        return super().find_class(module, name)
 
 
 def load_checkpoint(path: Path, model, optimizer) -> None:
-    """Model and optimizer as they were, on any number of ranks.
-
-    Tensors are read with weights_only, but torch keeps their index (.metadata) as a pickle: resume only what you trust.
-    """
+    """Model and optimizer as they were, on any number of ranks. No file in it can run code: see _Index."""
+    try:
+        with (path / ".metadata").open("rb") as file:
+            _Index(file).load()
+    except (BadInput, pickle.UnpicklingError) as error:
+        raise BadInput(f"checkpoint {path} is refused: {error}") from error
     model_state, optimizer_state = get_state_dict(model, optimizer, options=_options())
     state = {"model": model_state, "optimizer": optimizer_state}
     with _quiet_dcp():
@@ -863,8 +1099,14 @@ def export_model(folder: Path, model, tokenizer) -> None:
         shutil.rmtree(work, ignore_errors=True)
         skeleton.save_pretrained(work, state_dict=state)
         tokenizer.save_pretrained(work)
-        shutil.rmtree(folder, ignore_errors=True)
-        work.rename(folder)
+        for file in work.iterdir():  # safetensors gives its files to their owner alone
+            file.chmod((work / "config.json").stat().st_mode)
+        if folder.exists():  # an ended run that was resumed: the same files again, beside what was added to them
+            for file in work.iterdir():
+                file.replace(folder / file.name)
+            work.rmdir()
+        else:
+            work.rename(folder)
     dist.barrier()
 
 

@@ -102,6 +102,8 @@ def draw(figures: list[list[str]], groups: dict[str, list[list[dict]]], title: s
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    plt.rcParams["text.parse_math"] = False  # names of folders may have a $
+
     columns = max(1, min(3, len(figures)))
     rows = max(1, math.ceil(len(figures) / columns))
     figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 2.9 * rows), squeeze=False)
