@@ -44,6 +44,7 @@ import threading
 import time
 import traceback
 import typing
+import warnings
 from collections import Counter
 from dataclasses import MISSING, asdict, field, fields
 from datetime import timedelta
@@ -161,13 +162,10 @@ def _sentence(error: BaseException) -> str | None:
     """An error in one sentence where the user's files, disk or settings explain it; None where its place matters."""
     if isinstance(error, (BadInput, FloatingPointError)):
         return str(error)
-    full = getattr(error, "errno", None) in DISK_ERRORS
-    if not full and not isinstance(error, CheckpointException) and "(os error 28)" not in str(error):
-        return None
-    reason = error.strerror if full else " ".join(str(error).split())[:200]
-    place = getattr(error, "filename", None) or _folder or "."
-    free = shutil.disk_usage(_folder or ".").free / 2**20
-    return f"writing to {place} failed with {free:.0f} MiB free there: {reason}"
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+    if full or isinstance(error, CheckpointException) or "(os error 28)" in str(error):
+        reason, place = str(error).strip().splitlines()[-1][:200], _folder or Path.cwd()
+        return f"writing to {place} failed, where {shutil.disk_usage(place).free / 2**20:.0f} MiB are free: {reason}"
 
 
 def _store_says_failed() -> bool:
@@ -194,9 +192,7 @@ def _on_signal(number, frame) -> None:
 
 def stop_requested(device: torch.device) -> bool:
     """True on all ranks as soon as one of them was asked to stop."""
-    flag = torch.tensor(float(_stop.is_set()), device=device)
-    dist.all_reduce(flag, dist.ReduceOp.MAX)
-    return bool(flag)
+    return bool(all_max(_stop.is_set(), device))
 
 
 def leave_stopped(text: str) -> None:
@@ -279,7 +275,7 @@ def parse_args(cls, builtin: dict, argv: list[str] | None = None):
         default = f.default if f.default is not MISSING else f.default_factory()
         legal = [f"default: {default!r}"] if default not in ("", []) else []
         legal += [f"{word} {f.metadata[key]}" for key, word in _LIMITS.items() if f.metadata[key] is not None]
-        kind, options = types[f.name], {"metavar": "", "action": _Once}
+        kind, options = types[f.name], {"metavar": ""}
         if typing.get_origin(kind) is typing.Literal:
             legal[:0] = [", ".join(map(str, typing.get_args(kind)))]
             kind = type(default)
@@ -290,6 +286,9 @@ def parse_args(cls, builtin: dict, argv: list[str] | None = None):
         help = f.metadata["help"] + f" ({'; '.join(legal)})" * bool(legal)
         group.add_argument(f"--{f.name}", type=kind, help=help.replace("%", "%%"), **options)
     given = vars(parser.parse_args(argv))
+    names = [word.partition("=")[0] for word in (sys.argv[1:] if argv is None else argv) if word.startswith("--")]
+    for name in {name for name in names if names.count(name) > 1}:
+        parser.error(f"{name} is given twice")
     args = cls(**given)
     if args.model in BUILTIN:
         args = cls(**builtin | given)
@@ -325,13 +324,6 @@ _LIMITS = {"at_least": "at least", "at_most": "at most"}
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-class _Once(argparse.Action):
-    def __call__(self, parser, namespace, values, option_string=None):
-        if hasattr(namespace, self.dest):
-            parser.error(f"--{self.dest} is given twice")
-        setattr(namespace, self.dest, values)
 
 
 def _boolean(word: str) -> bool:
@@ -585,7 +577,6 @@ def rollout_metrics(batch, task_rewards: list, finished: list[bool], samples: in
 
 ON_SCREEN = ("reward/mean", "loss/", "kl/", "policy/kl_old", "policy/logit_gap", "length/mean", "revise/", "eval/")
 _folder = None  # of this process's run
-DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ENAMETOOLONG}
 FREE_TO_CHANGE = {"out", "resume", "device", "micro_batch", "rollout_rows", "save_every", "wandb"}
 
 
@@ -594,19 +585,6 @@ def from_rank_0(value):
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
-
-
-def on_rank_0(fn):
-    """What fn() returns on rank 0, on every rank; where it raises BadInput, every rank does."""
-    result = problem = None
-    if rank() == 0:
-        try:
-            result = fn()
-        except BadInput as error:
-            problem = str(error)
-    result, problem = from_rank_0((result, problem))
-    require(problem is None, problem)
-    return result
 
 
 class RunFolder:
@@ -622,7 +600,16 @@ class RunFolder:
         self.total = settings.get("steps", 0)  # a script without steps has no --resume either
         self.first = self.tracker = None
         require(args.out or not settings.get("resume"), "--resume needs --out, the folder of the run to go on with")
-        on_rank_0(lambda: self._open(Path(script)))
+        wandb = not settings.get("wandb") or importlib.util.find_spec("wandb") is not None
+        require(wandb, "--wandb: the package wandb is not installed")
+        problem = None
+        if rank() == 0:
+            try:
+                self._open(Path(script))
+            except (BadInput, OSError) as error:
+                problem = str(error) if isinstance(error, BadInput) else f"--out {self.path}: {error.strerror}"
+        problem = from_rank_0(problem)
+        require(problem is None, problem)
         if ranks_of_node() < world():
             _require_shared(self.path)
         say(f"run folder: {self.path}")
@@ -634,41 +621,21 @@ class RunFolder:
     def _open(self, script: Path) -> None:
         """Make the folder this process's, or refuse what would mix two runs."""
         global _folder
-        path, settings, resume = self.path, self.settings, self.settings.get("resume", False)
-        wandb = not settings.get("wandb") or importlib.util.find_spec("wandb") is not None
-        require(wandb, "--wandb: the package wandb is not installed")
-        try:
-            self._refuse_a_used_folder()
-            path.mkdir(parents=True, exist_ok=True)
-            _lock(path)
-            self._refuse_a_used_folder()  # by a run that has ended just now
-            before = stored(path / "args.json")[0] if _is_used(path) else {}
-        except OSError as error:
-            raise BadInput(f"--out {path}: {error.strerror}") from error
-        _folder = path
-        watched, changed = _watch(script, settings), []
-        if before:
-            args = before.get("args") if isinstance(before, dict) else None
-            require(isinstance(args, dict), f"--resume {path}: its args.json has no arguments; it is not that of a run")
-            for key in settings.keys() - FREE_TO_CHANGE:
-                require(
-                    args.get(key) == settings[key],
-                    f"--resume {path}: --{key} was {args.get(key)!r} and is now {settings[key]!r}; "
-                    "a resumed run keeps its settings",
-                )
-            changed = [k for k, digest in before.get("watched", {}).items() if watched.get(k, digest) != digest]
-            data = [key for key in changed if not key.endswith(".py")]
-            require(
-                not data,
-                f"--resume {path}: the content of {', '.join(data)} is not what the run began with; "
-                "bring it back, or begin another run",
-            )
-        source = path / "source.py"
+        path, settings = self.path, self.settings
+        resume, hint = settings.get("resume", False), ", or give --resume" if "resume" in settings else ""
+        for locked in (False, True):  # what another process did before the lock was ours shows the second time
+            used = _is_used(path)
+            known = resume and (path / "args.json").exists()
+            require(known or not used, f"--out {path} exists and is not empty: choose another folder{hint}")
+            if not locked:
+                _lock(path)
+        _folder, source, watched = path, path / "source.py", _watch(script, settings)
+        changed = self._changes(stored(path / "args.json"), watched) if used else []
         if changed:
-            found = f"WARNING: {', '.join(changed)} changed since the run in {path} began, which goes on with the new code"
+            found = f"WARNING: {', '.join(changed)} changed since the run in {path} began; it goes on with the new code"
             if script.name in changed and source.exists():
                 source.rename(path / time.strftime("source-until-%Y%m%d-%H%M%S.py"))
-                found += "; the old script is kept as source-until-*.py"
+                found += ", and the old script is kept as source-until-*.py"
             print(found, file=sys.stderr)
         for name in ("metrics.jsonl", "samples.jsonl"):
             (path / name).touch()
@@ -677,11 +644,18 @@ class RunFolder:
         about |= {"torch": torch.__version__, "time": time.strftime("%Y-%m-%d %H:%M:%S"), "watched": watched}
         write_whole(path / "args.json", json.dumps(about, indent=2) + "\n")
 
-    def _refuse_a_used_folder(self) -> None:
-        path, resume = self.path, self.settings.get("resume", False)
-        hint = ", or give --resume" if "resume" in self.settings else ""
-        used = _is_used(path) and not (resume and (path / "args.json").exists())
-        require(not used, f"--out {path} exists and is not empty: choose another folder{hint}")
+    def _changes(self, before: dict, watched: dict) -> list[str]:
+        """Names of code that has changed since a run wrote `before`; other settings, data or models are refused."""
+        for key in self.settings.keys() - FREE_TO_CHANGE:
+            require(
+                before["args"].get(key) == self.settings[key],
+                f"--resume {self.path}: --{key} was {before['args'].get(key)!r} and is now {self.settings[key]!r}; "
+                "a resumed run keeps its settings",
+            )
+        changed = [key for key, digest in before.get("watched", {}).items() if watched.get(key, digest) != digest]
+        data = ", ".join(key for key in changed if not key.endswith(".py"))
+        require(not data, f"--resume {self.path}: the content of {data} is not that with which the run began")
+        return changed
 
     def cut(self, step: int) -> None:
         """Forget what was logged after `step`: the checkpoint that the run goes on from was written there."""
@@ -692,11 +666,10 @@ class RunFolder:
             steps = [_step_of(line) for line in lines]
             kept = [line + "\n" for line, at in zip(lines, steps) if at is not None and at <= step]
             write_whole(self.path / name, "".join(kept))
-            if None in steps:
-                print(f"{self.path / name}: {steps.count(None)} line(s) are damaged and were taken out")
-            gap = sorted({*range(step + 1)} - {*steps})
-            if name == "metrics.jsonl" and gap:
-                print(f"{self.path / name}: step(s) {', '.join(map(str, gap))} were logged there and are missing")
+            gap = [at for at in range(step + 1) if at not in steps and name == "metrics.jsonl"]
+            for what, lost in (("damaged lines, taken out", steps.count(None)), ("steps that are missing", gap)):
+                if lost:
+                    print(f"{self.path / name}: {what}: {lost}")
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """One line into metrics.jsonl and one on the screen. Values must be finite or None (not known)."""
@@ -803,15 +776,12 @@ class Run(RunFolder):
 
     def _resume(self) -> int:
         """Load the newest checkpoint, if there is one; returns the step to go on with."""
-        newest = latest_checkpoint(self.path)
-        if newest is None:
-            self.cut(-1)
-            return 0
-        step, path = newest
-        load_checkpoint(path, self.models, self.optimizer)
-        self.cut(step)
-        _remove_other_checkpoints(path)  # which the run was removing when it was killed
-        say(f"resumed from {path}")
+        step, path = latest_checkpoint(self.path) or (0, None)
+        if path:
+            load_checkpoint(path, self.models, self.optimizer)
+            _remove_other_checkpoints(path)  # which the run was removing when it was killed
+            say(f"resumed from {path}")
+        self.cut(step if path else -1)
         return step
 
 
@@ -837,45 +807,45 @@ def write_whole(path: Path, text: str) -> None:
     part.replace(path)
 
 
-def stored(path: Path) -> list:
-    """The JSON documents of a file that a run has written: one, or one per line."""
+def stored(path: Path, key: str = "args") -> dict:
+    """The content of a JSON file that a run has written, with an object under `key`."""
     try:
-        text = path.read_text()
-        return [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else [json.loads(text)]
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{path} is damaged or missing ({error})") from error
+        content = json.loads(path.read_text())
+        whole = bool(content[key].keys())
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        whole = False
+    require(whole, f"{path} is missing or damaged: expected JSON with an object '{key}'")
+    return content
 
 
 def unfinished(folder: Path) -> str:
     """What to add where a model is expected in a folder that has none: perhaps it is that of a run."""
-    run = folder if (folder / "args.json").exists() else folder.parent
-    if not (run / "args.json").exists():
-        return ""
-    return f"; its model is {run}/model" if (run / "model").exists() else f"; the run in {run} has not ended (--resume)"
+    for run in (folder, folder.parent):
+        if (run / "args.json").exists():
+            ended = (run / "model").exists()
+            return f"; its model is {run}/model" if ended else f"; the run in {run} has not ended (--resume)"
+    return ""
 
 
-# What a run has before it logs.
-_NEW = {".lock", "args.json", "source.py", "metrics.jsonl", "samples.jsonl"}
+_NEW = {".lock", "args.json", "source.py", "metrics.jsonl", "samples.jsonl"}  # what a run has before it logs
 
 
 def _is_used(path: Path) -> bool:
     """Whether a folder has anything else than what a run leaves that never logged a step."""
     files = list(path.iterdir()) if path.is_dir() else []
-    new = [p for p in files if p.suffix == ".part" or p.name in _NEW and (p.suffix != ".jsonl" or not p.stat().st_size)]
-    return bool(files) and (len(new) < len(files) or path / ".lock" not in files)
+    old = [p for p in files if p.suffix == ".jsonl" and p.stat().st_size or p.name not in _NEW and p.suffix != ".part"]
+    return bool(old) or bool(files) and path / ".lock" not in files
 
 
 def _remove_unused_folder() -> None:
     """A run that failed before it logged anything leaves no folder."""
-    with contextlib.suppress(OSError):
-        if _folder and not _is_used(_folder):
-            for file in _folder.iterdir():
-                file.unlink()
-            _folder.rmdir()
+    if _folder and not _is_used(_folder):
+        shutil.rmtree(_folder, ignore_errors=True)
 
 
 def _lock(folder: Path) -> None:
-    """Hold the folder for the life of this process."""
+    """Make a folder and hold it for the life of this process."""
+    folder.mkdir(parents=True, exist_ok=True)
     file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)  # stays open: closing it would free the lock
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -887,49 +857,39 @@ def _lock(folder: Path) -> None:
 
 def _watch(script: Path, settings: dict) -> dict[str, str]:
     """Hashes of what a resumed run must find as it was: code, and the files and models that arguments name."""
-    files = {p.name: p for p in (script, *map(script.with_name, ("common.py", "lm.py", "tasks.py"))) if p.exists()}
-    found = {name: _digest(path) for name, path in files.items()}
+    files = {path.name: path for path in (script, *map(script.with_name, ("common.py", "lm.py", "tasks.py")))}
     for name, value in settings.items():
         if isinstance(value, str) and value and name != "out":
-            path = BUILTIN.get(value, Path(value))
-            if path.exists():
-                found[f"--{name} {value}"] = _digest(path)
-    return found
+            files[f"--{name} {value}"] = BUILTIN.get(value, Path(value))
+    return {name: _digest(path) for name, path in files.items() if os.path.exists(path)}
 
 
 def _digest(path: Path) -> str:
-    """Of a file, or of the model in a folder. Of a large file: its size and 32 MiB at both ends.
-
-    So copies are equal, a model of any size takes a moment, and trained weights, which differ everywhere, are noticed.
-    """
-    sha, some = hashlib.sha256(), 2**25
+    """Of a file, or of a model in a folder: sizes and contents, of which 32 MiB at both ends stand for a large file."""
+    sha, some = hashlib.sha256(), 2**25  # a model takes a moment, and trained weights differ everywhere
     for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-        if file.is_file() and (file == path or file.suffix in (".json", ".jinja", ".model", ".txt", ".safetensors")):
-            size = file.stat().st_size
-            sha.update(f"{file.name if file != path else ''} {size}\n".encode())
+        if file == path or file.suffix in (".json", ".jinja", ".model", ".txt", ".safetensors"):
             with file.open("rb") as content:
-                sha.update(content.read(some))
-                content.seek(max(some, size - some))
-                sha.update(content.read())
+                size = content.seek(0, os.SEEK_END)
+                sha.update(f"{file.relative_to(path)} {size}\n".encode())
+                for start in (0, max(some, size - some)):
+                    content.seek(start)
+                    sha.update(content.read(some))
     return sha.hexdigest()
 
 
 def _step_of(line: str) -> int | None:
     """The step of a logged line; None if it is damaged."""
     try:
-        step = json.loads(line)["step"]
-        return step if isinstance(step, int) else None
+        return int(json.loads(line)["step"])
     except (ValueError, TypeError, KeyError):
         return None
 
 
 def _git_commit() -> str | None:
-    here = Path(__file__).resolve().parent
-    try:
-        out = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True, text=True)
-    except OSError:  # there is no git here
-        return None
-    return out.stdout.strip() or None
+    command = ["git", "-C", Path(__file__).resolve().parent, "describe", "--always", "--dirty"]
+    with contextlib.suppress(OSError):  # there is no git here
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
 
 
 # ======================================================================================================================
@@ -937,8 +897,8 @@ def _git_commit() -> str | None:
 # ======================================================================================================================
 
 
-def _options(**more) -> StateDictOptions:
-    return StateDictOptions(ignore_frozen_params=True, strict=False, **more)  # LoRA: the frozen body is not saved again
+def _options() -> StateDictOptions:
+    return StateDictOptions(ignore_frozen_params=True, strict=False)  # LoRA: the frozen body is not saved again
 
 
 def save_checkpoint(folder: Path, step: int, model, optimizer) -> None:
@@ -948,44 +908,39 @@ def save_checkpoint(folder: Path, step: int, model, optimizer) -> None:
     """
     home = Path(folder) / "checkpoint"
     temporary, target = home / f"tmp-{step:06d}", home / f"step-{step:06d}"
-    _stop_unless_weights_are_sound(model, step)
+    if all_max(not _weights_are_sound(model), next(model.parameters()).device):
+        found = f"the weights after step {step} are not finite or above 1e18, and are not saved"
+        raise FloatingPointError(f"{found}: an earlier checkpoint stays as it was; a smaller --lr may help")
     if rank() == 0:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     dist.barrier()
     _begin_state(optimizer)
     model_state, optimizer_state = get_state_dict(model, optimizer, options=_options())
-    with _quiet_dcp():
+    with warnings.catch_warnings(action="ignore"):  # that one process is a short process group
         dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=temporary)
     own = [*temporary.glob(f"__{rank()}_*")] + [temporary / ".metadata"] * (rank() == 0)
-    files = dict(gather([(path.name, [path.stat().st_size, _sha256(path)]) for path in own]))
+    files = dict(gather([(path.name, _size_and_hash(path)) for path in own]))
     if rank() == 0:
         (temporary / "manifest.json").write_text(json.dumps({"step": step, "files": files}))
-        if target.exists():
-            shutil.rmtree(target)
+        shutil.rmtree(target, ignore_errors=True)
         temporary.rename(target)
         _remove_other_checkpoints(target)
     dist.barrier()
 
 
-def _stop_unless_weights_are_sound(model, step: int) -> None:
-    """Raise on all ranks where a weight is NaN or so large that its square overflows: the older checkpoint is better."""
-    broken = 0.0
-    for p in model.parameters():
-        local = (p.to_local() if hasattr(p, "to_local") else p).detach()
-        if p.requires_grad and local.numel():
-            low, high = torch.aminmax(local)
-            broken = max(broken, float(not (low > -1e18 and high < 1e18)))
-    if all_max(broken, next(model.parameters()).device):
-        raise FloatingPointError(
-            f"the weights after step {step} are not finite or above 1e18: they are not saved, and an earlier "
-            "checkpoint stays as it was; a smaller --lr or --max_grad_norm may help"
-        )
+def _weights_are_sound(model) -> bool:
+    """Whether no trained weight of this rank is NaN, or so large that its square overflows."""
+    parts = [p.to_local() if hasattr(p, "to_local") else p for p in model.parameters() if p.requires_grad]
+    ends = [torch.stack(torch.aminmax(part.detach())) for part in parts if part.numel()]
+    return not ends or float(torch.stack(ends).abs().max()) < 1e18
 
 
-def _sha256(path: Path) -> str:
+def _size_and_hash(path: Path) -> list:
+    if not path.exists():
+        return [0, "nothing"]
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
 
 
 def _remove_other_checkpoints(kept: Path) -> None:
@@ -1018,67 +973,39 @@ def latest_checkpoint(folder: Path) -> tuple[int, Path] | None:
     if not steps:
         return None
     step, newest = max(steps.items())
-    require((newest / "manifest.json").exists(), f"checkpoint {newest} has no manifest.json: it is not whole")
-    manifest = stored(newest / "manifest.json")[0]
-    files = manifest.get("files") if isinstance(manifest, dict) else None
-    require(bool(files), f"checkpoint {newest}: its manifest.json lists no files with hashes; it cannot be checked")
-    saved = manifest.get("step")
+    manifest = stored(newest / "manifest.json", "files")
+    saved, files = manifest.get("step"), sorted(manifest["files"].items())
     require(saved == step, f"checkpoint {newest} was saved after step {saved}: give the folder its name back")
-    wrong = []
-    for name, (size, digest) in sorted(files.items())[rank() :: world()]:
-        path = newest / name
-        has = path.stat().st_size if path.exists() else 0
-        if has != size:
-            wrong.append(f"checkpoint {newest} is truncated: {name} has {has} bytes, expected {size}")
-        elif _sha256(path) != digest:
-            wrong.append(f"checkpoint {newest} is damaged: the content of {name} is not what was saved")
-    wrong = gather(wrong)
-    require(not wrong, "".join(wrong[:1]))
+    found = [(name, _size_and_hash(newest / name), expected) for name, expected in files[rank() :: world()]]
+    wrong = gather([f"{name} is {has}, expected {expected}" for name, has, expected in found if has != expected])
+    require(not wrong, f"checkpoint {newest} is damaged: {'; '.join(wrong[:1])}")
     return step, newest
 
 
 class _Index(pickle.Unpickler):
     """Reads a checkpoint's .metadata, a pickle: with nothing in it but what torch writes there, it runs no code."""
 
-    parts = "Metadata TensorProperties TensorStorageMetadata ChunkStorageMetadata BytesStorageMetadata MetadataIndex"
-    known = {f"torch.distributed.checkpoint.metadata.{name}" for name in [*parts.split(), "StorageMeta"]}
-    known |= {"torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING", "torch.serialization._get_layout"}
-    known |= {"torch.distributed.checkpoint.filesystem._StorageInfo", "torch.Size", "pathlib.PosixPath"}
-    known |= {f"torch.{name}" for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
+    known = re.compile(
+        r"torch\.distributed\.checkpoint\.(metadata\.(_MEM_FORMAT_ENCODING|[A-Z]\w+)|filesystem\._StorageInfo)|"
+        r"pathlib\.(_local\.)?PosixPath|torch\.(Size|serialization\._get_layout|bool|b?float\d+|u?int\d+)"
+    )
 
     def find_class(self, module, name):
-        if f"{module}.{name}" not in self.known:
-            raise BadInput(f"its .metadata is not by torch: it would run {module}.{name}")
+        known = self.known.fullmatch(f"{module}.{name}")
+        require(known, f"the checkpoint's .metadata would run {module}.{name}, which torch does not write")
         return super().find_class(module, name)
 
 
 def load_checkpoint(path: Path, model, optimizer) -> None:
     """Model and optimizer as they were, on any number of ranks. No file in it can run code: see _Index."""
-    try:
-        with (path / ".metadata").open("rb") as file:
-            _Index(file).load()
-    except (BadInput, pickle.UnpicklingError) as error:
-        raise BadInput(f"checkpoint {path} is refused: {error}") from error
+    with (path / ".metadata").open("rb") as file:
+        _Index(file).load()
     model_state, optimizer_state = get_state_dict(model, optimizer, options=_options())
     state = {"model": model_state, "optimizer": optimizer_state}
-    with _quiet_dcp():
+    with warnings.catch_warnings(action="ignore"):
         dcp.load(state, checkpoint_id=path)
-    set_state_dict(
-        model,
-        optimizer,
-        model_state_dict=state["model"],
-        optim_state_dict=state["optimizer"],
-        options=_options(),
-    )
-
-
-@contextlib.contextmanager
-def _quiet_dcp():
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it warns that one process is a short process group
-        yield
+    parts = dict(model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    set_state_dict(model, optimizer, **parts, options=_options())
 
 
 def export_model(folder: Path, model, tokenizer) -> None:

@@ -351,7 +351,7 @@ def with_sizes(args):
     sizes = {"max_prompt": args.max_prompt, "max_new_tokens": args.max_new_tokens}
     file = Path(args.model).parent / "args.json"
     if Path(args.model).is_dir() and file.is_file() and not args.format:
-        trained = common.stored(file)[0].get("args", {})
+        trained = common.stored(file)["args"]
         sizes = {name: size or trained.get(name, 0) for name, size in sizes.items()}
     config = lm.load_config(args.model).get_text_config()
     positions = getattr(config, "max_position_embeddings", None) or 1024

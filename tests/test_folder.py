@@ -87,7 +87,8 @@ def test_out_that_cannot_be_a_folder(kind, base, tmp_path, monkeypatch):
     file, link = tmp_path / "file", tmp_path / "link"
     file.write_text("mine")
     link.symlink_to(tmp_path / "nowhere")
-    out = {"a file": file, "below a file": file / "x", "a dangling link": link, "too long": tmp_path / ("x" * 300)}[kind]
+    long = tmp_path / ("x" * 300)
+    out = {"a file": file, "below a file": file / "x", "a dangling link": link, "too long": long}[kind]
     refuse(base, out, f"--out {out}: ", resume=False)
     assert file.read_text() == "mine"
 
@@ -203,7 +204,7 @@ def flip(path: Path, at: int) -> None:
 def test_a_flipped_bit(name, place, base, run):
     path = newest(run) / name
     flip(path, int(place * path.stat().st_size))
-    refuse(base, run, f"checkpoint {newest(run)} is damaged: the content of {name}")
+    refuse(base, run, f"checkpoint {newest(run)} is damaged: {name} is [{path.stat().st_size}, ")
 
 
 def test_a_renamed_checkpoint(base, run):
@@ -211,7 +212,7 @@ def test_a_renamed_checkpoint(base, run):
     refuse(base, run, f"checkpoint {other} was saved after step 1")
 
 
-@pytest.mark.parametrize("text", ["", '{"step": 1, "fil', "[]", "{}", '{"__0_0.distcp": 12}', '{"step": 1, "files": {}}'])
+@pytest.mark.parametrize("text", ["", '{"step": 1, "fil', "[]", "{}", '{"a": 12}', '{"step": 1, "files": {}}'])
 @pytest.mark.parametrize("name", ["args.json", "manifest.json"])
 def test_torn_descriptions(name, text, base, run):
     path = run / name if name == "args.json" else newest(run) / name
@@ -229,15 +230,15 @@ def test_a_checkpoint_that_would_run_code(base, run):
     index = newest(run) / ".metadata"
     index.write_bytes(pickle.dumps(Evil()))
     manifest = json.loads((newest(run) / "manifest.json").read_text())
-    manifest["files"][".metadata"] = [index.stat().st_size, common._sha256(index)]
+    manifest["files"][".metadata"] = common._size_and_hash(index)
     (newest(run) / "manifest.json").write_text(json.dumps(manifest))
-    refuse(base, run, f"checkpoint {newest(run)} is refused", "posix.mkdir")
+    refuse(base, run, "the checkpoint's .metadata would run posix.mkdir")
     assert not (run / "hacked").exists()
 
 
 def test_broken_weights_never_replace_a_checkpoint(base, run):
     """Weights that a step has blown up, NaN or not yet, are not saved, and the run ends with a sentence."""
-    expected = "the weights after step {} are not finite or above 1e18: they are not saved"
+    expected = "the weights after step {} are not finite or above 1e18, and are not saved"
     with pytest.raises(FloatingPointError, match=expected.format(1)):
         run_here(lco, **base | dict(lr=1e30, minibatches=1, save_every=1, out=str(run.parent / "new")))
     assert common.latest_checkpoint(run.parent / "new") is None
@@ -281,19 +282,19 @@ def test_a_full_disk_is_one_sentence(bytes_left, base, tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     sentence = common._sentence(error.value)
-    assert sentence and "\n" not in sentence and len(sentence) < 500
-    assert "MiB free" in sentence and str(tmp_path / "run") in sentence
+    assert "\n" not in sentence and len(sentence) < 500 and str(tmp_path / "run") in sentence
+    assert ("File too large" if bytes_left == 1000 else "MiB are free: ") in sentence
 
 
 def test_other_errors_keep_their_place():
-    assert common._sentence(FileNotFoundError(2, "No such file", "x")) is None and common._sentence(KeyError("x")) is None
+    assert not common._sentence(FileNotFoundError(2, "No such file", "x")) and not common._sentence(KeyError("x"))
 
 
 # ---- what a resumed run reads ----------------------------------------------------------------------------------------
 
 
 def test_changed_code_is_told_and_kept(base, tmp_path, capfd):
-    """A script or reward file that was changed is said, the run goes on, and the old script stays beside the new one."""
+    """A script or reward file that was changed is named, the run goes on, and the old script stays beside the new."""
     script, reward = Path(shutil.copy(ROOT / "lco.py", tmp_path)), tmp_path / "reward.py"
     reward.write_text(REWARD)
     settings = base | {"reward_file": str(reward)}
@@ -315,7 +316,7 @@ def test_changed_data_are_refused(base, tmp_path):
     settings = base | {"dataset": str(data)}
     run = run_here(lco, 1, **settings, out=str(tmp_path / "run"))
     data.write_text(data.read_text().replace("7+1", "8+1"))
-    refuse(settings, run, f"the content of --dataset {data} is not what the run began with")
+    refuse(settings, run, f"the content of --dataset {data} is not that with which")
 
 
 def test_a_changed_model_is_refused(base, tiny_model, tmp_path):
@@ -326,16 +327,16 @@ def test_a_changed_model_is_refused(base, tiny_model, tmp_path):
     (model / "README.md").write_text("hello")
     resume(settings, shutil.copytree(run, tmp_path / "same"))
     flip(model / "model.safetensors", -1)
-    refuse(settings, run, f"the content of --model {model} is not what the run began with")
+    refuse(settings, run, f"the content of --model {model} is not that with which")
 
 
 @pytest.mark.parametrize(
     "damage, said",
     [
-        (lambda lines: lines[:1], "step(s) 1 were logged there and are missing"),
-        (lambda lines: [], "step(s) 0, 1 were logged there and are missing"),
-        (lambda lines: [lines[0], '{"step": 1, "a\0\n', lines[1]], "1 line(s) are damaged and were taken out"),
-        (lambda lines: [*lines, "[1]\n", "\n"], "2 line(s) are damaged and were taken out"),
+        (lambda lines: lines[:1], "steps that are missing: [1]"),
+        (lambda lines: [], "steps that are missing: [0, 1]"),
+        (lambda lines: [lines[0], '{"step": 1, "a\0\n', lines[1]], "damaged lines, taken out: 1"),
+        (lambda lines: [*lines, "[1]\n", "\n"], "damaged lines, taken out: 2"),
     ],
 )
 def test_metrics_that_are_cut_or_damaged(damage, said, base, run, capsys):
@@ -349,7 +350,7 @@ def test_metrics_that_are_cut_or_damaged(damage, said, base, run, capsys):
 def test_missing_metrics(base, run, capsys):
     (run / "metrics.jsonl").unlink()
     resume(base, run)
-    assert "step(s) 0, 1 were logged there and are missing" in capsys.readouterr().out
+    assert "metrics.jsonl: steps that are missing: [0, 1]" in capsys.readouterr().out
 
 
 # ---- arguments -------------------------------------------------------------------------------------------------------
