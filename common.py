@@ -807,14 +807,14 @@ def write_whole(path: Path, text: str) -> None:
     part.replace(path)
 
 
-def stored(path: Path, key: str = "args") -> dict:
-    """The content of a JSON file that a run has written, with an object under `key`."""
+def stored(path: Path, key: str = "args", kind: type = dict) -> dict:
+    """The content of a JSON file that a run has written, with something of this kind under `key`."""
     try:
         content = json.loads(path.read_text())
-        whole = bool(content[key].keys())
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        whole = isinstance(content[key], kind) and bool(content[key])
+    except (OSError, ValueError, TypeError, KeyError):
         whole = False
-    require(whole, f"{path} is missing or damaged: expected JSON with an object '{key}'")
+    require(whole, f"{path} is missing or damaged: expected JSON with '{key}'")
     return content
 
 

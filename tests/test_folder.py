@@ -95,10 +95,11 @@ def test_out_that_cannot_be_a_folder(kind, base, tmp_path, monkeypatch):
 
 def test_a_run_that_logged_nothing_leaves_no_folder(base, tmp_path):
     """An error before the first line: exit code 2, one sentence, and the corrected command may use the name."""
-    bad, log = tmp_path / "bad.py", tmp_path / "log"
+    bad, data, log = tmp_path / "bad.py", tmp_path / "data.jsonl", tmp_path / "log"
     bad.write_text("def reward(prompts, completions, rows):\n    return []\n")
-    settings = base | {"out": tmp_path / "run"}
-    process = fork_script("lco.py", *flags(**settings | {"reward_file": bad}), log=log)
+    data.write_text("".join(json.dumps({"prompt": f"{i}+1="}) + "\n" for i in range(20)))
+    settings = base | {"out": tmp_path / "run", "dataset": data, "reward_file": bad}
+    process = fork_script("lco.py", *flags(**settings), log=log)
     process.join(60)
     assert process.exitcode == 2 and "lco.py: error: " in log.read_text() and "Traceback" not in log.read_text()
     assert not (tmp_path / "run").exists()
