@@ -185,8 +185,7 @@ def complete(sampling, prompts: dict[int, list[int]], seed: int, draws, device) 
             common.say(f"  {min(first + size, len(numbers))} of {len(numbers)} prompts, {samples} completions each")
             last = time.time()
         if common.stop_requested(device):
-            common.say("stopped before the end: nothing is written")
-            raise SystemExit(1)
+            common.leave_stopped("stopped before the end: nothing is written")
     return mine
 
 
@@ -366,7 +365,7 @@ def with_sizes(args):
     sizes = {"max_prompt": args.max_prompt, "max_new_tokens": args.max_new_tokens}
     file = Path(args.model).parent / "args.json"
     if Path(args.model).is_dir() and file.is_file() and not args.format:
-        trained = json.loads(file.read_text()).get("args", {})
+        trained = common.stored(file)["args"]
         sizes = {name: size or trained.get(name, 0) for name, size in sizes.items()}
     config = lm.load_config(args.model).get_text_config()
     positions = getattr(config, "max_position_embeddings", None) or 1024

@@ -443,7 +443,7 @@ def make_round(writers, data, first: int, args, folder: Path) -> tuple[list[Answ
             file.parent.mkdir(parents=True, exist_ok=True)
             common.write_whole(file, json.dumps({"threshold": threshold, "answers": answers}))
         common.from_rank_0(None)  # the others read it only when it is there
-    made = json.loads(file.read_text())
+    made = common.stored(file, "answers", list)
     return [Answer(**a) for a in made["answers"]], made["threshold"]
 
 

@@ -21,7 +21,7 @@ from conftest import ROOT, TINY, flags, read_metrics, run_here, run_script
 
 import torch
 
-FILES = ["args.json", "metrics.jsonl", "result.json", "samples.jsonl", "source.py"]
+FILES = [".lock", "args.json", "metrics.jsonl", "result.json", "samples.jsonl", "source.py"]
 DRIVER = """
 import json, sys
 import common, lm, evaluate

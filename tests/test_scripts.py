@@ -24,7 +24,8 @@ import torch
 
 SCRIPTS = {"ppo_baseline": ppo_baseline, "lco": lco}
 ROLLOUT = {"reward/mean", "reward/spread", "length/mean", "length/finished", "lr", "grad_norm", "loss/policy"}
-FILES = ["args.json", "checkpoint", "metrics.jsonl", "model", "plot.png", "report.html", "samples.jsonl", "source.py"]
+FILES = [".lock", "args.json", "checkpoint", "metrics.jsonl", "model", "plot.png", "report.html"]
+FILES += ["samples.jsonl", "source.py"]
 
 
 @pytest.fixture(scope="module")
