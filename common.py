@@ -1843,6 +1843,14 @@ def write_whole(path: Path, text: str) -> None:
     part.replace(path)
 
 
+def write_for_all(path: Path, text: str) -> None:
+    """write_whole() by rank 0; the other ranks go on when the file is there. Call it on all ranks."""
+    if rank() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, text)
+    dist.barrier()
+
+
 def _git_commit() -> str | None:
     here = Path(__file__).resolve().parent
     try:
