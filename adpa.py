@@ -39,6 +39,7 @@ from typing import Literal
 import json
 
 import common  # before torch: it sets how OpenMP threads wait
+import lm
 import tasks
 
 import torch
@@ -148,12 +149,12 @@ def objective(models, micro, counts, args):
     """The share of a micro-batch in the loss of its step, and in each metric, which are means."""
     chosen, states = (micro[side][:, None] & micro["mask"] for side in ("chosen", "states"))
     own = common.take(micro, micro["states"].nonzero()[:, 0].tolist())  # the student's answers
-    with torch.no_grad(), common.reference(models) as start:
+    with torch.no_grad(), lm.reference(models) as start:
         frozen = [start, models["teacher"], models["ref_teacher"]]
-        frozen = [(common.completion_hidden(m, own)[own["mask"]], common.head_weight(m)) for m in frozen]
-    hidden, head = common.completion_hidden(models["policy"], micro), common.head_weight(models["policy"])
+        frozen = [(lm.completion_hidden(m, own)[own["mask"]], lm.head_weight(m)) for m in frozen]
+    hidden, head = lm.completion_hidden(models["policy"], micro), lm.head_weight(models["policy"])
     ids = micro["completion_ids"][chosen]
-    nll = -common.token_logprobs(hidden[chosen], head, ids, args.temperature)[0].sum() / counts["chosen"]
+    nll = -lm.token_logprobs(hidden[chosen], head, ids, args.temperature)[0].sum() / counts["chosen"]
     size = min(len(head), *(len(weight) for _, weight in frozen))
     topk = 0 if args.objective == "opd" else args.adv_topk
 
@@ -177,7 +178,7 @@ def objective(models, micro, counts, args):
             "policy/entropy": -(z.softmax(-1) * z.log_softmax(-1)).sum(),
         }
 
-    total, sums = common.over_vocabulary(loss, [(hidden[states], head), *frozen], [], args.temperature)
+    total, sums = lm.over_vocabulary(loss, [(hidden[states], head), *frozen], [], args.temperature)
     metrics = {name: x / counts["states"] for name, x in sums.items()} | {"loss/nll": nll.detach()}
     return args.nll * nll + args.gamma * total / counts["states"], metrics
 
@@ -189,14 +190,14 @@ def update(models, optimizer, batch, args) -> dict[str, float]:
     counts = {"pairs": batch["chosen"].sum()} | {name: mask[batch[name]].sum() for name in sides}
     counts = common.all_sum(counts, mask.device)  # counted first, divided by once
     means = {}
-    pieces = common.micro_batches(batch, list(range(len(mask))), args.micro_batch, together=len(sides))
-    for micro in common.accumulate_over(models, pieces):
+    pieces = lm.micro_batches(batch, list(range(len(mask))), args.micro_batch, together=len(sides))
+    for micro in lm.accumulate_over(models, pieces):
         loss, metrics = objective(models, micro, counts, args)
         (loss * common.world()).backward()  # FSDP averages over ranks
         for name, x in (metrics | {"loss/total": loss.detach()}).items():
             means[name] = means.get(name, 0.0) + x.double()
     means = common.all_sum(means, mask.device)
-    norm = torch.nn.utils.clip_grad_norm_(common.trainable_parameters(models), args.max_grad_norm)
+    norm = torch.nn.utils.clip_grad_norm_(lm.trainable_parameters(models), args.max_grad_norm)
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     common.stop_unless_finite({"grad_norm": norm, **means})
     optimizer.step()
@@ -216,7 +217,7 @@ def train(args) -> None:
     models, optimizer = build(args, device)
     policy = models["policy"]
     limits = args.max_prompt, args.max_new_tokens, args.temperature, args.rollout_rows
-    sampling = common.Sampling(policy, tokenizer, *limits)
+    sampling = lm.Sampling(policy, tokenizer, *limits)
 
     for step in run.steps(models, optimizer, lambda: evaluate(sampling, task, test_pairs, args)):
         # ---- 1. the pairs of this step, and what the student answers to their prompts
@@ -245,31 +246,31 @@ def build(args, device):
     """The models by name, and one optimizer for all that is trained."""
     shared = dict(dtype=args.dtype, device=device, seed=args.seed)
     trained = shared | dict(lora_rank=args.lora_rank, activation_checkpointing=args.activation_checkpointing)
-    models = torch.nn.ModuleDict({"policy": common.load_model(args.model, **trained)})
+    models = torch.nn.ModuleDict({"policy": lm.load_model(args.model, **trained)})
     if not args.lora_rank:  # with LoRA, the policy without its adapters is the start
-        models["ref"] = common.load_model(args.model, trainable=False, **shared)
-    models["teacher"] = common.load_model(args.teacher, trainable=False, **shared)
-    models["ref_teacher"] = common.load_model(reference_teacher(args), trainable=False, **shared)
-    return models, torch.optim.Adam(common.trainable_parameters(models["policy"]), lr=args.lr, fused=True)
+        models["ref"] = lm.load_model(args.model, trainable=False, **shared)
+    models["teacher"] = lm.load_model(args.teacher, trainable=False, **shared)
+    models["ref_teacher"] = lm.load_model(reference_teacher(args), trainable=False, **shared)
+    return models, torch.optim.Adam(lm.trainable_parameters(models["policy"]), lr=args.lr, fused=True)
 
 
 def prepare(args):
     """Data and tokenizer; every wrong argument and file is refused here, before a model is loaded."""
     even = args.micro_batch % 2 == 0
     require(even, f"--micro_batch {args.micro_batch}: the answers to a prompt stay together, so it must be even")
-    tokenizer = common.load_tokenizer(args.model)
+    tokenizer = lm.load_tokenizer(args.model)
     fresh = args.objective != "opd" or (args.refresh_every and args.state_temperature)
     require(fresh, "--objective opd is on-policy: it needs --refresh_every 1 and --state_temperature 1")
     for name in (args.model, args.teacher, reference_teacher(args)):
-        common.fits_context(name, args.max_prompt + args.max_new_tokens)
-        common.same_tokenizer(args.model, tokenizer, name, common.load_tokenizer(name))
+        lm.fits_context(name, args.max_prompt + args.max_new_tokens)
+        lm.same_tokenizer(args.model, tokenizer, name, lm.load_tokenizer(name))
     common.say(f"the advantage is that of {args.teacher} over {reference_teacher(args)}")
     return *load_data(args, tokenizer, tasks.load_pairs), tokenizer
 
 
 def reference_teacher(args) -> str:
     """pi_ref: --ref_teacher, or what the config of --teacher names."""
-    known = getattr(common.load_config(args.teacher), "aligned_from", None)
+    known = getattr(lm.load_config(args.teacher), "aligned_from", None)
     require(args.ref_teacher or known, f"--ref_teacher is empty, and {args.teacher} does not name its reference model")
     return args.ref_teacher or known
 
@@ -345,11 +346,11 @@ def evaluate(sampling, task, pairs, args):
         samples = [sample | {"prompt": row["prompt"]} for sample, row in zip(samples, pairs)]
     sides = [side for side in ("chosen", "rejected") if side in pairs[0]]
     sums = dict.fromkeys(("rows", "tokens", "nll", "right"), 0.0)
-    per_token = lambda micro: {"x": common.policy_logprobs(policy, micro, args.temperature)[0]}  # noqa: E731
-    with common.gathered(policy):  # ranks may have different numbers of pairs
+    per_token = lambda micro: {"x": lm.policy_logprobs(policy, micro, args.temperature)[0]}  # noqa: E731
+    with lm.gathered(policy):  # ranks may have different numbers of pairs
         if mine := pairs[common.rank() :: common.world()]:
             batch = make_batch(mine, sides, tokenizer.pad_token_id, device)
-            total = common.map_rows(per_token, batch, args.micro_batch)["x"].sum(1)
+            total = lm.map_rows(per_token, batch, args.micro_batch)["x"].sum(1)
             better, tokens = total[batch["chosen"]], batch["mask"][batch["chosen"]].sum()
             sums |= {"rows": len(mine), "tokens": tokens, "nll": -better.sum()}
             sums["right"] = (better > total[batch["rejected"]]).sum() if len(sides) == 2 else 0.0

@@ -21,6 +21,8 @@ from pathlib import Path
 from unittest import mock
 
 import common  # before torch: it sets how threads wait
+import lm
+import gpu
 
 import torch
 import torch.nn.functional as F
@@ -41,10 +43,10 @@ class Checks:
         self.tight = 0.1 if args.dtype == "bfloat16" else 1e-4
         self.looking, self.answers, self.sampled, self.rollout, self.told = False, {}, set(), None, set()
         self.gap = None
-        self.screen, self.complete, self.sampler_gap = sys.stdout, common.Sampling.complete, common.sampler_gap
+        self.screen, self.complete, self.sampler_gap = sys.stdout, lm.Sampling.complete, lm.sampler_gap
         names = ("train", "update", "judge", "revise")
         self.real = {name: getattr(module, name) for name in names if hasattr(module, name)}
-        self.token_scores = common.token_scores
+        self.token_scores = lm.token_scores
 
     def run(self) -> None:
         """The whole script, in a folder that is thrown away."""
@@ -61,10 +63,10 @@ class Checks:
                 stack.enter_context(mock.patch.object(self.module, name, getattr(self, name)))
             stack.enter_context(mock.patch.object(common, "make_batch", self.make_batch(common.make_batch)))
             complete = lambda *given, **more: self.spied_complete(*given, **more)  # noqa: E731
-            stack.enter_context(mock.patch.object(common.Sampling, "complete", complete))
-            stack.enter_context(mock.patch.object(common, "sampler_gap", self.spied_gap))
+            stack.enter_context(mock.patch.object(lm.Sampling, "complete", complete))
+            stack.enter_context(mock.patch.object(lm, "sampler_gap", self.spied_gap))
             if "train" not in self.real:
-                stack.enter_context(mock.patch.object(common, "token_scores", self.spied_scores))
+                stack.enter_context(mock.patch.object(lm, "token_scores", self.spied_scores))
             stack.enter_context(mock.patch.object(common.RunFolder, "report"))
             stack.enter_context(contextlib.redirect_stdout(None))  # the script's own lines are not shown
             getattr(self.module, "train" if "train" in self.real else "evaluate")(small)
@@ -112,7 +114,7 @@ class Checks:
         return out
 
     def spied_gap(self, per_token, batch, sampled, dtype, **more):
-        """common.sampler_gap(): the training forward gives tokens the log-probabilities with which they were drawn."""
+        """lm.sampler_gap(): the training forward gives tokens the log-probabilities with which they were drawn."""
         try:
             gap = self.sampler_gap(per_token, batch, sampled, dtype, **more)
             self.gap = True, f"mean |ratio - 1| {gap:.1e}"
@@ -145,7 +147,7 @@ class Checks:
         return self.real["update"](*given, **more)
 
     def spied_scores(self, model, batch, ref=None):
-        """common.token_scores() of the reward model that evaluate.py rates."""
+        """lm.token_scores() of the reward model that evaluate.py rates."""
         if "scores" not in self.told:
             self.told.add("scores")
             self.look_at_models({"reward": model}, batch)
@@ -174,7 +176,7 @@ class Checks:
 
     def look_at_models(self, models, batch) -> None:
         args, first, tokenizer = self.args, next(iter(models.values())), self.tokenizer()
-        stops = {*common.stop_ids(first, tokenizer)} if first.can_generate() else {tokenizer.eos_token_id}
+        stops = {*lm.stop_ids(first, tokenizer)} if first.can_generate() else {tokenizer.eos_token_id}
         self.report("tokenizer and vocabularies agree", self.vocabularies, models)
         self.report("dropout is off", dropout_is_off, models)
         if id(batch["mask"]) in self.answers:
@@ -189,7 +191,7 @@ class Checks:
         rows = int(rows * small * getattr(args, "prompts_per_step", getattr(args, "pairs_per_step", 4)))
         sizes = {name: getattr(args, name) for name in ("micro_batch", "max_prompt", "max_new_tokens", "dtype")}
         at_once = getattr(args, "rollout_rows", 0)
-        self.report("peak memory", lambda: common.estimate_memory(models, rows=rows, rollout_rows=at_once, **sizes))
+        self.report("peak memory", lambda: gpu.estimate_memory(models, rows=rows, rollout_rows=at_once, **sizes))
 
     def look_at_gradients(self, bound) -> None:
         gradient, metrics = self.gradient(bound, 8)
@@ -200,7 +202,7 @@ class Checks:
         self.report("gradient ignores micro-batches", self.micro_batches, bound, gradient)
 
     def tokenizer(self):
-        return common.load_tokenizer(self.args.model)
+        return lm.load_tokenizer(self.args.model)
 
     def vocabularies(self, models) -> tuple[bool, str]:
         """Every id of the tokenizer has a row in each model's embeddings."""
@@ -220,14 +222,14 @@ class Checks:
     @torch.no_grad()
     def padding(self, model, batch) -> tuple[bool, str]:
         """Log-probabilities (or scalars) are the same for rows alone, and with more padding on both sides."""
-        scalar = common.has_scalar_head(model.config)
+        scalar = lm.has_scalar_head(model.config)
         if scalar:  # a head that starts at 0 would pass any test
-            head, before = common.scalar_head(model), [p.clone() for p in common.scalar_head(model).parameters()]
+            head, before = lm.scalar_head(model), [p.clone() for p in lm.scalar_head(model).parameters()]
             for parameter in head.parameters():
                 torch.nn.init.normal_(parameter, std=0.1)
 
         def per_token(micro):
-            return common.completion_scalars(model, micro) if scalar else common.policy_logprobs(model, micro)[0]
+            return lm.completion_scalars(model, micro) if scalar else lm.policy_logprobs(model, micro)[0]
 
         names = ("prompt_ids", "prompt_mask", "completion_ids", "mask")
         error = padding_error(per_token, {name: batch[name] for name in names})
@@ -241,7 +243,7 @@ class Checks:
         sampling, prompt_ids, noise = self.rollout
         completion_ids, sampled = self.complete(sampling, prompt_ids, 1, noise, return_logprobs=True)
         batch = common.make_batch(prompt_ids, completion_ids, 0, next(sampling.policy.parameters()).device)
-        per_token = lambda micro: common.policy_logprobs(sampling.policy, micro, sampling.temperature)[0]  # noqa: E731
+        per_token = lambda micro: lm.policy_logprobs(sampling.policy, micro, sampling.temperature)[0]  # noqa: E731
         self.spied_gap(per_token, batch, sampled, self.args.dtype)
 
     def gradient(self, bound, size: int):
@@ -252,7 +254,7 @@ class Checks:
             param_groups = bound["optimizer"].param_groups
 
             def step(self):
-                parts = [p.grad for p in common.trainable_parameters(models) if p.grad is not None]
+                parts = [p.grad for p in lm.trainable_parameters(models) if p.grad is not None]
                 found.append(torch.cat([getattr(g, "full_tensor", lambda g=g: g)().flatten() for g in parts]))
 
             def zero_grad(self, **_):
@@ -280,7 +282,7 @@ class Checks:
             gaps.update({k: abs(v) for k, v in metrics.items() if k.startswith("kl/") or k.endswith("margin")})
             batch, policy = bound["batch"], bound["models"]["policy"]
             with torch.no_grad():
-                own = common.map_rows(lambda m: {"x": common.completion_hidden(policy, m)}, batch, 8)["x"]
+                own = lm.map_rows(lambda m: {"x": lm.completion_hidden(policy, m)}, batch, 8)["x"]
             for name in [k for k in batch if k.endswith("_hidden")]:
                 evaluated = (batch[name].abs().amax((1, 2)) > 0)[:, None] & batch["mask"]
                 gaps[name] = (batch[name] - own)[evaluated].abs().mean().item()
@@ -308,7 +310,7 @@ class Checks:
 
 def dropout_is_off(models) -> tuple[bool, str]:
     modules = [m for model in models.values() for m in model.modules()]
-    parts = [c for model in models.values() for c in common.configs(model.config)]
+    parts = [c for model in models.values() for c in lm.configs(model.config)]
     left = [(key, value) for part in [*modules, *parts] for key, value in vars(part).items() if "drop" in key]
     left += [("Dropout.p", m.p) for m in modules if isinstance(m, torch.nn.Dropout)]
     left = [key for key, value in left if isinstance(value, float) and value > 0]
@@ -321,7 +323,7 @@ def padding_error(per_token, batch) -> float:
     The mean counts: in bfloat16 single tokens differ by half a nat between healthy kernels.
     """
     whole = per_token(batch)
-    alone = common.map_rows(lambda micro: {"x": per_token(micro)}, batch, 1)["x"]
+    alone = lm.map_rows(lambda micro: {"x": per_token(micro)}, batch, 1)["x"]
     wide = {k: F.pad(v, (5, 0) if k.startswith("prompt") else (0, 5)) for k, v in batch.items()}
     padded = per_token(wide)[:, : batch["mask"].shape[1]]
     return max((x - whole)[batch["mask"]].abs().mean().item() for x in (alone, padded))

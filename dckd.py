@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import common  # before torch: it sets how OpenMP threads wait
+import lm
 import tasks
 
 import torch
@@ -124,16 +125,16 @@ def objective(models, micro, counts, args):
     """The share of a micro-batch in the loss of its step, and in each metric, which are means."""
     mask = micro["mask"]
     with torch.no_grad():
-        teacher_hidden = common.completion_hidden(models["teacher"], micro)[mask]  # [N, H']
-    hidden = common.completion_hidden(models["policy"], micro)[mask]  # [N, H]
-    heads = [(hidden, common.head_weight(models["policy"])), (teacher_hidden, common.head_weight(models["teacher"]))]
+        teacher_hidden = lm.completion_hidden(models["teacher"], micro)[mask]  # [N, H']
+    hidden = lm.completion_hidden(models["policy"], micro)[mask]  # [N, H]
+    heads = [(hidden, lm.head_weight(models["policy"])), (teacher_hidden, lm.head_weight(models["teacher"]))]
     weights = [(micro[side][:, None] & mask)[mask] / counts[side] for side in ("chosen", "rejected")]  # [N]
     columns = [micro["completion_ids"][mask], *weights]
 
     def loss(*logits_and_columns):  # of some of the tokens: [N, V] never exists at once
         return dckd_loss(*logits_and_columns, args.chosen_weight, args.rejected_weight)
 
-    return common.over_vocabulary(loss, heads, columns, args.temperature)
+    return lm.over_vocabulary(loss, heads, columns, args.temperature)
 
 
 # same in: dpo.py dckd.py adpa.py
@@ -143,14 +144,14 @@ def update(models, optimizer, batch, args) -> dict[str, float]:
     counts = {"pairs": batch["chosen"].sum()} | {name: mask[batch[name]].sum() for name in sides}
     counts = common.all_sum(counts, mask.device)  # counted first, divided by once
     means = {}
-    pieces = common.micro_batches(batch, list(range(len(mask))), args.micro_batch, together=len(sides))
-    for micro in common.accumulate_over(models, pieces):
+    pieces = lm.micro_batches(batch, list(range(len(mask))), args.micro_batch, together=len(sides))
+    for micro in lm.accumulate_over(models, pieces):
         loss, metrics = objective(models, micro, counts, args)
         (loss * common.world()).backward()  # FSDP averages over ranks
         for name, x in (metrics | {"loss/total": loss.detach()}).items():
             means[name] = means.get(name, 0.0) + x.double()
     means = common.all_sum(means, mask.device)
-    norm = torch.nn.utils.clip_grad_norm_(common.trainable_parameters(models), args.max_grad_norm)
+    norm = torch.nn.utils.clip_grad_norm_(lm.trainable_parameters(models), args.max_grad_norm)
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     common.stop_unless_finite({"grad_norm": norm, **means})
     optimizer.step()
@@ -170,7 +171,7 @@ def train(args) -> None:
     models, optimizer = build(args, device)
     policy = models["policy"]
     limits = args.max_prompt, args.max_new_tokens, args.temperature, args.rollout_rows
-    sampling = common.Sampling(policy, tokenizer, *limits)
+    sampling = lm.Sampling(policy, tokenizer, *limits)
 
     for step in run.steps(models, optimizer, lambda: evaluate(sampling, task, test_pairs, args)):
         # ---- 1. the pairs of this step
@@ -196,19 +197,19 @@ def build(args, device):
     """The models by name, and one optimizer for all that is trained."""
     shared = dict(dtype=args.dtype, device=device, seed=args.seed)
     trained = shared | dict(lora_rank=args.lora_rank, activation_checkpointing=args.activation_checkpointing)
-    models = torch.nn.ModuleDict({"policy": common.load_model(args.model, **trained)})
-    models["teacher"] = common.load_model(args.teacher, trainable=False, **shared)
-    return models, torch.optim.Adam(common.trainable_parameters(models["policy"]), lr=args.lr, fused=True)
+    models = torch.nn.ModuleDict({"policy": lm.load_model(args.model, **trained)})
+    models["teacher"] = lm.load_model(args.teacher, trainable=False, **shared)
+    return models, torch.optim.Adam(lm.trainable_parameters(models["policy"]), lr=args.lr, fused=True)
 
 
 def prepare(args):
     """Data and tokenizer; every wrong argument and file is refused here, before a model is loaded."""
     even = args.micro_batch % 2 == 0
     require(even, f"--micro_batch {args.micro_batch}: the answers to a prompt stay together, so it must be even")
-    tokenizer = common.load_tokenizer(args.model)
+    tokenizer = lm.load_tokenizer(args.model)
     for name in (args.model, args.teacher):
-        common.fits_context(name, args.max_prompt + args.max_new_tokens)
-    common.same_tokenizer(args.model, tokenizer, args.teacher, common.load_tokenizer(args.teacher))
+        lm.fits_context(name, args.max_prompt + args.max_new_tokens)
+    lm.same_tokenizer(args.model, tokenizer, args.teacher, lm.load_tokenizer(args.teacher))
     return *load_data(args, tokenizer, tasks.load_pairs), tokenizer
 
 
@@ -258,11 +259,11 @@ def evaluate(sampling, task, pairs, args):
         samples = [sample | {"prompt": row["prompt"]} for sample, row in zip(samples, pairs)]
     sides = [side for side in ("chosen", "rejected") if side in pairs[0]]
     sums = dict.fromkeys(("rows", "tokens", "nll", "right"), 0.0)
-    per_token = lambda micro: {"x": common.policy_logprobs(policy, micro, args.temperature)[0]}  # noqa: E731
-    with common.gathered(policy):  # ranks may have different numbers of pairs
+    per_token = lambda micro: {"x": lm.policy_logprobs(policy, micro, args.temperature)[0]}  # noqa: E731
+    with lm.gathered(policy):  # ranks may have different numbers of pairs
         if mine := pairs[common.rank() :: common.world()]:
             batch = make_batch(mine, sides, tokenizer.pad_token_id, device)
-            total = common.map_rows(per_token, batch, args.micro_batch)["x"].sum(1)
+            total = lm.map_rows(per_token, batch, args.micro_batch)["x"].sum(1)
             better, tokens = total[batch["chosen"]], batch["mask"][batch["chosen"]].sum()
             sums |= {"rows": len(mine), "tokens": tokens, "nll": -better.sum()}
             sums["right"] = (better > total[batch["rejected"]]).sum() if len(sides) == 2 else 0.0

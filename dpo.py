@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Literal
 
 import common  # before torch: it sets how OpenMP threads wait
+import lm
 import tasks
 
 import torch
@@ -100,9 +101,9 @@ def objective(models, micro, counts, args):
     """The share of a micro-batch in the loss of its step, and in each metric, which are means."""
     chosen = micro["chosen"]  # [B]
     if args.loss == "dpo":
-        with torch.no_grad(), common.reference(models) as ref:
-            ref_total = common.policy_logprobs(ref, micro, args.temperature)[0].sum(1)  # [B]
-    logprobs, entropy = common.policy_logprobs(models["policy"], micro, args.temperature)  # [B, T]
+        with torch.no_grad(), lm.reference(models) as ref:
+            ref_total = lm.policy_logprobs(ref, micro, args.temperature)[0].sum(1)  # [B]
+    logprobs, entropy = lm.policy_logprobs(models["policy"], micro, args.temperature)  # [B, T]
     nll = -logprobs[chosen].sum() / counts["chosen"]
     metrics = {"loss/nll": nll.detach(), "policy/entropy": entropy[chosen].sum() / counts["chosen"]}
     if args.loss == "sft":
@@ -120,14 +121,14 @@ def update(models, optimizer, batch, args) -> dict[str, float]:
     counts = {"pairs": batch["chosen"].sum()} | {name: mask[batch[name]].sum() for name in sides}
     counts = common.all_sum(counts, mask.device)  # counted first, divided by once
     means = {}
-    pieces = common.micro_batches(batch, list(range(len(mask))), args.micro_batch, together=len(sides))
-    for micro in common.accumulate_over(models, pieces):
+    pieces = lm.micro_batches(batch, list(range(len(mask))), args.micro_batch, together=len(sides))
+    for micro in lm.accumulate_over(models, pieces):
         loss, metrics = objective(models, micro, counts, args)
         (loss * common.world()).backward()  # FSDP averages over ranks
         for name, x in (metrics | {"loss/total": loss.detach()}).items():
             means[name] = means.get(name, 0.0) + x.double()
     means = common.all_sum(means, mask.device)
-    norm = torch.nn.utils.clip_grad_norm_(common.trainable_parameters(models), args.max_grad_norm)
+    norm = torch.nn.utils.clip_grad_norm_(lm.trainable_parameters(models), args.max_grad_norm)
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     common.stop_unless_finite({"grad_norm": norm, **means})
     optimizer.step()
@@ -147,7 +148,7 @@ def train(args) -> None:
     models, optimizer = build(args, device)
     policy = models["policy"]
     limits = args.max_prompt, args.max_new_tokens, args.temperature, args.rollout_rows
-    sampling = common.Sampling(policy, tokenizer, *limits)
+    sampling = lm.Sampling(policy, tokenizer, *limits)
     sides = ("chosen", "rejected") if args.loss == "dpo" else ("chosen",)
 
     for step in run.steps(models, optimizer, lambda: evaluate(sampling, task, test_pairs, args)):
@@ -177,18 +178,18 @@ def build(args, device):
     """The models by name, and one optimizer for all that is trained."""
     shared = dict(dtype=args.dtype, device=device, seed=args.seed)
     trained = shared | dict(lora_rank=args.lora_rank, activation_checkpointing=args.activation_checkpointing)
-    models = torch.nn.ModuleDict({"policy": common.load_model(args.model, **trained)})
+    models = torch.nn.ModuleDict({"policy": lm.load_model(args.model, **trained)})
     if args.loss == "dpo" and not args.lora_rank:  # with LoRA, the policy without its adapters is the reference
-        models["ref"] = common.load_model(args.model, trainable=False, **shared)
-    return models, torch.optim.Adam(common.trainable_parameters(models["policy"]), lr=args.lr, fused=True)
+        models["ref"] = lm.load_model(args.model, trainable=False, **shared)
+    return models, torch.optim.Adam(lm.trainable_parameters(models["policy"]), lr=args.lr, fused=True)
 
 
 def prepare(args):
     """Data and tokenizer; every wrong argument and file is refused here, before a model is loaded."""
     even = args.loss == "sft" or args.micro_batch % 2 == 0
     require(even, f"--micro_batch {args.micro_batch}: the answers to a prompt stay together, so it must be even")
-    tokenizer = common.load_tokenizer(args.model)
-    common.fits_context(args.model, args.max_prompt + args.max_new_tokens)
+    tokenizer = lm.load_tokenizer(args.model)
+    lm.fits_context(args.model, args.max_prompt + args.max_new_tokens)
     load = tasks.load_pairs if args.loss == "dpo" else tasks.load_demonstrations
     return *load_data(args, tokenizer, load), tokenizer
 
@@ -239,11 +240,11 @@ def evaluate(sampling, task, pairs, args):
         samples = [sample | {"prompt": row["prompt"]} for sample, row in zip(samples, pairs)]
     sides = [side for side in ("chosen", "rejected") if side in pairs[0]]
     sums = dict.fromkeys(("rows", "tokens", "nll", "right"), 0.0)
-    per_token = lambda micro: {"x": common.policy_logprobs(policy, micro, args.temperature)[0]}  # noqa: E731
-    with common.gathered(policy):  # ranks may have different numbers of pairs
+    per_token = lambda micro: {"x": lm.policy_logprobs(policy, micro, args.temperature)[0]}  # noqa: E731
+    with lm.gathered(policy):  # ranks may have different numbers of pairs
         if mine := pairs[common.rank() :: common.world()]:
             batch = make_batch(mine, sides, tokenizer.pad_token_id, device)
-            total = common.map_rows(per_token, batch, args.micro_batch)["x"].sum(1)
+            total = lm.map_rows(per_token, batch, args.micro_batch)["x"].sum(1)
             better, tokens = total[batch["chosen"]], batch["mask"][batch["chosen"]].sum()
             sums |= {"rows": len(mine), "tokens": tokens, "nll": -better.sum()}
             sums["right"] = (better > total[batch["rejected"]]).sum() if len(sides) == 2 else 0.0

@@ -38,6 +38,7 @@ from pathlib import Path
 from typing import Literal
 
 import common  # before torch: it sets how OpenMP threads wait
+import lm
 import tasks
 
 import torch
@@ -208,10 +209,10 @@ def grade(task, mine: list[tuple], tokenizer, stops: list[int], args) -> list[di
 
 def load_policy(args, device):
     """Tokenizer and sampler; greedy is the same sampler at temperature 0."""
-    tokenizer = common.load_tokenizer(args.model)
-    policy = common.load_model(args.model, dtype=args.dtype, device=device, trainable=False)
+    tokenizer = lm.load_tokenizer(args.model)
+    policy = lm.load_model(args.model, dtype=args.dtype, device=device, trainable=False)
     limits = args.max_prompt, args.max_new_tokens, args.temperature, args.rollout_rows
-    return tokenizer, common.Sampling(policy, tokenizer, *limits)
+    return tokenizer, lm.Sampling(policy, tokenizer, *limits)
 
 
 def measure_accuracy(args) -> None:
@@ -219,7 +220,7 @@ def measure_accuracy(args) -> None:
     device, n, train = common.local_device(args.device), args.samples_per_prompt, bool(args.pairs_out)
     held_out = args.test_rows, args.test_dataset
     task = tasks.load_task(args.task, args.dataset, args.reward_file, args.seed, *held_out, train=train)
-    tokenizer = common.load_tokenizer(args.model)
+    tokenizer = lm.load_tokenizer(args.model)
     task = tasks.fit_prompts(task, tokenizer, args.max_prompt, args.long_prompts)
     if train:
         rows = task.rows(args.seed, 0, min(args.test_rows, len(task.train) or args.test_rows))
@@ -230,7 +231,7 @@ def measure_accuracy(args) -> None:
     prompts, graded = {i: sampling.encode(row) for i, row in enumerate(task.test)}, {}
     for name, how, draws in (("greedy", replace(sampling, temperature=0.0), [0]), ("sampled", sampling, range(n))):
         mine = complete(how, prompts, args.seed, draws, device)
-        mine = grade(task, mine, tokenizer, common.stop_ids(sampling.policy, tokenizer), args)
+        mine = grade(task, mine, tokenizer, lm.stop_ids(sampling.policy, tokenizer), args)
         rows = sorted(common.gather(mine), key=lambda row: row["prompt"])  # stable: draws stay in their order
         graded[name] = [row | {"prompt": task.test[row["prompt"]]["prompt"]} for row in rows]
     metrics = summary(*graded.values(), n, args.k or [4**i for i in range(1, 99) if 4**i <= n])
@@ -251,10 +252,10 @@ def measure_accuracy(args) -> None:
 def rate_reward_model(args) -> None:
     """The share of pairs whose chosen answer has the higher score, by the tokens' scores as the model's folder says."""
     device, name = common.local_device(args.device), args.reward_model
-    how, tokenizer = common.score_of(name, args.reward_ref), common.load_tokenizer(name)
+    how, tokenizer = lm.score_of(name, args.reward_ref), lm.load_tokenizer(name)
     if args.reward_ref:
-        common.same_tokenizer(name, tokenizer, args.reward_ref, common.load_tokenizer(args.reward_ref))
-    limit = getattr(common.load_config(name).get_text_config(), "max_position_embeddings", None) or sys.maxsize
+        lm.same_tokenizer(name, tokenizer, args.reward_ref, lm.load_tokenizer(args.reward_ref))
+    limit = getattr(lm.load_config(name).get_text_config(), "max_position_embeddings", None) or sys.maxsize
     rows, note = common.encode_pairs(tokenizer, tasks.load_pairs(args.pairs), limit, limit)
     whole = [r for r in rows if len(r["prompt_ids"]) + max(len(r["chosen_ids"]), len(r["rejected_ids"])) <= limit]
     require(bool(whole), f"--pairs {args.pairs}: no pair fits the {limit} positions of {name}")
@@ -263,8 +264,8 @@ def rate_reward_model(args) -> None:
     run = common.RunFolder(args, __file__)
     names = {"reward": name} | ({"reward_ref": args.reward_ref} if args.reward_ref else {})
     shared = dict(head="saved", dtype=args.dtype, device=device, trainable=False)
-    models = torch.nn.ModuleDict({key: common.load_model(path, **shared) for key, path in names.items()})
-    score, mine = common.scored_by(models, how, tokenizer, limit, args.micro_batch), []
+    models = torch.nn.ModuleDict({key: lm.load_model(path, **shared) for key, path in names.items()})
+    score, mine = lm.scored_by(models, how, tokenizer, limit, args.micro_batch), []
     for first in range(0, len(rows), common.world() * args.micro_batch):  # as many pieces on every rank, see above
         numbers = range(first + common.rank(), len(rows), common.world())[: args.micro_batch]
         sides = [(rows[i]["prompt"], rows[i][f"{side}_ids"]) for side in ("chosen", "rejected") for i in numbers]
@@ -304,7 +305,7 @@ def load_questions(args, tokenizer) -> list[dict]:
 
 def answer_questions(args) -> None:
     """An answer file for a judge. A turn sees the questions and answers before it."""
-    device, tokenizer = common.local_device(args.device), common.load_tokenizer(args.model)
+    device, tokenizer = common.local_device(args.device), lm.load_tokenizer(args.model)
     questions = load_questions(args, tokenizer)
     run = common.RunFolder(args, __file__)
     tokenizer, sampling = load_policy(args, device)
@@ -319,7 +320,7 @@ def answer_questions(args) -> None:
             mine = complete(replace(sampling, temperature=temperature), prompts, args.seed, [turn], device)
             for i, ids in common.gather(mine):
                 chats[i].append({"role": "assistant", "content": common.decode(tokenizer, [ids])[0].strip()})
-                ended.append(float(ids[-1] in common.stop_ids(sampling.policy, tokenizer)))
+                ended.append(float(ids[-1] in lm.stop_ids(sampling.policy, tokenizer)))
     name = (args.generator or args.model.strip("./")).replace("/", "-")
     answers = [[m["content"] for m in chat if m["role"] == "assistant"] for chat in chats]
     if args.format == "alpaca_eval":
@@ -353,12 +354,12 @@ def with_sizes(args):
     if Path(args.model).is_dir() and file.is_file() and not args.format:
         trained = json.loads(file.read_text()).get("args", {})
         sizes = {name: size or trained.get(name, 0) for name, size in sizes.items()}
-    config = common.load_config(args.model).get_text_config()
+    config = lm.load_config(args.model).get_text_config()
     positions = getattr(config, "max_position_embeddings", None) or 1024
     left = (positions - sum(sizes.values())) // max(1, list(sizes.values()).count(0))
     sizes = {name: size or max(1, min(512, left)) for name, size in sizes.items()}
     common.say("sizes of " + args.model + ": " + " ".join(f"--{name} {size}" for name, size in sizes.items()))
-    common.fits_context(args.model, sum(sizes.values()))
+    lm.fits_context(args.model, sum(sizes.values()))
     return replace(args, **sizes)
 
 

@@ -14,6 +14,7 @@ import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 import common
+import lm
 
 # Fused passes over [n, V] for any number of tokens; a loss is compiled once per process, in some ten seconds.
 fused = functools.partial(torch.compile, dynamic=True)
@@ -43,7 +44,7 @@ class StaticLayer(DynamicLayer):
 @contextlib.contextmanager
 def without_hooks(model):
     """FSDP's hooks off: all parameters are whole here, and hooks cannot be recorded."""
-    modules = [m for m in model.modules() if isinstance(m, common.FSDPModule)]
+    modules = [m for m in model.modules() if isinstance(m, lm.FSDPModule)]
     saved = [(m, m._forward_pre_hooks, m._forward_hooks) for m in modules]
     for m in modules:
         m._forward_pre_hooks, m._forward_hooks = OrderedDict(), OrderedDict()
@@ -82,7 +83,7 @@ class Decoder:
         self.tokens, self.lengths = whole(rows, self.T, dtype=torch.long), whole(rows, dtype=torch.long)
         self.logprobs, self.noise, self.greedy = whole(rows, self.T), whole(rows, self.T), True
         self.t, self.column = whole(1, dtype=torch.long), whole(1, dtype=torch.long)
-        self.bias = whole(rows, 1, 1, self.columns, dtype=common.head_weight(model).dtype)
+        self.bias = whole(rows, 1, 1, self.columns, dtype=lm.head_weight(model).dtype)
 
     def __call__(self, prompt_ids, samples: int, noise):
         """Completions and the log-probabilities of their tokens, as lists, like `_generate`."""
@@ -100,7 +101,7 @@ class Decoder:
                     size = smaller
             self._step(size)
         lengths = self.lengths[:n]
-        return common._cut(self.tokens[:n], lengths), common._cut(self.logprobs[:n], lengths)
+        return lm._cut(self.tokens[:n], lengths), lm._cut(self.logprobs[:n], lengths)
 
     def _read(self, prompt_ids, samples, noise, n) -> None:
         """The prompts, read once each, into the static cache; then the first token of each row."""
@@ -128,12 +129,12 @@ class Decoder:
         if noise is not None:
             self.noise[:n] = noise.to(self.device)
         self.t.zero_(), self.column.fill_(P - 1)
-        self._choose(common.logits_of(hidden[:, -1], common.head_weight(self.model)).repeat_interleave(samples, 0), n)
+        self._choose(lm.logits_of(hidden[:, -1], lm.head_weight(self.model)).repeat_interleave(samples, 0), n)
 
     def _choose(self, logits, size: int) -> None:
         """Draws a token per row, and sets the next step up."""
         rows, t, alive = self.rows[:size], self.t.expand(size), self.alive[:size]
-        token, logprob = common._pick(logits, self.temperature, None if self.greedy else self.noise[rows, t])
+        token, logprob = lm._pick(logits, self.temperature, None if self.greedy else self.noise[rows, t])
         self.tokens[rows, t], self.logprobs[rows, t] = token, logprob
         self.lengths[rows] += alive
         alive &= (token[:, None] != self.stop).all(1)
@@ -152,7 +153,7 @@ class Decoder:
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state
-        self._choose(common.logits_of(hidden[:, -1], common.head_weight(self.model)), size)
+        self._choose(lm.logits_of(hidden[:, -1], lm.head_weight(self.model)), size)
 
     def _step(self, size: int) -> None:
         """The first step of a size runs as it is, the second is recorded, and later ones are replayed."""

@@ -40,6 +40,7 @@ from typing import Literal
 import math
 
 import common  # before torch: it sets how OpenMP threads wait
+import lm
 import tasks
 
 import torch
@@ -254,8 +255,8 @@ def estimate_advantages(batch, args) -> None:
 def states(policy, heads, micro):
     """(hidden states [N, H], LM head [V, H]) of pi and of pi_old, whose products are the logits of each state."""
     mask = micro["mask"]
-    hidden = common.completion_hidden(policy, micro)[mask]
-    now = hidden, common.head_weight(policy)
+    hidden = lm.completion_hidden(policy, micro)[mask]
+    now = hidden, lm.head_weight(policy)
     if "old" in heads:
         return now, (micro["old_hidden"][mask], heads["old"])
     return now, tuple(x.detach() for x in now)  # a single update per rollout: pi = pi_old
@@ -274,7 +275,7 @@ def kld_objective(policy, heads, micro, args):
         return total, step_sizes(logp.detach(), old_logits.log_softmax(-1), target_logp) | {"loss/policy": total}
 
     columns = [micro["completion_ids"][mask], micro["advantages"][mask]]
-    return common.over_vocabulary(loss, [now, old], columns, args.temperature)
+    return lm.over_vocabulary(loss, [now, old], columns, args.temperature)
 
 
 def sampled_objective(policy, heads, micro, args):
@@ -313,7 +314,7 @@ def dense_objective(policy, heads, micro, args):
         return total, step_sizes(logp.detach(), old_logp, target_logp) | {"loss/policy": total}
 
     columns = [micro["completion_ids"][mask], micro["advantages"][mask], micro["scale"][mask]]
-    return common.over_vocabulary(loss, [now, old, *models], columns, args.temperature)
+    return lm.over_vocabulary(loss, [now, old, *models], columns, args.temperature)
 
 
 def update(models, heads, optimizer, batch, rows, args, train_policy: bool = True):
@@ -327,11 +328,11 @@ def update(models, heads, optimizer, batch, rows, args, train_policy: bool = Tru
     tokens = common.all_sum({"n": batch["mask"][rows].sum()}, device)["n"]  # counted first, divided by once
     objective = dense_objective if "reward" in heads else kld_objective if args.loss == "kld" else sampled_objective
     sums = {}
-    for micro in common.accumulate_over(models, common.micro_batches(batch, rows, args.micro_batch)):
+    for micro in lm.accumulate_over(models, lm.micro_batches(batch, rows, args.micro_batch)):
         loss, metrics = objective(models["policy"], heads, micro, args)
         loss = loss * train_policy
         if "critic" in models:
-            values, at = common.completion_scalars(models["critic"], micro), micro["mask"]
+            values, at = lm.completion_scalars(models["critic"], micro), micro["mask"]
             critic_loss, more = value_loss(values[at], micro["values"][at], micro["returns"][at], args.value_clip)
             loss, metrics = loss + args.vf_coef * critic_loss, metrics | more
         (loss * common.world() / tokens).backward()  # FSDP averages over ranks
@@ -339,7 +340,7 @@ def update(models, heads, optimizer, batch, rows, args, train_policy: bool = Tru
     sums = common.all_sum(sums, device)
     if not train_policy:  # no gradients, not even 0: with those Adam's momentum would go on
         models["policy"].zero_grad(set_to_none=True)
-    norm = torch.nn.utils.clip_grad_norm_(common.trainable_parameters(models), args.max_grad_norm)
+    norm = torch.nn.utils.clip_grad_norm_(lm.trainable_parameters(models), args.max_grad_norm)
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     common.stop_unless_finite({"grad_norm": norm, **sums})
     optimizer.step()
@@ -358,10 +359,10 @@ def train(args) -> None:
     models, optimizer = build(args, device)
     policy = models["policy"]
     if task.reward is None:
-        score = common.score_of(args.reward_model, args.reward_ref)
-        task.reward = common.scored_by(models, score, tokenizer, args.max_prompt, args.micro_batch)
+        score = lm.score_of(args.reward_model, args.reward_ref)
+        task.reward = lm.scored_by(models, score, tokenizer, args.max_prompt, args.micro_batch)
     limits = args.max_prompt, args.max_new_tokens, args.temperature, args.rollout_rows
-    sampling = common.Sampling(policy, tokenizer, *limits)
+    sampling = lm.Sampling(policy, tokenizer, *limits)
 
     for step in run.steps(models, optimizer, lambda: sampling.evaluate(task, args.seed)):
         # ---- 1. roll out: samples_per_prompt completions of each prompt from pi_old = pi
@@ -369,8 +370,8 @@ def train(args) -> None:
         rollout = sampling.rollout(rows, args.samples_per_prompt, args.seed, step)
         rows, prompt_ids, completion_ids, finished, sampled = rollout
         batch = common.make_batch(prompt_ids, completion_ids, tokenizer.pad_token_id, device)
-        logprobs = lambda micro: common.policy_logprobs(policy, micro, args.temperature)[0]  # noqa: E731
-        gap = common.sampler_gap(logprobs, batch, sampled, args.dtype)  # the sampler is the policy
+        logprobs = lambda micro: lm.policy_logprobs(policy, micro, args.temperature)[0]  # noqa: E731
+        gap = lm.sampler_gap(logprobs, batch, sampled, args.dtype)  # the sampler is the policy
         completions = common.decode(tokenizer, completion_ids)
         run.lap("rollout")
 
@@ -396,7 +397,7 @@ def train(args) -> None:
             for mine in common.minibatch_rows(args.seed, step, epoch, len(rows) * common.world(), args.minibatches):
                 new, n = update(models, heads, optimizer, batch, mine, args, train_policy=step >= args.critic_warmup)
                 if tokens == 0 and "policy/ratio_gap" in new:  # mse and lch know no ratio
-                    common.stop_unless_on_policy(new["policy/ratio_gap"] / n, args.dtype, device)
+                    lm.stop_unless_on_policy(new["policy/ratio_gap"] / n, args.dtype, device)
                 sums, tokens = {k: sums.get(k, 0.0) + v for k, v in new.items()}, tokens + n
         run.lap("update")
 
@@ -419,17 +420,17 @@ def build(args, device):
     """The models by name, and one optimizer for all that is trained."""
     shared = dict(dtype=args.dtype, device=device, seed=args.seed)
     trained = shared | dict(lora_rank=args.lora_rank, activation_checkpointing=args.activation_checkpointing)
-    models = torch.nn.ModuleDict({"policy": common.load_model(args.model, **trained)})
-    groups = [{"params": common.trainable_parameters(models["policy"]), "name": "lr"}]
+    models = torch.nn.ModuleDict({"policy": lm.load_model(args.model, **trained)})
+    groups = [{"params": lm.trainable_parameters(models["policy"]), "name": "lr"}]
     if args.advantage == "gae":
-        models["critic"] = common.load_model(args.model, head="scalar", **trained)
-        groups.append({"params": common.trainable_parameters(models["critic"]), "name": "critic_lr"})
+        models["critic"] = lm.load_model(args.model, head="scalar", **trained)
+        groups.append({"params": lm.trainable_parameters(models["critic"]), "name": "critic_lr"})
     if args.kl_coef and not args.lora_rank:  # with LoRA, the policy without its adapters is the reference
-        models["ref"] = common.load_model(args.model, trainable=False, **shared)
+        models["ref"] = lm.load_model(args.model, trainable=False, **shared)
     if args.reward_model:
-        models["reward"] = common.load_model(args.reward_model, head="saved", trainable=False, **shared)
+        models["reward"] = lm.load_model(args.reward_model, head="saved", trainable=False, **shared)
     if args.reward_ref:
-        models["reward_ref"] = common.load_model(args.reward_ref, trainable=False, **shared)
+        models["reward_ref"] = lm.load_model(args.reward_ref, trainable=False, **shared)
     return models, torch.optim.Adam(groups, lr=args.lr, eps=1e-5, fused=True)
 
 
@@ -446,12 +447,12 @@ def prepare(args):
         args.task, args.dataset, args.reward_file, args.seed, args.test_rows, args.test_dataset,
         graded=not args.reward_model,
     )
-    tokenizer = common.load_tokenizer(args.model)
-    common.fits_context(args.model, args.max_prompt + args.max_new_tokens)
+    tokenizer = lm.load_tokenizer(args.model)
+    lm.fits_context(args.model, args.max_prompt + args.max_new_tokens)
     for name in filter(None, (args.reward_model, args.reward_ref)):
-        common.score_of(args.reward_model, args.reward_ref)
-        common.same_tokenizer(args.model, tokenizer, name, common.load_tokenizer(name))
-        common.fits_context(name, args.max_prompt + args.max_new_tokens)
+        lm.score_of(args.reward_model, args.reward_ref)
+        lm.same_tokenizer(args.model, tokenizer, name, lm.load_tokenizer(name))
+        lm.fits_context(name, args.max_prompt + args.max_new_tokens)
     task = tasks.fit_prompts(task, tokenizer, args.max_prompt, args.long_prompts)
     common.say(f"{geometry}\n{task.note}")
     return task, tokenizer
@@ -465,28 +466,28 @@ def evaluate_models(models, batch, args):
     """
     one_update = args.epochs * args.minibatches == 1 and not args.kl_coef  # then pi = pi_old in the only update
     kept = {} if one_update else {"old": models["policy"]}
-    if args.advantage == "token" and args.reward_model and not common.has_scalar_head(models["reward"].config):
+    if args.advantage == "token" and args.reward_model and not lm.has_scalar_head(models["reward"].config):
         kept |= {name: models[name] for name in ("reward", "reward_ref") if name in models}
     heads = {}
 
     def one(micro):
         out = {}
         for name, model in kept.items():
-            out[f"{name}_hidden"] = common.completion_hidden(model, micro)
+            out[f"{name}_hidden"] = lm.completion_hidden(model, micro)
             if name not in heads:
-                heads[name] = common.head_weight(model).clone()
+                heads[name] = lm.head_weight(model).clone()
         if args.kl_coef:
-            out["old_logprobs"] = common.policy_logprobs(models["policy"], micro, args.temperature)[0]
-            with common.reference(models) as ref:
-                out["ref_logprobs"] = common.policy_logprobs(ref, micro, args.temperature)[0]
+            out["old_logprobs"] = lm.policy_logprobs(models["policy"], micro, args.temperature)[0]
+            with lm.reference(models) as ref:
+                out["ref_logprobs"] = lm.policy_logprobs(ref, micro, args.temperature)[0]
         if "critic" in models:
-            out["values"] = common.completion_scalars(models["critic"], micro) * micro["mask"]
+            out["values"] = lm.completion_scalars(models["critic"], micro) * micro["mask"]
         if "reward" in models:
             ref = models["reward_ref"] if args.reward_ref else None
-            out["scores"] = common.token_scores(models["reward"], micro, ref)
+            out["scores"] = lm.token_scores(models["reward"], micro, ref)
         return out
 
-    batch |= common.map_rows(one, batch, args.micro_batch)
+    batch |= lm.map_rows(one, batch, args.micro_batch)
     if "reward" in heads:  # what whiten() multiplies the scores by
         mask, x = batch["mask"], batch["scores"].double()
         sums = common.all_sum({"n": mask.sum(), "x": x.sum(), "xx": x.square().sum()}, x.device)
@@ -505,7 +506,7 @@ def token_rewards(task_rewards, batch, finished, args):
     rewards = torch.zeros(mask.shape, device=mask.device)
     last = mask.sum(1) - 1
     if args.reward_model:
-        only_last = common.score_of(args.reward_model, args.reward_ref) == "last"
+        only_last = lm.score_of(args.reward_model, args.reward_ref) == "last"
         rewards = whiten(batch["scores"], mask & (mask.cumsum(1) > last[:, None]) if only_last else mask)
     for b, value in enumerate([] if args.reward_model else task_rewards):
         if isinstance(value, list):

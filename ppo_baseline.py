@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import common  # before torch: it sets how OpenMP threads wait
+import lm
 import tasks
 
 import torch
@@ -202,7 +203,7 @@ def estimate_advantages(batch, args) -> None:
 def policy_objective(policy, micro, args):
     """The loss of one micro-batch, summed over its tokens, and metric sums."""
     mask = micro["mask"]
-    logprobs, entropy = common.policy_logprobs(policy, micro, args.temperature)
+    logprobs, entropy = lm.policy_logprobs(policy, micro, args.temperature)
     old_logprobs = micro.get("old_logprobs", logprobs.detach())
     loss, metrics = policy_loss(logprobs[mask], old_logprobs[mask], micro["advantages"][mask], args.loss, args.clip)
     return loss, metrics | {"policy/entropy": entropy.sum()}
@@ -218,11 +219,11 @@ def update(models, optimizer, batch, rows, args, train_policy: bool = True):
     train_policy = train_policy and signal
     tokens = common.all_sum({"n": batch["mask"][rows].sum()}, device)["n"]  # counted first, divided by once
     sums = {}
-    for micro in common.accumulate_over(models, common.micro_batches(batch, rows, args.micro_batch)):
+    for micro in lm.accumulate_over(models, lm.micro_batches(batch, rows, args.micro_batch)):
         loss, metrics = policy_objective(models["policy"], micro, args)
         loss = loss * train_policy
         if "critic" in models:
-            values, at = common.completion_scalars(models["critic"], micro), micro["mask"]
+            values, at = lm.completion_scalars(models["critic"], micro), micro["mask"]
             critic_loss, more = value_loss(values[at], micro["values"][at], micro["returns"][at], args.value_clip)
             loss, metrics = loss + args.vf_coef * critic_loss, metrics | more
         (loss * common.world() / tokens).backward()  # FSDP averages over ranks
@@ -230,7 +231,7 @@ def update(models, optimizer, batch, rows, args, train_policy: bool = True):
     sums = common.all_sum(sums, device)
     if not train_policy:  # no gradients, not even 0: with those Adam's momentum would go on
         models["policy"].zero_grad(set_to_none=True)
-    norm = torch.nn.utils.clip_grad_norm_(common.trainable_parameters(models), args.max_grad_norm)
+    norm = torch.nn.utils.clip_grad_norm_(lm.trainable_parameters(models), args.max_grad_norm)
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     common.stop_unless_finite({"grad_norm": norm, **sums})
     optimizer.step()
@@ -249,10 +250,10 @@ def train(args) -> None:
     models, optimizer = build(args, device)
     policy = models["policy"]
     if task.reward is None:
-        score = common.score_of(args.reward_model, args.reward_ref)
-        task.reward = common.scored_by(models, score, tokenizer, args.max_prompt, args.micro_batch)
+        score = lm.score_of(args.reward_model, args.reward_ref)
+        task.reward = lm.scored_by(models, score, tokenizer, args.max_prompt, args.micro_batch)
     limits = args.max_prompt, args.max_new_tokens, args.temperature, args.rollout_rows
-    sampling = common.Sampling(policy, tokenizer, *limits)
+    sampling = lm.Sampling(policy, tokenizer, *limits)
 
     for step in run.steps(models, optimizer, lambda: sampling.evaluate(task, args.seed)):
         # ---- 1. roll out: samples_per_prompt completions of each prompt from pi_old = pi
@@ -260,8 +261,8 @@ def train(args) -> None:
         rollout = sampling.rollout(rows, args.samples_per_prompt, args.seed, step)
         rows, prompt_ids, completion_ids, finished, sampled = rollout
         batch = common.make_batch(prompt_ids, completion_ids, tokenizer.pad_token_id, device)
-        logprobs = lambda micro: common.policy_logprobs(policy, micro, args.temperature)[0]  # noqa: E731
-        gap = common.sampler_gap(logprobs, batch, sampled, args.dtype)  # the sampler is the policy
+        logprobs = lambda micro: lm.policy_logprobs(policy, micro, args.temperature)[0]  # noqa: E731
+        gap = lm.sampler_gap(logprobs, batch, sampled, args.dtype)  # the sampler is the policy
         completions = common.decode(tokenizer, completion_ids)
         run.lap("rollout")
 
@@ -287,7 +288,7 @@ def train(args) -> None:
             for mine in common.minibatch_rows(args.seed, step, epoch, len(rows) * common.world(), args.minibatches):
                 new, n = update(models, optimizer, batch, mine, args, train_policy=step >= args.critic_warmup)
                 if tokens == 0:
-                    common.stop_unless_on_policy(new["policy/ratio_gap"] / n, args.dtype, device)
+                    lm.stop_unless_on_policy(new["policy/ratio_gap"] / n, args.dtype, device)
                 sums, tokens = {k: sums.get(k, 0.0) + v for k, v in new.items()}, tokens + n
         run.lap("update")
 
@@ -310,17 +311,17 @@ def build(args, device):
     """The models by name, and one optimizer for all that is trained."""
     shared = dict(dtype=args.dtype, device=device, seed=args.seed)
     trained = shared | dict(lora_rank=args.lora_rank, activation_checkpointing=args.activation_checkpointing)
-    models = torch.nn.ModuleDict({"policy": common.load_model(args.model, **trained)})
-    groups = [{"params": common.trainable_parameters(models["policy"]), "name": "lr"}]
+    models = torch.nn.ModuleDict({"policy": lm.load_model(args.model, **trained)})
+    groups = [{"params": lm.trainable_parameters(models["policy"]), "name": "lr"}]
     if args.advantage == "gae" or (args.advantage == "token" and args.loss == "ppo"):
-        models["critic"] = common.load_model(args.model, head="scalar", **trained)
-        groups.append({"params": common.trainable_parameters(models["critic"]), "name": "critic_lr"})
+        models["critic"] = lm.load_model(args.model, head="scalar", **trained)
+        groups.append({"params": lm.trainable_parameters(models["critic"]), "name": "critic_lr"})
     if args.kl_coef and not args.lora_rank:  # with LoRA, the policy without its adapters is the reference
-        models["ref"] = common.load_model(args.model, trainable=False, **shared)
+        models["ref"] = lm.load_model(args.model, trainable=False, **shared)
     if args.reward_model:
-        models["reward"] = common.load_model(args.reward_model, head="saved", trainable=False, **shared)
+        models["reward"] = lm.load_model(args.reward_model, head="saved", trainable=False, **shared)
     if args.reward_ref:
-        models["reward_ref"] = common.load_model(args.reward_ref, trainable=False, **shared)
+        models["reward_ref"] = lm.load_model(args.reward_ref, trainable=False, **shared)
     return models, torch.optim.Adam(groups, lr=args.lr, eps=1e-5, fused=True)
 
 
@@ -335,12 +336,12 @@ def prepare(args):
         args.task, args.dataset, args.reward_file, args.seed, args.test_rows, args.test_dataset,
         graded=not args.reward_model,
     )
-    tokenizer = common.load_tokenizer(args.model)
-    common.fits_context(args.model, args.max_prompt + args.max_new_tokens)
+    tokenizer = lm.load_tokenizer(args.model)
+    lm.fits_context(args.model, args.max_prompt + args.max_new_tokens)
     for name in filter(None, (args.reward_model, args.reward_ref)):
-        common.score_of(args.reward_model, args.reward_ref)
-        common.same_tokenizer(args.model, tokenizer, name, common.load_tokenizer(name))
-        common.fits_context(name, args.max_prompt + args.max_new_tokens)
+        lm.score_of(args.reward_model, args.reward_ref)
+        lm.same_tokenizer(args.model, tokenizer, name, lm.load_tokenizer(name))
+        lm.fits_context(name, args.max_prompt + args.max_new_tokens)
     task = tasks.fit_prompts(task, tokenizer, args.max_prompt, args.long_prompts)
     common.say(f"{geometry}\n{task.note}")
     return task, tokenizer
@@ -354,18 +355,18 @@ def evaluate_models(models, batch, args):
     def one(micro):
         out = {}
         if not one_update:
-            out["old_logprobs"] = common.policy_logprobs(models["policy"], micro, args.temperature)[0]
+            out["old_logprobs"] = lm.policy_logprobs(models["policy"], micro, args.temperature)[0]
         if args.kl_coef:
-            with common.reference(models) as ref:
-                out["ref_logprobs"] = common.policy_logprobs(ref, micro, args.temperature)[0]
+            with lm.reference(models) as ref:
+                out["ref_logprobs"] = lm.policy_logprobs(ref, micro, args.temperature)[0]
         if "critic" in models:
-            out["values"] = common.completion_scalars(models["critic"], micro) * micro["mask"]
+            out["values"] = lm.completion_scalars(models["critic"], micro) * micro["mask"]
         if "reward" in models:
             ref = models["reward_ref"] if args.reward_ref else None
-            out["scores"] = common.token_scores(models["reward"], micro, ref)
+            out["scores"] = lm.token_scores(models["reward"], micro, ref)
         return out
 
-    batch |= common.map_rows(one, batch, args.micro_batch)
+    batch |= lm.map_rows(one, batch, args.micro_batch)
 
 
 # same in: ppo_baseline.py lco.py
@@ -378,7 +379,7 @@ def token_rewards(task_rewards, batch, finished, args):
     rewards = torch.zeros(mask.shape, device=mask.device)
     last = mask.sum(1) - 1
     if args.reward_model:
-        only_last = common.score_of(args.reward_model, args.reward_ref) == "last"
+        only_last = lm.score_of(args.reward_model, args.reward_ref) == "last"
         rewards = whiten(batch["scores"], mask & (mask.cumsum(1) > last[:, None]) if only_last else mask)
     for b, value in enumerate([] if args.reward_model else task_rewards):
         if isinstance(value, list):

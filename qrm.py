@@ -35,6 +35,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import common  # before torch: it sets how OpenMP threads wait
+import lm
 import tasks
 
 import torch
@@ -99,7 +100,7 @@ def pair_loss(chosen, rejected, beta: float, margin: float):
 
 def answer_score(scores, mask, objective: str):
     """[B] from token scores [B, T]: their mean, EOS included (QRM-1), or the last one (QRM-3)."""
-    return common.answer_scores(scores, mask, {"qrm": "mean", "orm": "last"}[objective])
+    return lm.answer_scores(scores, mask, {"qrm": "mean", "orm": "last"}[objective])
 
 
 # ---- one optimizer step ----------------------------------------------------------------------------------------------
@@ -107,7 +108,7 @@ def answer_score(scores, mask, objective: str):
 
 def pair_objective(model, micro, args):
     """The loss of n pairs, whose chosen answers are the first n rows, and metric sums."""
-    scores = common.token_scores(model, micro)
+    scores = lm.token_scores(model, micro)
     chosen, rejected = answer_score(scores, micro["mask"], args.objective).chunk(2)
     beta, margin = (args.beta, args.margin) if args.objective == "qrm" else (1.0, 0.0)
     loss, metrics = pair_loss(chosen, rejected, beta, margin)
@@ -123,12 +124,12 @@ def update(models, optimizer, batch, args) -> dict[str, float]:
     size, sums = max(1, args.micro_batch // 2), {}
     pieces = [list(range(i, min(i + size, n))) for i in range(0, n, size)]
     micros = [common.take(batch, [*piece, *(n + i for i in piece)]) for piece in pieces]
-    for micro in common.accumulate_over(models, micros):
+    for micro in lm.accumulate_over(models, micros):
         loss, metrics = pair_objective(models["reward"], micro, args)
         (loss * common.world() / count).backward()  # FSDP averages over ranks
         sums = {k: sums.get(k, 0.0) + v for k, v in metrics.items()}
     sums = common.all_sum(sums, device)
-    norm = torch.nn.utils.clip_grad_norm_(common.trainable_parameters(models), args.max_grad_norm)
+    norm = torch.nn.utils.clip_grad_norm_(lm.trainable_parameters(models), args.max_grad_norm)
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     common.stop_unless_finite({"grad_norm": norm, **sums})
     optimizer.step()
@@ -177,8 +178,8 @@ def prepare(args):
     require(args.objective == "qrm" or args.head == "scalar", "--objective orm needs --head scalar")
     divides = args.pairs_per_step % common.world() == 0
     require(divides, f"--pairs_per_step {args.pairs_per_step} does not divide among {common.world()} ranks")
-    tokenizer = common.load_tokenizer(args.model)
-    common.fits_context(args.model, args.max_prompt + args.max_new_tokens)
+    tokenizer = lm.load_tokenizer(args.model)
+    lm.fits_context(args.model, args.max_prompt + args.max_new_tokens)
     pairs = tasks.load_pairs(args.pairs or tasks.BUILTIN_PAIRS)
     pairs, note = common.encode_pairs(tokenizer, pairs, args.max_prompt, args.max_new_tokens)
     train_pairs, test_pairs = tasks.split_pairs(pairs, args.test_pairs)
@@ -190,7 +191,7 @@ def prepare(args):
 
 def build(args, device):
     """The reward model, and its optimizer."""
-    model = common.load_model(
+    model = lm.load_model(
         args.model, head=args.head, dtype=args.dtype, device=device, seed=args.seed, lora_rank=args.lora_rank,
         activation_checkpointing=args.activation_checkpointing,
     )  # fmt: skip
@@ -198,7 +199,7 @@ def build(args, device):
     model.config.reward_objective = args.objective
     model.config.reward_score = {"qrm": "mean", "orm": "last"}[args.objective]
     # Adam's own eps: below a scalar head that starts at 0 gradients are as small as the 1e-5 that PPO takes.
-    optimizer = torch.optim.Adam(common.trainable_parameters(model), lr=args.lr, fused=True)
+    optimizer = torch.optim.Adam(lm.trainable_parameters(model), lr=args.lr, fused=True)
     return torch.nn.ModuleDict({"reward": model}), optimizer
 
 
@@ -213,7 +214,7 @@ def make_batch(pairs, tokenizer, device) -> dict:
 def evaluate(models, pairs, tokenizer, args, device) -> dict[str, float]:
     """On held-out pairs: how often the chosen answer is scored higher, and by how much."""
     mine, margins = pairs[common.rank() :: common.world()], []
-    with common.gathered(*models.values()):  # around the loop: ranks may have different numbers of batches
+    with lm.gathered(*models.values()):  # around the loop: ranks may have different numbers of batches
         for i in range(0, len(mine), args.micro_batch):
             batch = make_batch(mine[i : i + args.micro_batch], tokenizer, device)
             scores = token_scores(models, batch, args)
@@ -228,8 +229,8 @@ def evaluate(models, pairs, tokenizer, args, device) -> dict[str, float]:
 @torch.no_grad()
 def token_scores(models, batch, args):
     """[B, T] of a whole batch, in micro-batches."""
-    one = lambda micro: {"x": common.token_scores(models["reward"], micro)}  # noqa: E731
-    return common.map_rows(one, batch, args.micro_batch)["x"]
+    one = lambda micro: {"x": lm.token_scores(models["reward"], micro)}  # noqa: E731
+    return lm.map_rows(one, batch, args.micro_batch)["x"]
 
 
 def show_credit(run, models, pairs, tokenizer, args, device) -> None:

@@ -54,6 +54,7 @@ from pathlib import Path
 from typing import Literal
 
 import common  # before torch: it sets how OpenMP threads wait
+import lm
 import tasks
 
 import torch
@@ -201,15 +202,15 @@ def update(models, optimizer, batch, rate: float, args) -> dict[str, float]:
     counts, sums = common.all_sum(counts, mask.device), {}  # counted first, divided by once
     counts["policy/entropy"] = counts["loss/nll"]
     counts["loss/total"] = args.label_weight * counts["loss/label"] + counts["loss/nll"]
-    pieces = common.micro_batches(batch, list(range(len(mask))), args.micro_batch)
-    for micro in common.accumulate_over(model, pieces):
-        logprobs, entropy = common.policy_logprobs(model, micro, args.temperature)
+    pieces = lm.micro_batches(batch, list(range(len(mask))), args.micro_batch)
+    for micro in lm.accumulate_over(model, pieces):
+        logprobs, entropy = lm.policy_logprobs(model, micro, args.temperature)
         loss, metrics = weighted_nll(logprobs, micro["mask"], micro["is_label"], args.label_weight)
         (loss * common.world() / counts["loss/total"]).backward()  # FSDP averages over ranks
         metrics |= {"loss/total": loss.detach(), "policy/entropy": (entropy * ~micro["is_label"]).sum()}
         sums = {k: sums.get(k, 0.0) + v.double() for k, v in metrics.items()}
     sums = common.all_sum(sums, mask.device)
-    norm = torch.nn.utils.clip_grad_norm_(common.trainable_parameters(model), args.max_grad_norm)
+    norm = torch.nn.utils.clip_grad_norm_(lm.trainable_parameters(model), args.max_grad_norm)
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     common.stop_unless_finite({"grad_norm": norm, **sums})
     for group in optimizer.param_groups:
@@ -230,7 +231,7 @@ def train_reviser(args) -> None:
     args = replace(args, steps=2 * warmup + args.reviser_steps)
     run = common.Run(args, __file__)
     models, writers, optimizer = build(args, data.tokenizer, device)
-    at_start = [p.detach().clone() for p in common.trainable_parameters(models)]
+    at_start = [p.detach().clone() for p in lm.trainable_parameters(models)]
 
     for step in run.steps(models, optimizer, lambda: evaluate_reviser(writers["reviser"], data, args)):
         phase = min(step // warmup, 2)  # R0 on half 0, R0 on half 1, R
@@ -243,7 +244,7 @@ def train_reviser(args) -> None:
             optimizer.state.clear()
         if phase == 1 and step == first:
             with torch.no_grad():
-                for parameter, value in zip(common.trainable_parameters(models), at_start):
+                for parameter, value in zip(lm.trainable_parameters(models), at_start):
                     parameter.copy_(value)
         if step in (first, run.start):
             pairs = data.pairs if phase == 2 else [p for p in data.pairs if p["half"] == phase]
@@ -349,8 +350,8 @@ def over_answers(fn, models, sequences, pad_id: int, args) -> list[tuple]:
         for context in models:
             with context() as model:
                 batch = common.make_batch(prompts, answers, pad_id, next(model.parameters()).device)
-                heads.append((common.completion_hidden(model, batch)[batch["mask"]], common.head_weight(model)))
-        flat = common.over_vocabulary(fn, heads, [batch["completion_ids"][batch["mask"]]], args.temperature)
+                heads.append((lm.completion_hidden(model, batch)[batch["mask"]], lm.head_weight(model)))
+        flat = lm.over_vocabulary(fn, heads, [batch["completion_ids"][batch["mask"]]], args.temperature)
         rows += zip(*(x.split(list(map(len, answers))) for x in flat))
     return rows
 
@@ -362,7 +363,7 @@ def likelihoods(model, sequences, pad_id: int, args) -> list[dict]:
     def score(logits, ids):
         return logits.log_softmax(-1).gather(-1, ids[:, None])[:, 0], logits.argmax(-1) == ids
 
-    with common.gathered(model):
+    with lm.gathered(model):
         rows = over_answers(score, [lambda: contextlib.nullcontext(model)], sequences, pad_id, args)
     return [{"sum": x.sum().item(), "mean": x.sum().item() / len(x), "greedy": bool(y.all())} for x, y in rows]
 
@@ -412,7 +413,7 @@ def make_round(writers, data, first: int, args, folder: Path) -> tuple[list[Answ
         writer = writers["external" if number >= args.rounds - args.external_rounds else "policy"]
         noise = common.uniforms(args.seed, common.TRAIN, first, mine, args.max_new_tokens) if mine else None
         ids = writer.complete([writer.encode(row) for row in rows], 1, noise)
-        ends, texts = common.stop_ids(writer.policy, writer.tokenizer), common.decode(writer.tokenizer, ids)
+        ends, texts = lm.stop_ids(writer.policy, writer.tokenizer), common.decode(writer.tokenizer, ids)
         ended = [answer[-1] in ends for answer in ids]
         if writer.tokenizer is not data.tokenizer:  # an external model may have another one
             ids = [common.encode_completion(data.tokenizer, text, row["prompt"]) for row, text in zip(rows, texts)]
@@ -479,7 +480,7 @@ def write_revisions(reviser, answers: list[Answer], data, args) -> None:
 def fault_of(revision: list[int], answer: list[int], reviser, data, args) -> str | None:
     """Why a revision is not fit to learn from; None when it is."""
     text = common.decode(data.tokenizer, [revision])[0]
-    if revision[-1] not in common.stop_ids(reviser.policy, data.tokenizer):
+    if revision[-1] not in lm.stop_ids(reviser.policy, data.tokenizer):
         return "unfinished"
     if any(mark.strip() in text for mark in [*args.labels, args.ask]):
         return "echo"
@@ -549,8 +550,8 @@ def evaluate_policy(models, policy, data, args):
         logp, start_logp = logits.log_softmax(-1), start_logits.log_softmax(-1)
         return ((logp.exp() * (logp - start_logp)).sum(-1),)
 
-    both = [lambda: contextlib.nullcontext(models["policy"]), lambda: common.reference(models)]
-    with common.gathered(*(models[name] for name in ("policy", "ref") if name in models)):
+    both = [lambda: contextlib.nullcontext(models["policy"]), lambda: lm.reference(models)]
+    with lm.gathered(*(models[name] for name in ("policy", "ref") if name in models)):
         found = over_answers(kl, both, sequences, data.tokenizer.pad_token_id, args)
     sums = {"kl": sum(x.sum().item() for (x,) in found), "tokens": sum(len(x) for (x,) in found)}
     sums = common.all_sum(sums, next(models["policy"].parameters()).device)
@@ -667,8 +668,8 @@ def prepare(args) -> Data:
         require(last == 0 or args.external_model, "--external_rounds needs --external_model")
         require(last <= args.rounds, f"--external_rounds {last} of --rounds {args.rounds}")
         require(args.reviser or args.revise == "never", f"--reviser is empty: --revise {args.revise} needs one")
-    tokenizer = common.load_tokenizer(args.model)
-    common.fits_context(args.model, args.max_prompt + args.max_new_tokens)
+    tokenizer = lm.load_tokenizer(args.model)
+    lm.fits_context(args.model, args.max_prompt + args.max_new_tokens)
     labels, ask = label_ids(tokenizer, args), tokenizer(args.ask)["input_ids"]
     for text, ids in zip([*args.labels, args.ask], [*labels, ask]):
         known = ids and tokenizer.unk_token_id not in ids
@@ -680,8 +681,8 @@ def prepare(args) -> Data:
         longest = args.max_prompt * (1 + ("{prompt}" in args.then)) + 2 * args.max_new_tokens
         longest += len(ask) + len(tokenizer(args.then)["input_ids"]) + max(map(len, labels))
         name = args.reviser or args.model
-        common.same_tokenizer(args.model, tokenizer, name, common.load_tokenizer(name))
-        common.fits_context(name, longest)
+        lm.same_tokenizer(args.model, tokenizer, name, lm.load_tokenizer(name))
+        lm.fits_context(name, longest)
     data = load_data(args, tokenizer)
     needed = args.stage == "reviser" or args.pair_share
     require(data.pairs or not needed, "--dataset is empty: --stage reviser and --pair_share need preference pairs")
@@ -695,17 +696,17 @@ def build(args, tokenizer, device):
     shared = dict(dtype=args.dtype, device=device, seed=args.seed)
     trained = dict(lora_rank=args.lora_rank, activation_checkpointing=args.activation_checkpointing)
     name, path = ("policy", args.model) if args.stage == "evolve" else ("reviser", args.reviser or args.model)
-    models = torch.nn.ModuleDict({name: common.load_model(path, **shared, **trained)})
+    models = torch.nn.ModuleDict({name: lm.load_model(path, **shared, **trained)})
     if args.stage == "evolve":
         frozen = {"reviser": args.reviser} if args.revise != "never" else {}
         frozen |= {} if args.lora_rank else {"ref": args.model}  # with LoRA, the policy without its adapters
         frozen |= {"external": args.external_model} if args.external_rounds else {}
-        models.update({name: common.load_model(path, **shared, trainable=False) for name, path in frozen.items()})
+        models.update({name: lm.load_model(path, **shared, trainable=False) for name, path in frozen.items()})
     limits = args.max_prompt, args.max_new_tokens, args.temperature, args.rollout_rows
-    writers = {name: common.Sampling(model, tokenizer, *limits) for name, model in models.items()}
+    writers = {name: lm.Sampling(model, tokenizer, *limits) for name, model in models.items()}
     if "external" in writers:
-        writers["external"].tokenizer = common.load_tokenizer(args.external_model)
-    return models, writers, torch.optim.Adam(common.trainable_parameters(models), lr=args.lr, fused=True)
+        writers["external"].tokenizer = lm.load_tokenizer(args.external_model)
+    return models, writers, torch.optim.Adam(lm.trainable_parameters(models), lr=args.lr, fused=True)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import common  # noqa: E402  (before torch: it sets how OpenMP threads wait)
+import lm
 import matplotlib  # noqa: E402
 import ppo_baseline  # noqa: E402
 import report  # noqa: E402
@@ -54,7 +55,7 @@ def spearman(x, y) -> float:
 
 def sample_answers(tokenizer, policy, n: int, seed: int):
     """Answers of the policy to n held-out prompts: rows {prompt, prompt_ids, ids, tokens, right}."""
-    sampling = common.Sampling(policy, tokenizer, 24, 24, 1.0, 256)
+    sampling = lm.Sampling(policy, tokenizer, 24, 24, 1.0, 256)
     rows, prompt_ids, ids, finished, _ = sampling.rollout(toys.chain_test_rows(n), 1, seed, 0)
     answers = []
     for row, p, c, done in zip(rows, prompt_ids, ids, finished):
@@ -68,8 +69,8 @@ def sample_answers(tokenizer, policy, n: int, seed: int):
 def score(models, objective: str, prompt_ids, ids, tokenizer) -> list[list[float]]:
     batch = common.make_batch(prompt_ids, ids, tokenizer.pad_token_id, DEVICE)
     with torch.no_grad():
-        one = lambda m: {"x": common.token_scores(models["reward"], m, models.get("reward_ref"))}  # noqa: E731
-        scores = common.map_rows(one, batch, 128)["x"]
+        one = lambda m: {"x": lm.token_scores(models["reward"], m, models.get("reward_ref"))}  # noqa: E731
+        scores = lm.map_rows(one, batch, 128)["x"]
     return [row[: len(c)] for row, c in zip(scores.tolist(), ids)]
 
 
@@ -80,8 +81,8 @@ def forks(tokenizer, policy, answers):
         exact = common.encode_completion(tokenizer, toys.chain_solution(a["prompt"]))
         batch = common.make_batch([a["prompt_ids"]], [exact], tokenizer.pad_token_id, DEVICE)
         with torch.no_grad():
-            hidden = common.completion_hidden(policy, batch)[0]
-            likely = (hidden @ common.head_weight(policy).T).softmax(-1)
+            hidden = lm.completion_hidden(policy, batch)[0]
+            likely = (hidden @ lm.head_weight(policy).T).softmax(-1)
         for t, right in enumerate(exact):
             likely[t, right] = 0
             p, other = likely[t].max(-1)
@@ -133,15 +134,15 @@ def page(answers, colourings, path) -> None:
 def main() -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     seeds = sorted(int(folder.name.removeprefix("qrm-")) for folder in STUDY.glob("qrm-*"))
-    tokenizer = common.load_tokenizer("builtin")
-    policy = common.load_model("builtin", device=DEVICE, trainable=False)
+    tokenizer = lm.load_tokenizer("builtin")
+    policy = lm.load_model("builtin", device=DEVICE, trainable=False)
     results, curves = {name: [] for name in MODELS}, {name: [] for name in MODELS}
     for seed in seeds:
         answers = sample_answers(tokenizer, policy, 512, seed)
         states, colourings = forks(tokenizer, policy, answers[:200]), {}
         for name, (title, objective) in MODELS.items():
             folder = STUDY / f"qrm-{seed}" / name / "model"
-            models = {"reward": common.load_model(str(folder), head="saved", device=DEVICE, trainable=False)}
+            models = {"reward": lm.load_model(str(folder), head="saved", device=DEVICE, trainable=False)}
             if objective == "dpo":
                 models["reward_ref"] = policy
             numbers, curve, scores = measure(models, objective, answers, states, tokenizer)

@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import common  # noqa: E402  (before torch: it sets how threads wait)
+import lm
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
@@ -32,8 +33,8 @@ def probe_logits(policy, micro: dict, temperature: float, most: int = 256) -> to
 
     Where a token is all but certain, the slope of a loss in fp32 is rounding noise and points anywhere.
     """
-    hidden = common.completion_hidden(policy, micro)[micro["mask"]][:most]
-    return F.linear(hidden, common.head_weight(policy)).double() / temperature
+    hidden = lm.completion_hidden(policy, micro)[micro["mask"]][:most]
+    return F.linear(hidden, lm.head_weight(policy)).double() / temperature
 
 
 def diagnose(loss_of, logits, target_logits, states: int = 16, entries: int = 32) -> dict[str, float]:

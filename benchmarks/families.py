@@ -2,7 +2,7 @@
 
     python benchmarks/families.py [--only NAME]        # the table of docs/limits.md, two minutes
 
-Each model is saved, loaded with common.load_model(), and compared in fp32: log-probabilities of two prompts with three
+Each model is saved, loaded with lm.load_model(), and compared in fp32: log-probabilities of two prompts with three
 completions each, read in padded and packed batches, against the model's own logits for each row alone; and greedy
 decoding in a batch, through the cache, against the argmax of the model's logits for the whole text, token by token.
 A family that cannot be used must be refused by name before it is loaded: the table has the sentence.
@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import common  # noqa: E402  before torch: it sets how OpenMP threads wait
+import lm
 
 import torch  # noqa: E402
 import transformers  # noqa: E402
@@ -136,7 +137,7 @@ def save(name: str, folder: Path, tokens) -> None:
 def compare(folder: str) -> tuple[float, int, int]:
     """The largest difference of a log-probability in nats, and how many of how many greedy tokens agree."""
     device = torch.device("cpu")
-    model = common.load_model(folder, device=device)
+    model = lm.load_model(folder, device=device)
     plain = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
     @torch.no_grad()
@@ -150,14 +151,14 @@ def compare(folder: str) -> tuple[float, int, int]:
     for rows in ([0, 1, 2, 3, 4, 5], [0, 1], [2], [3, 4, 5]):
         micro = common.take(batch, rows)
         with torch.no_grad():
-            hidden = common.completion_hidden(model, micro)
-            found = (hidden @ common.head_weight(model).T).log_softmax(-1)
+            hidden = lm.completion_hidden(model, micro)
+            found = (hidden @ lm.head_weight(model).T).log_softmax(-1)
         for i, row in enumerate(rows):
             n, m = len(prompts[row]), len(completions[row])
             right = logits_of(prompts[row] + completions[row]).log_softmax(-1)[n - 1 : n - 1 + m]
             worst = max(worst, (found[i, :m] - right).abs().max().item())
     starts = [a, b, [4], [9, 8, 7, 6, 5, 4, 3]]
-    out = common.generate(model, starts, max_new_tokens=12, stop_ids=[], pad_id=0)
+    out = lm.generate(model, starts, max_new_tokens=12, stop_ids=[], pad_id=0)
     agree = 0
     for start, ids in zip(starts, out):
         greedy = logits_of(start + ids).argmax(-1)[len(start) - 1 : -1].tolist()
@@ -169,7 +170,7 @@ def try_family(name: str, folder: Path, tokens) -> dict:
     """{name, refused: sentence or "", difference, agree, tokens}."""
     save(name, folder, tokens)
     try:
-        common.load_tokenizer(str(folder))
+        lm.load_tokenizer(str(folder))
         difference, agree, count = compare(str(folder))
     except common.BadInput as error:
         return {"name": name, "refused": str(error).replace(f"--model {folder}: ", "")}

@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import common  # noqa: E402, before torch
+import lm
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
@@ -109,7 +110,7 @@ def qwen(name: str, layers: int | None = None, dtype: str = "bfloat16", trainabl
     with torch.device(DEVICE):
         model = transformers.Qwen2ForCausalLM(config_of(name, layers))
     model.requires_grad_(trainable)
-    return common.wrap(model.train(trainable), dtype, DEVICE)
+    return lm.wrap(model.train(trainable), dtype, DEVICE)
 
 
 def peak_rate() -> float:
@@ -136,7 +137,7 @@ def start() -> None:
 def noise() -> None:
     """How far two equal policies seem apart in bfloat16: packed, alone, padded, decoded. This sets the limits."""
     path = os.environ.get("SMOL", "builtin")
-    tokenizer = common.load_tokenizer(path)
+    tokenizer = lm.load_tokenizer(path)
     questions = [
         "Natalia sold clips to 48 of her friends in April, and half as many in May. How many did she sell?",
         "Write two sentences about the sea.",
@@ -146,21 +147,21 @@ def noise() -> None:
     prompts = ["12+34=", "7+8=", "1+2+3=", "9+9="] if path == "builtin" else [[dict(role="user", content=q)] for q in questions]
     prompts = [common.encode_prompt(tokenizer, p) for p in prompts]
     samples, length = 8, 16 if path == "builtin" or DRY else 128
-    model = common.load_model(path, device=DEVICE, dtype="bfloat16")
+    model = lm.load_model(path, device=DEVICE, dtype="bfloat16")
     u = common.uniforms(0, 0, 0, range(len(prompts) * samples), length)
     settings = dict(samples=samples, max_new_tokens=length, noise=u, stop_ids=[-1], pad_id=0, return_logprobs=True)
 
     @torch.no_grad()
     def states(batch, size: int, pack: bool):
         limit, model.pack_limit = model.pack_limit, model.pack_limit if pack else 0
-        hidden = common.map_rows(lambda b: {"h": common.completion_hidden(model, b)}, batch, size)["h"]
+        hidden = lm.map_rows(lambda b: {"h": lm.completion_hidden(model, b)}, batch, size)["h"]
         model.pack_limit = limit
         return hidden
 
     @torch.no_grad()
     def logprobs(hidden, ids, temperature=1.0):
         mask = torch.ones_like(ids, dtype=torch.bool)
-        flat, _ = common.token_logprobs(hidden[mask], common.head_weight(model), ids[mask], temperature)
+        flat, _ = lm.token_logprobs(hidden[mask], lm.head_weight(model), ids[mask], temperature)
         return flat.view_as(ids)
 
     def compare(case, a, b, expected):
@@ -169,7 +170,7 @@ def noise() -> None:
 
     for decoder in ("reference", "graphs"):
         with using(decoder):
-            completions, sampled = common.generate(model, prompts, **settings)
+            completions, sampled = lm.generate(model, prompts, **settings)
         batch = common.make_batch([p for p in prompts for _ in range(samples)], completions, 0, DEVICE)
         ids, sampled = batch["completion_ids"], torch.tensor(sampled, device=DEVICE)
         packed = states(batch, 8, True)
@@ -195,11 +196,11 @@ def sampler() -> None:
     z[:, :7] += 12
     z[:, 500:600] = -torch.inf
     u = torch.rand(64)
-    here, there = common._pick(z, 1.0, u)[0], common._pick(z.to(DEVICE), 1.0, u.to(DEVICE))[0].cpu()
+    here, there = lm._pick(z, 1.0, u)[0], lm._pick(z.to(DEVICE), 1.0, u.to(DEVICE))[0].cpu()
     falls = int((z.to(DEVICE).softmax(-1).cumsum(-1).diff(dim=-1) < 0).sum())
     hits = 0
     for _ in range(200):
-        token = common._pick(z.to(DEVICE), 1.0, torch.rand(64, device=DEVICE))[0]
+        token = lm._pick(z.to(DEVICE), 1.0, torch.rand(64, device=DEVICE))[0]
         hits += int(((token >= 500) & (token < 600)).sum())
     seen = dict(equal_to_cpu=(here == there).float().mean().item(), falling_steps=falls, zero_probability_tokens=hits)
     row("sampler", "64 rows of 152k", ">= .98, 0, 0", **seen)
@@ -226,15 +227,15 @@ def determinism() -> None:
 
 def equality() -> None:
     """Greedy tokens of graphs, reference and transformers' generate, fp32, rows that end at different times."""
-    model = common.load_model("builtin", device=DEVICE)
-    tokenizer = common.load_tokenizer("builtin")
+    model = lm.load_model("builtin", device=DEVICE)
+    tokenizer = lm.load_tokenizer("builtin")
     prompts = [common.encode_prompt(tokenizer, f"{i}+{i * 7 % 50}+{i * 3 % 20}=") for i in range(64)]
     found = {}
     for decoder in ("reference", "graphs"):
         with using(decoder):
             for kind, u in (("greedy", None), ("sampled", common.uniforms(0, 0, 0, range(512), 48))):
-                settings = dict(samples=8, max_new_tokens=48, noise=u, stop_ids=common.stop_ids(model, tokenizer))
-                found[decoder, kind] = common.generate(model, prompts, pad_id=tokenizer.pad_token_id, **settings)
+                settings = dict(samples=8, max_new_tokens=48, noise=u, stop_ids=lm.stop_ids(model, tokenizer))
+                found[decoder, kind] = lm.generate(model, prompts, pad_id=tokenizer.pad_token_id, **settings)
     for kind in ("greedy", "sampled"):
         a, b = found["reference", kind], found["graphs", kind]
         seen = dict(rows=len(a), equal=sum(x == y for x, y in zip(a, b)), lengths=len({len(x) for x in a}))
@@ -247,15 +248,15 @@ def equality() -> None:
 @contextlib.contextmanager
 def using(decoder: str):
     """Decoding by the reference, or by graphs (their plain calls on a CPU)."""
-    real = common._decoder
+    real = lm._decoder
     if decoder == "reference":
-        common._decoder = lambda model, rows, length, *limits: common.partial(common._generate, model, *limits)
+        lm._decoder = lambda model, rows, length, *limits: lm.partial(lm._generate, model, *limits)
     else:
-        common._decoder = gpu.Decoder
+        lm._decoder = gpu.Decoder
     try:
         yield
     finally:
-        common._decoder = real
+        lm._decoder = real
 
 
 def decode() -> None:
@@ -277,7 +278,7 @@ def decode() -> None:
             def run(n, model=model, decoder=decoder, prompts=prompts, rows=rows, u=u):
                 if decoder == "generate":
                     batch = common.make_batch(prompts, [[0]] * len(prompts), 0, DEVICE)
-                    with common.gathered(model), torch.no_grad(), warnings.catch_warnings():
+                    with lm.gathered(model), torch.no_grad(), warnings.catch_warnings():
                         warnings.simplefilter("ignore")
                         model.generate(
                             input_ids=batch["prompt_ids"].repeat_interleave(8, 0),
@@ -286,7 +287,7 @@ def decode() -> None:
                         )  # fmt: skip
                 else:
                     with using(decoder.split(",")[0]):
-                        common.generate(model, prompts, samples=8, max_new_tokens=n, noise=u[:, :n], stop_ids=[-1], pad_id=0)
+                        lm.generate(model, prompts, samples=8, max_new_tokens=n, noise=u[:, :n], stop_ids=[-1], pad_id=0)
 
             run(few)
             free()
@@ -303,7 +304,7 @@ def decode() -> None:
             row("decode", f"{name} {rows} rows, {decoder}", expected, **seen)
         if DEVICE.type == "cuda" and rows == 256:
             with torch.profiler.profile() as profile, using("graphs"):
-                common.generate(model, prompts, samples=8, max_new_tokens=48, noise=u[:, :48], stop_ids=[-1], pad_id=0)
+                lm.generate(model, prompts, samples=8, max_new_tokens=48, noise=u[:, :48], stop_ids=[-1], pad_id=0)
                 sync()
             kernels = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
             total = {}
@@ -333,11 +334,11 @@ def vocabulary() -> None:
         return lco.kld_loss(logp, target).sum(), lco.step_sizes(logp.detach(), z_old.log_softmax(-1), target)
 
     def step(function, mib):
-        value, _ = common.over_vocabulary(function, [(hidden, weight), (old, old_weight)], [ids, advantages], 1.0, mib)
+        value, _ = lm.over_vocabulary(function, [(hidden, weight), (old, old_weight)], [ids, advantages], 1.0, mib)
         return torch.autograd.grad(value, [hidden, weight])
 
     exact = step(loss, 64 if DRY else 1300)[1].double()
-    real, common._fused = common._fused, lambda fn, weight: fn  # compiled here or not at all
+    real, lm._fused = lm._fused, lambda fn, weight: fn  # compiled here or not at all
     for kind, function in (("eager", loss), ("compiled", torch.compile(loss, dynamic=True, backend="eager" if DRY else "inductor"))):
         for mib in (64, 256, 1024):
             free()
@@ -347,9 +348,9 @@ def vocabulary() -> None:
                 seen = dict(ms=seconds * 1e3, head_gradient_off=error, GiB_above=peak() - before)
                 row("vocabulary", f"LCO-KLD {kind} {mib} MiB", "110-150, 70-100 ms; compiled 35-50", **seen)
     for kind in ("eager", "compiled"):
-        common._fused = real if kind == "compiled" else lambda fn, weight: fn
+        lm._fused = real if kind == "compiled" else lambda fn, weight: fn
         free()
-        step = lambda: torch.autograd.grad(common.token_logprobs(hidden, weight, ids)[0].sum(), [hidden, weight])  # noqa: E731
+        step = lambda: torch.autograd.grad(lm.token_logprobs(hidden, weight, ids)[0].sum(), [hidden, weight])  # noqa: E731
         row("vocabulary", f"token_logprobs {kind}, default chunks", "48 eager", ms=timed(step, 2) * 1e3, GiB=peak())
     total, a, b = torch.zeros(64, 32, device=DEVICE), normal(64, 128), normal(128, 32)
     with contextlib.suppress(TypeError, RuntimeError):
@@ -418,7 +419,7 @@ if os.environ.get("CUDNN") == "1":
 if os.environ.get("STEPS_ALONE"):
     import common
     common.save_checkpoint = common.export_model = lambda *given, **more: None
-    common.Sampling.evaluate = lambda *given, **more: ({}, [])
+    lm.Sampling.evaluate = lambda *given, **more: ({}, [])
 runpy.run_path(sys.argv[0], run_name="__main__")
 if torch.cuda.is_available():
     print("PEAK", torch.cuda.max_memory_allocated() / 2**30)
@@ -548,7 +549,7 @@ def random_model(name: str, layers: int | None, home: Path) -> str:
     folder = home / f"{name}-{layers}"
     with torch.device(DEVICE):
         model = transformers.Qwen2ForCausalLM(config_of(name, layers)).bfloat16()
-    tokenizer = common.load_tokenizer("builtin")
+    tokenizer = lm.load_tokenizer("builtin")
     model.generation_config.eos_token_id = model.config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

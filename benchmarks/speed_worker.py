@@ -98,10 +98,11 @@ class Lengths:
 
     def __init__(self, plan: list[int]):
         import common
+        import lm
 
         self.plan, self.greedy, self.stops = plan, False, []
-        self.uniforms, self.pick, self.stop_ids = common.uniforms, common._pick, common.stop_ids
-        common.uniforms, common._pick, common.stop_ids = self.planned, self.forced, self.remembered
+        self.uniforms, self.pick, self.stop_ids = common.uniforms, lm._pick, lm.stop_ids
+        common.uniforms, lm._pick, lm.stop_ids = self.planned, self.forced, self.remembered
 
     def planned(self, seed, stream, step, rows, columns):
         noise = self.uniforms(seed, stream, step, rows, columns)
@@ -144,7 +145,7 @@ def script(spec: dict, gate: Gate) -> None:
     Lengths(spec.get("lengths") or [args.max_new_tokens])
 
     evaluating = "score" if hasattr(module, "score") else "evaluate_models"
-    generate, score, update = common.generate, getattr(module, evaluating, None), getattr(module, "update", None)
+    generate, score, update = lm.generate, getattr(module, evaluating, None), getattr(module, "update", None)
 
     def timed_generate(model, prompt_ids, *, samples=1, **settings):
         with gate.lap("rollout"):
@@ -169,7 +170,7 @@ def script(spec: dict, gate: Gate) -> None:
 
         return made
 
-    common.generate = timed_generate
+    lm.generate = timed_generate
     if spec["script"] == "qrm":
         module.make_batch = counted(module.make_batch)
     else:
@@ -185,23 +186,23 @@ def script(spec: dict, gate: Gate) -> None:
 
 
 def rollout(spec: dict, gate: Gate) -> None:
-    """common.generate() alone, one case a line."""
+    """lm.generate() alone, one case a line."""
     sys.path.insert(0, str(ROOT))
     import common
 
     def run():
-        model = common.load_model(spec["model"], device=common.local_device("cpu"), trainable=False)
-        tokenizer = common.load_tokenizer(spec["model"])
+        model = lm.load_model(spec["model"], device=common.local_device("cpu"), trainable=False)
+        tokenizer = lm.load_tokenizer(spec["model"])
         lengths, order = Lengths([1]), gate()
         while True:
             lengths.plan, lengths.greedy = order["lengths"], order["greedy"]
             prompts = [common.encode_prompt(tokenizer, prompt) for prompt in order["prompts"]]
-            done = common.generate(
+            done = lm.generate(
                 model,
                 prompts,
                 max_new_tokens=max(lengths.plan),
                 noise=common.uniforms(0, common.TRAIN, 0, range(len(prompts)), max(lengths.plan)),
-                stop_ids=common.stop_ids(model, tokenizer),
+                stop_ids=lm.stop_ids(model, tokenizer),
                 pad_id=tokenizer.pad_token_id,
             )
             gate.count(new=sum(map(len, done)), all=sum(map(len, done)) + sum(map(len, prompts)))
@@ -611,9 +612,9 @@ def vocabulary(spec: dict, gate: Gate) -> None:
         elif mode == "checkpointed":
             loss = checkpointed(fn, heads, columns, rows=max(1, 64 * 2**20 // (4 * V)))
         elif mode == "over_vocabulary":
-            loss, _ = common.over_vocabulary(fn, heads, columns)
+            loss, _ = lm.over_vocabulary(fn, heads, columns)
         else:
-            loss = -(common.token_logprobs(hidden, weight, ids)[0] * factor).sum()
+            loss = -(lm.token_logprobs(hidden, weight, ids)[0] * factor).sum()
         loss.backward()
         gate.count(all=N)
         sums = [x.double().norm().item() for x in (hidden.grad, weight.grad)]
@@ -627,7 +628,7 @@ def bare_policy(common, config=None, name=None):
     import torch
 
     if name:
-        return common.load_model(name, device=torch.device("cpu"))
+        return lm.load_model(name, device=torch.device("cpu"))
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     torch.manual_seed(0)
@@ -635,7 +636,7 @@ def bare_policy(common, config=None, name=None):
     shape = dict(hidden_size=config["H"], intermediate_size=2 * config["H"], num_hidden_layers=config["layers"])
     shape |= dict(num_attention_heads=heads, num_key_value_heads=heads, vocab_size=config["V"])
     model = AutoModelForCausalLM.from_config(LlamaConfig(**shape, max_position_embeddings=4096))
-    model.final_hidden = functools.partial(common._final_hidden, model)
+    model.final_hidden = functools.partial(lm._final_hidden, model)
     return model
 
 
@@ -720,13 +721,13 @@ def probe(spec: dict, gate: Gate) -> None:
             with gate.lap("pack"), cpu.packed(policy):
                 pass
             with gate.lap("prefill"):
-                common.generate(policy, prompts, **limits | {"max_new_tokens": 1})
+                lm.generate(policy, prompts, **limits | {"max_new_tokens": 1})
             noise = common.uniforms(0, common.TRAIN, 0, range(order["rows"]), order["new"])
             with gate.lap("decode"):
-                common.generate(policy, prompts, noise=noise, **limits)
+                lm.generate(policy, prompts, noise=noise, **limits)
             policy.forward = timed  # a second time: what is not spent in the model is our own
             with gate.lap("decode and model"):
-                common.generate(policy, prompts, noise=noise, **limits)
+                lm.generate(policy, prompts, noise=noise, **limits)
         policy.forward = forward
         gate.count(new=order["rows"] * order["new"])
         return {"parameters": sum(p.numel() for p in policy.parameters())}

@@ -7,6 +7,7 @@ import shutil
 
 import adpa
 import common
+import lm
 import pytest
 from conftest import FixedStates, random, read_metrics, run_here
 
@@ -185,10 +186,10 @@ def test_objective_from_the_equations(objective):
 @pytest.mark.parametrize("objective", ["adpa", "kl", "opd"])
 def test_objective_in_chunks(objective, monkeypatch):
     """The same loss, metrics and gradients in pieces of 4 tokens as with all logits at once, fp32."""
-    args, results, whole = adpa.Args(objective=objective), [], common.over_vocabulary
+    args, results, whole = adpa.Args(objective=objective), [], lm.over_vocabulary
     for mib in (1, 64):
         with monkeypatch.context() as patch:
-            patch.setattr(common, "over_vocabulary", lambda *a, mib=mib: whole(*a[:4], chunk_mib=mib))
+            patch.setattr(lm, "over_vocabulary", lambda *a, mib=mib: whole(*a[:4], chunk_mib=mib))
             models, batch = case([6, 7, 4, 3])
             value, means = whole_step(models, batch, args)
             value.backward()
@@ -255,9 +256,9 @@ def test_states_are_the_students_answers(base, out):
     run = run_here(adpa, **base, out=out)
     (answers,) = states_of(run).values()
     pairs, _, _, tokenizer = adpa.prepare(adpa.Args(**base))
-    policy = common.load_model(base["model"], device=torch.device("cpu"), trainable=False)
-    settings = dict(max_new_tokens=24, stop_ids=common.stop_ids(policy, tokenizer), pad_id=tokenizer.pad_token_id)
-    expected = common.generate(policy, [pairs[i]["prompt_ids"] for i, _ in answers], **settings)
+    policy = lm.load_model(base["model"], device=torch.device("cpu"), trainable=False)
+    settings = dict(max_new_tokens=24, stop_ids=lm.stop_ids(policy, tokenizer), pad_id=tokenizer.pad_token_id)
+    expected = lm.generate(policy, [pairs[i]["prompt_ids"] for i, _ in answers], **settings)
     assert [ids for _, ids in answers] == expected
     assert sorted(i for i, _ in answers) == list(range(12))  # 4 steps of 4 pairs see all 12
     assert read_metrics(run)[1]["kl/start"] == pytest.approx(0, abs=1e-6) and read_metrics(run)[2]["kl/start"] > 0

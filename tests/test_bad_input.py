@@ -22,7 +22,7 @@ def refused(base, monkeypatch):
     """refused(script, [parts of the message], **changes): train() says so before a model is loaded."""
 
     def check(script, parts, **changes):
-        monkeypatch.setattr(common, "load_model", lambda *a, **k: pytest.fail("a model was loaded"))
+        monkeypatch.setattr(lm, "load_model", lambda *a, **k: pytest.fail("a model was loaded"))
         with pytest.raises(common.BadInput) as error:
             script.train(common.check_args(script.Args(**base | changes)))
         message = str(error.value)

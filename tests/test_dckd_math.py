@@ -4,6 +4,7 @@ import math
 from functools import partial
 
 import common
+import lm
 import dckd
 import pytest
 from conftest import FixedStates, random
@@ -86,7 +87,7 @@ def test_objective_in_chunks(monkeypatch):
     results = []
     for mib in (1, 64):
         with monkeypatch.context() as patch:
-            patch.setattr(common, "over_vocabulary", partial(common.over_vocabulary, chunk_mib=mib))
+            patch.setattr(lm, "over_vocabulary", partial(lm.over_vocabulary, chunk_mib=mib))
             models, batch = case([5, 2, 4, 3])
             value, means = whole_step(models, batch, dckd.Args())
             value.backward()

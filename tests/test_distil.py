@@ -7,6 +7,7 @@ import re
 import adpa
 import check
 import common
+import lm
 import dckd
 import dpo
 import pytest
@@ -77,7 +78,7 @@ def test_metrics(chain):
 
 def test_the_built_in_teacher_is_aligned():
     """builtin-aligned knows what it came from, and the bare commands of both students start with it."""
-    assert common.load_config("builtin-aligned").aligned_from == "builtin"
+    assert lm.load_config("builtin-aligned").aligned_from == "builtin"
     for script in (dckd, adpa):
         args = common.parse_args(script.Args, script.BUILTIN, [])
         assert args.teacher == "builtin-aligned" and args.model == "builtin-small"
@@ -260,13 +261,13 @@ def mean_per_micro_batch(script, monkeypatch):
 
 
 def shift_the_frozen_models(script, monkeypatch):
-    read = common.completion_hidden
+    read = lm.completion_hidden
 
     def shifted(model, batch):
         hidden = read(model, batch)
         return hidden if any(p.requires_grad for p in model.parameters()) else hidden.roll(1, 1)
 
-    monkeypatch.setattr(common, "completion_hidden", shifted)
+    monkeypatch.setattr(lm, "completion_hidden", shifted)
 
 
 def leave_out_eos(script, monkeypatch):
@@ -299,7 +300,7 @@ def refused(base, out, monkeypatch):
 
     def check(name, parts, **changes):
         script = SCRIPTS[name]
-        monkeypatch.setattr(common, "load_model", lambda *a, **k: pytest.fail("a model was loaded"))
+        monkeypatch.setattr(lm, "load_model", lambda *a, **k: pytest.fail("a model was loaded"))
         with pytest.raises(common.BadInput) as error:
             script.train(common.check_args(script.Args(**settings_of(name, base) | dict(out=out) | changes)))
         message = str(error.value)

@@ -3,6 +3,7 @@
 import math
 
 import common
+import lm
 import dpo
 import pytest
 from conftest import FixedStates, random
@@ -100,5 +101,5 @@ def test_pairs_stay_together():
     for prompts, expected in ("abcdefgh", [[2, 3, 6, 7], [4, 5, 0, 1]]), ("aabbbbaa", [[0, 1, 6, 7], [2, 3, 4, 5]]):
         prompts = [[ord(letter)] * 5 for letter in prompts]
         batch = common.make_batch(prompts, answers, 0, "cpu") | {"row": torch.arange(8)}
-        pieces = [micro["row"].tolist() for micro in common.micro_batches(batch, list(range(8)), 4, together=2)]
+        pieces = [micro["row"].tolist() for micro in lm.micro_batches(batch, list(range(8)), 4, together=2)]
         assert pieces == expected

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import check
 import common
+import lm
 import evaluate
 import lco
 import numpy as np
@@ -226,7 +227,7 @@ def told(monkeypatch, tokenizer, greedy: list[str], sampled: list[list[str]]) ->
         by_prompt = [[text] for text in greedy] if noise is None else sampled
         return [common.encode_completion(tokenizer, text) for texts in by_prompt for text in texts]
 
-    monkeypatch.setattr(common.Sampling, "complete", complete)
+    monkeypatch.setattr(lm.Sampling, "complete", complete)
 
 
 def test_metrics_by_hand(gpt2_model, letter_tokenizer, monkeypatch, tmp_path):
@@ -290,7 +291,7 @@ def judges(tiny_model, tmp_path_factory) -> dict:
         for p in model.parameters():
             p.data += 0.05 * torch.randn_like(p)
         model.save_pretrained(home / name)
-        common.load_tokenizer(tiny_model).save_pretrained(home / name)
+        lm.load_tokenizer(tiny_model).save_pretrained(home / name)
         return shared | {"reward_model": str(home / name), "micro_batch": 2}
 
     found = {"last": saved("orm", AutoModelForTokenClassification, num_labels=1)}
@@ -306,8 +307,8 @@ def judges(tiny_model, tmp_path_factory) -> dict:
 def test_pair_accuracy_by_hand(how, judges, tmp_path):
     """Each held-out pair alone: the mean of its tokens' scores, the last one, or the sum of log-ratios."""
     settings, margins = judges[how], []
-    load = lambda name: common.load_model(name, head="saved", trainable=False, device=torch.device("cpu"))  # noqa: E731
-    model, tokenizer = load(settings["reward_model"]), common.load_tokenizer(settings["model"])
+    load = lambda name: lm.load_model(name, head="saved", trainable=False, device=torch.device("cpu"))  # noqa: E731
+    model, tokenizer = load(settings["reward_model"]), lm.load_tokenizer(settings["model"])
     ref = load(settings["reward_ref"]) if "reward_ref" in settings else None
     for row in toys.chain_pairs(21, 0)[-5:]:
         scores = []
@@ -420,14 +421,14 @@ def test_mt_bench(judged, tmp_path):
         assert list(row) == ["question_id", "answer_id", "model_id", "choices", "tstamp"] and row["model_id"] == "mine"
         assert [choice["index"] for choice in row["choices"]] == [0] and len(row["choices"][0]["turns"]) == 2
     assert len({row["answer_id"] for row in rows}) == 3
-    tokenizer = common.load_tokenizer(judged["model"])
-    model = common.load_model(judged["model"], trainable=False, device=torch.device("cpu"))
+    tokenizer = lm.load_tokenizer(judged["model"])
+    model = lm.load_model(judged["model"], trainable=False, device=torch.device("cpu"))
     limits = judged["max_prompt"], judged["max_new_tokens"]
     first, second = rows[0]["choices"][0]["turns"]
     chat = [{"role": "user", "content": "5+6="}]
     for answer in (first, second):
         prompt = common.encode_prompt(tokenizer, chat)[-limits[0] :]
-        sampling = common.Sampling(model, tokenizer, *limits, 1.0, 8)
+        sampling = lm.Sampling(model, tokenizer, *limits, 1.0, 8)
         (ids,) = sampling.complete([prompt], 1, None)
         assert common.decode(tokenizer, [ids])[0].strip() == answer
         chat += [{"role": "assistant", "content": answer}, {"role": "user", "content": "7+8="}]
@@ -492,7 +493,7 @@ def test_two_ranks_are_one(base, judges, judged, tmp_path):
 )
 def test_wrong_values(changes, words, base, tmp_path, monkeypatch):
     """One sentence that names the argument, before any model is loaded and any folder is made."""
-    monkeypatch.setattr(common, "load_model", None)
+    monkeypatch.setattr(lm, "load_model", None)
     if {"format", "pairs"} & changes.keys():
         base = {"model": base["model"]}
     with pytest.raises(common.BadInput) as error:
@@ -511,7 +512,7 @@ def test_wrong_values(changes, words, base, tmp_path, monkeypatch):
     ],
 )
 def test_wrong_questions(kind, row, words, judged, tmp_path, monkeypatch):
-    monkeypatch.setattr(common, "load_model", None)
+    monkeypatch.setattr(lm, "load_model", None)
     good = {"instruction": "1+1=", "question_id": 0, "turns": ["1", "2"]}
     data = write(tmp_path / "q.jsonl", [good, row])
     with pytest.raises(common.BadInput) as error:

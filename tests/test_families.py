@@ -7,6 +7,8 @@ from pathlib import Path
 
 import check
 import common
+import lm
+import gpu
 import pytest
 from conftest import ROOT, TINY, flags, ids_of, run_script, save_model
 from safetensors.torch import load_file, save_file
@@ -80,12 +82,12 @@ def test_refused_files(name, tiny_model, tmp_path):
     """Weights that would be random, and weights that would be left out."""
     change, config, words = REFUSED[name]
     folder = edited(tiny_model, tmp_path / "model", change, **config)
-    for load in (common.load_tokenizer, lambda x: common.load_model(x, device=CPU)):
+    for load in (lm.load_tokenizer, lambda x: lm.load_model(x, device=CPU)):
         with pytest.raises(common.BadInput, match=words):
             load(folder)
     if name != "no head":  # which a scalar head replaces
         with pytest.raises(common.BadInput, match=words):
-            common.load_model(folder, head="scalar", device=CPU)
+            lm.load_model(folder, head="scalar", device=CPU)
 
 
 def test_a_truncated_file(tiny_model, tmp_path):
@@ -93,22 +95,22 @@ def test_a_truncated_file(tiny_model, tmp_path):
     file = tmp_path / "model" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(common.BadInput, match="could be loaded"):
-        common.load_tokenizer(str(tmp_path / "model"))
+        lm.load_tokenizer(str(tmp_path / "model"))
 
 
 def test_reward_models(tiny_model, tmp_path):
     """A whole one loads with its head, is no language model, and is refused without that head."""
-    model = common.load_model(tiny_model, head="scalar", device=CPU)
-    torch.nn.init.normal_(common.scalar_head(model).weight)
-    common.export_model(tmp_path / "judge", model, common.load_tokenizer(tiny_model))
+    model = lm.load_model(tiny_model, head="scalar", device=CPU)
+    torch.nn.init.normal_(lm.scalar_head(model).weight)
+    common.export_model(tmp_path / "judge", model, lm.load_tokenizer(tiny_model))
     judge = str(tmp_path / "judge")
-    common.load_tokenizer(judge)
+    lm.load_tokenizer(judge)
     with pytest.raises(common.BadInput, match="missing in its files, for example lm_head.weight"):
-        common.load_model(judge, device=CPU)
+        lm.load_model(judge, device=CPU)
     for number, change in enumerate((prefixed("_orig_mod."), without("score"))):
         folder = edited(judge, tmp_path / str(number), change)
         with pytest.raises(common.BadInput, match="missing in its files"):
-            common.load_model(folder, head="saved", device=CPU)
+            lm.load_model(folder, head="saved", device=CPU)
 
 
 @pytest.mark.parametrize("script", ["lco.py", "ppo_baseline.py"])
@@ -128,17 +130,17 @@ def test_capped_logits_are_found_in_any_dtype(letter_tokenizer, tmp_path):
     folder = save_model(tmp_path / "model", config, letter_tokenizer)
     transformers.AutoModelForCausalLM.from_pretrained(folder).bfloat16().save_pretrained(folder)
     with pytest.raises(common.BadInput, match="final_logit_softcapping=500.0"):
-        common.load_tokenizer(folder)
+        lm.load_tokenizer(folder)
 
 
 def test_large_models_too(letter_tokenizer, tmp_path, monkeypatch):
     """The body of a large model is not run before a run begins, its head is."""
-    monkeypatch.setattr(common, "SMALL", 0)
-    monkeypatch.setattr(common, "_check_body", lambda *args: pytest.fail("the body was run"))
+    monkeypatch.setattr(lm, "SMALL", 0)
+    monkeypatch.setattr(lm, "_check_body", lambda *args: pytest.fail("the body was run"))
     config = transformers.GraniteConfig(**SHAPE, logits_scaling=8.0, **ids_of(letter_tokenizer))
     folder = save_model(tmp_path / "model", config, letter_tokenizer)
     with pytest.raises(common.BadInput, match="logits_scaling=8.0"):
-        common.load_tokenizer(folder)
+        lm.load_tokenizer(folder)
 
 
 def test_composite_configurations(tmp_path):
@@ -148,23 +150,23 @@ def test_composite_configurations(tmp_path):
     about = json.loads((tmp_path / "model" / "config.json").read_text())
     about["text_config"]["attention_dropout"] = about["vision_config"]["attention_dropout"] = 0.5
     (tmp_path / "model" / "config.json").write_text(json.dumps(about))
-    model = common.load_model(str(tmp_path / "model"), device=CPU)
+    model = lm.load_model(str(tmp_path / "model"), device=CPU)
     assert check.dropout_is_off({"policy": model})[0]
     assert not model.config.text_config.attention_dropout and not model.config.vision_config.attention_dropout
     assert max(tokens.get_vocab().values()) < model.config.get_text_config().vocab_size
     sizes = dict(rows=4, micro_batch=2, rollout_rows=4, max_prompt=8, max_new_tokens=8, dtype="auto")
-    assert common.estimate_memory({"policy": model}, **sizes)[0]
+    assert gpu.estimate_memory({"policy": model}, **sizes)[0]
     common.export_model(tmp_path / "out", model, tokens)
-    again = common.load_model(str(tmp_path / "out"), device=CPU)
+    again = lm.load_model(str(tmp_path / "out"), device=CPU)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
 
 
 def test_layerdrop_is_off(tmp_path):
     families.save("OPT", tmp_path / "model", families.tokenizer())
-    model = common.load_model(str(tmp_path / "model"), device=CPU)
+    model = lm.load_model(str(tmp_path / "model"), device=CPU)
     batch = common.make_batch([[3, 4]] * 8, [[5, 6, 7]] * 8, 0, CPU)
     assert model.training and check.dropout_is_off({"policy": model})[0]
-    assert torch.equal(common.completion_hidden(model, batch), common.completion_hidden(model, batch))
+    assert torch.equal(lm.completion_hidden(model, batch), lm.completion_hidden(model, batch))
 
 
 # ---- ids without an embedding ----------------------------------------------------------------------------------------
@@ -184,16 +186,16 @@ def with_tokens(folder: str, path: Path, **special) -> str:
 def test_padding_outside_the_embeddings(tiny_model, tmp_path):
     """A padding token that was added without resizing: rows are padded with the end of the sequence."""
     folder = with_tokens(tiny_model, tmp_path / "model", pad_token="<new>")
-    rows = common.load_config(folder).vocab_size
+    rows = lm.load_config(folder).vocab_size
     assert transformers.AutoTokenizer.from_pretrained(folder).pad_token_id == rows
-    tokenizer = common.load_tokenizer(folder)
+    tokenizer = lm.load_tokenizer(folder)
     assert tokenizer.pad_token_id == tokenizer.eos_token_id < rows
 
 
 def test_words_outside_the_embeddings(tiny_model, tmp_path):
     folder = with_tokens(tiny_model, tmp_path / "model", added=["<think>", "</think>"])
     with pytest.raises(common.BadInput, match="2 tokens without an embedding, for example '<think>' .id 16, 16 embedd"):
-        common.load_tokenizer(folder)
+        lm.load_tokenizer(folder)
 
 
 def test_the_place_of_an_image_needs_no_embedding(tiny_model, tmp_path):
@@ -201,5 +203,5 @@ def test_the_place_of_an_image_needs_no_embedding(tiny_model, tmp_path):
     shutil.copytree(tiny_model, tmp_path / "model")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model, extra_special_tokens={"image_token": "<image>"})
     tokenizer.save_pretrained(tmp_path / "model")
-    found = common.load_tokenizer(str(tmp_path / "model"))
-    assert found.get_vocab()["<image>"] == common.load_config(tiny_model).vocab_size
+    found = lm.load_tokenizer(str(tmp_path / "model"))
+    assert found.get_vocab()["<image>"] == lm.load_config(tiny_model).vocab_size

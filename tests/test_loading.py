@@ -6,6 +6,8 @@ import os
 import weakref
 
 import common
+import lm
+import gpu
 import lco
 import ppo_baseline
 import pytest
@@ -59,11 +61,11 @@ def test_the_weights_of_the_file(family, dtype, letter_tokenizer, tmp_path):
     folder = save_as(tmp_path / "model", FAMILIES[family](), letter_tokenizer, dtype)
     plain = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     expected, buffers = dict(plain.named_parameters()), dict(plain.named_buffers())
-    model = common.load_model(folder, device=CPU)
+    model = lm.load_model(folder, device=CPU)
     assert dict(model.named_parameters()).keys() == expected.keys()
     for name, p in model.named_parameters():
         assert p.dtype == torch.float32 and torch.equal(p, expected[name]), name
-    frozen = common.load_model(folder, device=CPU, dtype="bfloat16", trainable=False)
+    frozen = lm.load_model(folder, device=CPU, dtype="bfloat16", trainable=False)
     for name, p in frozen.named_parameters():
         assert p.dtype == torch.bfloat16 and torch.equal(p.full_tensor(), expected[name].bfloat16()), name
     for found in (model, frozen):
@@ -84,7 +86,7 @@ def test_adapters_are_fp32(head, compute, letter_tokenizer, tmp_path):
     for dtype in ("float32", "bfloat16"):
         torch.manual_seed(0)
         folder = save_as(tmp_path / dtype, FAMILIES["llama"](), letter_tokenizer, dtype)
-        model = common.load_model(folder, head=head, device=CPU, dtype=compute, lora_rank=4, seed=3)
+        model = lm.load_model(folder, head=head, device=CPU, dtype=compute, lora_rank=4, seed=3)
         whole = {n: getattr(p, "full_tensor", lambda p=p: p)().detach() for n, p in model.named_parameters()}
         found[dtype] = {n: whole[n] for n, p in model.named_parameters() if p.requires_grad}
         assert all(p.dtype == torch.float32 for p in found[dtype].values())
@@ -98,7 +100,7 @@ def test_adapters_are_fp32(head, compute, letter_tokenizer, tmp_path):
 def test_export_of_bfloat16_weights_under_adapters(letter_tokenizer, tmp_path):
     """Adapters that are 0 change nothing, and the exported file is fp32."""
     folder = save_as(tmp_path / "model", FAMILIES["qwen3"](), letter_tokenizer, "bfloat16")
-    model = common.load_model(folder, device=CPU, dtype="bfloat16", lora_rank=2)
+    model = lm.load_model(folder, device=CPU, dtype="bfloat16", lora_rank=2)
     common.export_model(tmp_path / "out", model, letter_tokenizer)
     a, b = (transformers.AutoModelForCausalLM.from_pretrained(x, dtype="auto") for x in (folder, tmp_path / "out"))
     for x, y in zip(a.parameters(), b.parameters()):
@@ -111,12 +113,12 @@ def test_dead_models_die(dtype, tiny_model):
     gc.collect()
     gc.disable()
     try:
-        model = common.load_model(tiny_model, device=CPU, dtype=dtype)
-        weight = weakref.ref(common.head_weight(model))
-        common.completion_hidden(model, common.make_batch([[3, 4]], [[5, 6]], 0, CPU)).sum().backward()
+        model = lm.load_model(tiny_model, device=CPU, dtype=dtype)
+        weight = weakref.ref(lm.head_weight(model))
+        lm.completion_hidden(model, common.make_batch([[3, 4]], [[5, 6]], 0, CPU)).sum().backward()
         del model
         assert dtype == "bfloat16" or weight() is None
-        common.load_model(tiny_model, device=CPU, dtype=dtype)
+        lm.load_model(tiny_model, device=CPU, dtype=dtype)
         assert weight() is None
     finally:
         gc.enable()
@@ -162,7 +164,7 @@ def anonymous():  # in KiB: what belongs to this process alone and is no map of 
     return int(fields["RssAnon"].split()[0])
 
 def main():
-    common.load_model(sys.argv[2], device=torch.device("cpu"), trainable=False, dtype="float32")  # imports and groups
+    lm.load_model(sys.argv[2], device=torch.device("cpu"), trainable=False, dtype="float32")  # imports and groups
     before = most = anonymous()
     loading = True
 
@@ -174,7 +176,7 @@ def main():
 
     thread = threading.Thread(target=watch)
     thread.start()
-    model = common.load_model(sys.argv[1], device=torch.device("cpu"))
+    model = lm.load_model(sys.argv[1], device=torch.device("cpu"))
     loading = False
     thread.join()
     shards = sum(p.to_local().numel() * 4 for p in model.parameters())
@@ -213,8 +215,8 @@ import common, lco, ppo_baseline
 import torch
 
 def main():
-    model = common.load_model(json.load(open(sys.argv[1]))["model"], device=torch.device("cpu"))
-    mesh = common.head_weight(model).device_mesh
+    model = lm.load_model(json.load(open(sys.argv[1]))["model"], device=torch.device("cpu"))
+    mesh = lm.head_weight(model).device_mesh
     assert tuple(mesh.shape) == {"2": (2, 2), "4": (4,), "1": (4,), "3": (4,)}[sys.argv[2]], mesh
     if sys.argv[2] == "2":
         sums = []
@@ -225,8 +227,8 @@ def main():
         gradients = {}
         for once in (False, True):
             sums.clear()
-            for i in common.accumulate_over(model, [0, 1, 2]) if once else range(3):
-                (common.completion_hidden(model, batch).cos().sum() * (i + 1)).backward()
+            for i in lm.accumulate_over(model, [0, 1, 2]) if once else range(3):
+                (lm.completion_hidden(model, batch).cos().sum() * (i + 1)).backward()
             gradients[once] = [p.grad.full_tensor() for p in model.parameters() if p.grad is not None]
             model.zero_grad()
             groups = 3  # two blocks and the rest
@@ -299,26 +301,26 @@ def test_activations_are_counted(family):
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
     real = sum(size for key, size in kept.items() if key not in weights) / (B * S)
     assert out.last_hidden_state.requires_grad
-    assert 0.85 < common.kept_per_token(model, "float32") / real < 1.2
+    assert 0.85 < gpu.kept_per_token(model, "float32") / real < 1.2
 
 
 def test_estimate_counts_parameters_and_cache(tiny_model):
     """Weights, gradients and Adam are 16 bytes per trained parameter; frozen ones are in the computation's dtype."""
-    policy = common.load_model(tiny_model, device=CPU)
+    policy = lm.load_model(tiny_model, device=CPU)
     n, config = sum(p.numel() for p in policy.parameters()), policy.config
-    ref = common.load_model(tiny_model, device=CPU, trainable=False)
+    ref = lm.load_model(tiny_model, device=CPU, trainable=False)
     sizes = dict(rows=12, micro_batch=2, rollout_rows=8, tokens=30, new_tokens=10, chunk_mib=64)
-    parts = common.memory_parts({"policy": policy, "ref": ref}, shards=4, dtype="bfloat16", **sizes)
+    parts = gpu.memory_parts({"policy": policy, "ref": ref}, shards=4, dtype="bfloat16", **sizes)
     assert parts["state"] == (16 + 2) * n / 4 and parts["whole weights"] == 2 * n
     assert parts["KV cache"] == 2 * 2 * 2 * 8 * 2 * 8 * 30  # keys and values, layers, heads, width, bytes, rows, tokens
     assert parts["kept states"] == 12 * 10 * config.hidden_size * 2
-    alone = common.memory_parts({"policy": policy}, shards=1, dtype="float32", **sizes)
+    alone = gpu.memory_parts({"policy": policy}, shards=1, dtype="float32", **sizes)
     assert alone["state"] == 16 * n and alone["whole weights"] == alone["loading"] == 0
-    recomputed = common.load_model(tiny_model, device=CPU, activation_checkpointing=True)
-    assert common.memory_parts({"policy": recomputed}, shards=1, dtype="float32", **sizes)["activations"] == (
-        2 * 30 * (common.kept_per_token(policy, "float32") / 2 + 2 * config.hidden_size * 4)
+    recomputed = lm.load_model(tiny_model, device=CPU, activation_checkpointing=True)
+    assert gpu.memory_parts({"policy": recomputed}, shards=1, dtype="float32", **sizes)["activations"] == (
+        2 * 30 * (gpu.kept_per_token(policy, "float32") / 2 + 2 * config.hidden_size * 4)
     )
-    assert common.peak_memory(alone) == alone["state"] + max(
+    assert gpu.peak_memory(alone) == alone["state"] + max(
         alone["KV cache"] + alone["sampling"],
         *[sum(alone[k] for k in ("embeddings and head", "activations", "vocabulary", "kept states"))],
     )

@@ -6,6 +6,7 @@ import shutil
 
 import check
 import common
+import lm
 import report
 import pytest
 from conftest import ids_of, save_model
@@ -32,8 +33,8 @@ def make_batch(pad_id: int = 0) -> dict:
 
 def logprobs(model, batch) -> torch.Tensor:
     """[N], of the completion tokens."""
-    hidden = common.completion_hidden(model, batch)[batch["mask"]]
-    return common.token_logprobs(hidden, common.head_weight(model), batch["completion_ids"][batch["mask"]])[0]
+    hidden = lm.completion_hidden(model, batch)[batch["mask"]]
+    return lm.token_logprobs(hidden, lm.head_weight(model), batch["completion_ids"][batch["mask"]])[0]
 
 
 def changed(folder: str, path, **values) -> str:
@@ -46,34 +47,34 @@ def changed(folder: str, path, **values) -> str:
 
 def test_lm_head(folder):
     """Logits are hidden @ W.T, all weights are fp32 and train, and the same folder gives the same model."""
-    model = common.load_model(folder, device=CPU)
+    model = lm.load_model(folder, device=CPU)
     ids = torch.arange(3, 11)[None]
     with torch.no_grad():
         hidden = model.final_hidden(ids, torch.ones_like(ids), torch.arange(8)[None])
-        torch.testing.assert_close(hidden @ common.head_weight(model).T, model(ids).logits)
+        torch.testing.assert_close(hidden @ lm.head_weight(model).T, model(ids).logits)
     assert all(p.dtype == torch.float32 and p.requires_grad for p in model.parameters())
-    again = common.load_model(folder, device=CPU, trainable=False)
+    again = lm.load_model(folder, device=CPU, trainable=False)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
-    assert not common.trainable_parameters(again)
+    assert not lm.trainable_parameters(again)
 
 
 def test_scalar_head_starts_at_zero(folder):
     """The same body, with a linear head to one number that is 0 everywhere at first, and learns."""
-    model = common.load_model(folder, head="scalar", device=CPU)
-    values = common.completion_scalars(model, make_batch())
+    model = lm.load_model(folder, head="scalar", device=CPU)
+    values = lm.completion_scalars(model, make_batch())
     assert values.shape == (4, 4) and values.dtype == torch.float32 and not values.any()
-    head = common.scalar_head(model)
+    head = lm.scalar_head(model)
     assert head.weight.shape[0] == 1 and not head.weight.any()
     values.sum().backward()
     assert head.weight.grad.abs().sum() > 0
-    body = common.load_model(folder, device=CPU).base_model.state_dict()
+    body = lm.load_model(folder, device=CPU).base_model.state_dict()
     assert all(torch.equal(body[k], v) for k, v in model.base_model.state_dict().items())
 
 
 @pytest.mark.parametrize("head", ["lm", "scalar"])
 def test_lora(folder, head):
     """Adapters on every linear layer of the body, none on the LM head; they change nothing at first."""
-    model = common.load_model(folder, head=head, device=CPU, lora_rank=4)
+    model = lm.load_model(folder, head=head, device=CPU, lora_rank=4)
     adapted = {n.removesuffix(".lora_A") for n, _ in model.named_modules() if n.endswith(".lora_A")}
     linear = {
         n.removesuffix(".base_layer")
@@ -87,16 +88,16 @@ def test_lora(folder, head):
     assert all(n.startswith(("score.", "classifier.")) for n in heads) and bool(heads) == (head == "scalar")
     if head == "lm":
         with torch.no_grad():
-            plain = logprobs(common.load_model(folder, device=CPU), make_batch())
+            plain = logprobs(lm.load_model(folder, device=CPU), make_batch())
             torch.testing.assert_close(logprobs(model, make_batch()), plain)
-            with common.adapters_off(model):
+            with lm.adapters_off(model):
                 torch.testing.assert_close(logprobs(model, make_batch()), plain)
 
 
 def test_new_weights_depend_on_the_seed_alone(tiny_model):
     def adapters(seed):
-        model = common.load_model(tiny_model, device=CPU, lora_rank=4, seed=seed)
-        return torch.cat([p.detach().flatten() for p in common.trainable_parameters(model)])
+        model = lm.load_model(tiny_model, device=CPU, lora_rank=4, seed=seed)
+        return torch.cat([p.detach().flatten() for p in lm.trainable_parameters(model)])
 
     torch.manual_seed(123)
     assert torch.equal(adapters(0), adapters(0)) and not torch.equal(adapters(0), adapters(1))
@@ -106,16 +107,16 @@ def test_new_weights_depend_on_the_seed_alone(tiny_model):
 def test_dropout_is_off(head, gpt2_model, tiny_model, tmp_path):
     """Whatever a config says, a forward in training mode is the same twice."""
     for name in (gpt2_model, changed(tiny_model, tmp_path / "drops", attention_dropout=0.5, hidden_dropout=0.5)):
-        model = common.load_model(name, head=head, device=CPU, lora_rank=2)
+        model = lm.load_model(name, head=head, device=CPU, lora_rank=2)
         assert model.training
         assert check.dropout_is_off({"model": model})[0]
         batch = make_batch()
-        assert torch.equal(common.completion_hidden(model, batch), common.completion_hidden(model, batch))
+        assert torch.equal(lm.completion_hidden(model, batch), lm.completion_hidden(model, batch))
 
 
 def test_padding_and_batch_size_change_nothing(folder):
     """Rotary or absolute positions: log-probabilities of a row do not depend on its neighbours or its padding."""
-    model = common.load_model(folder, device=CPU)
+    model = lm.load_model(folder, device=CPU)
 
     @torch.no_grad()
     def per_token(batch):
@@ -151,7 +152,7 @@ def test_packing_in_other_layers(kind, packed, options, letter_tokenizer, tmp_pa
 def check_packing(kind, folder, packed):
     """Two prompts of six rows: numbers and gradients of six rows on their own, from fewer tokens where packed."""
     options = dict(head="scalar" if kind in ("scalar", "after") else "lm", lora_rank=2 * (kind == "lora"))
-    model = common.load_model(folder, device=CPU, activation_checkpointing=kind == "recomputed", **options)
+    model = lm.load_model(folder, device=CPU, activation_checkpointing=kind == "recomputed", **options)
     for parameter in model.parameters():  # where heads and adapters start, no gradient reaches the body
         if parameter.requires_grad and not parameter.detach().any():
             torch.nn.init.normal_(parameter, std=0.1)
@@ -166,8 +167,8 @@ def check_packing(kind, folder, packed):
     def values_and_gradients(size):
         def per_token(micro):
             if kind in ("scalar", "after"):
-                return common.completion_scalars(model, micro, after=kind == "after")
-            return common.completion_hidden(model, micro).cos().sum(-1)
+                return lm.completion_scalars(model, micro, after=kind == "after")
+            return lm.completion_hidden(model, micro).cos().sum(-1)
 
         read.clear()
         model.zero_grad()
@@ -176,8 +177,8 @@ def check_packing(kind, folder, packed):
             (per_token(micro) * micro["mask"]).sum().backward()
         tokens = sum(read)
         with torch.no_grad():
-            values = common.map_rows(lambda micro: {"x": per_token(micro)}, batch, size)["x"] * batch["mask"]
-        return tokens, [values, *(p.grad for p in common.trainable_parameters(model) if p.grad is not None)]
+            values = lm.map_rows(lambda micro: {"x": per_token(micro)}, batch, size)["x"] * batch["mask"]
+        return tokens, [values, *(p.grad for p in lm.trainable_parameters(model) if p.grad is not None)]
 
     tokens, together = values_and_gradients(6)
     more, alone = values_and_gradients(1)
@@ -190,39 +191,39 @@ def check_packing(kind, folder, packed):
 
 def test_refused_dtype(tiny_model):
     with pytest.raises(common.BadInput, match="--dtype must be one of auto, float32, bfloat16; found .float16.*"):
-        common.load_model(tiny_model, device=CPU, dtype="float16")
+        lm.load_model(tiny_model, device=CPU, dtype="float16")
 
 
 @pytest.mark.parametrize("lora_rank", [0, 4])
 def test_activation_checkpointing_gives_equal_gradients(folder, lora_rank):
     gradients = []
     for on in (False, True):
-        model = common.load_model(folder, device=CPU, activation_checkpointing=on, lora_rank=lora_rank)
+        model = lm.load_model(folder, device=CPU, activation_checkpointing=on, lora_rank=lora_rank)
         assert getattr(model, "is_gradient_checkpointing", on) == on
         logprobs(model, make_batch()).sum().backward()
-        gradients.append([p.grad for p in common.trainable_parameters(model)])
+        gradients.append([p.grad for p in lm.trainable_parameters(model)])
     for plain, recomputed in zip(*gradients):
         torch.testing.assert_close(plain, recomputed, rtol=1e-5, atol=1e-7)
 
 
 def test_bfloat16_keeps_fp32_masters(folder):
     """FSDP2 on one process: computes in bfloat16, keeps fp32 weights and gradients, takes a step, still generates."""
-    model = common.load_model(folder, device=CPU, dtype="bfloat16")
+    model = lm.load_model(folder, device=CPU, dtype="bfloat16")
     assert isinstance(model, FSDPModule)
     assert sum(isinstance(m, FSDPModule) for m in model.modules()) == 3  # two blocks and the rest
-    parameters = common.trainable_parameters(model)
+    parameters = lm.trainable_parameters(model)
     assert all(p.dtype == torch.float32 for p in parameters)
     batch = make_batch()
     before = logprobs(model, batch)
     (-before.sum()).backward()
     assert all(p.grad.dtype == torch.float32 for p in parameters)
-    plain = common.load_model(folder, device=CPU)
+    plain = lm.load_model(folder, device=CPU)
     torch.testing.assert_close(before, logprobs(plain, batch), rtol=0.05, atol=0.05)
     optimizer = torch.optim.SGD(parameters, lr=1e-3)
     assert torch.nn.utils.clip_grad_norm_(parameters, 1.0).full_tensor() > 0
     optimizer.step()
     settings = dict(max_new_tokens=4, stop_ids=[2], pad_id=0)
-    completions = common.generate(model, [[3, 4, 5], [6]], samples=2, noise=torch.rand(4, 4), **settings)
+    completions = lm.generate(model, [[3, 4, 5], [6]], samples=2, noise=torch.rand(4, 4), **settings)
     assert len(completions) == 4 and all(1 <= len(c) <= 4 for c in completions)
     with torch.no_grad():
         assert logprobs(model, batch).sum() > before.sum()
@@ -230,7 +231,7 @@ def test_bfloat16_keeps_fp32_masters(folder):
 
 def test_tokenizer_without_padding_token(gpt2_model):
     """Padding gets the id of EOS, which is harmless because masks come from lengths."""
-    tokenizer = common.load_tokenizer(gpt2_model)
+    tokenizer = lm.load_tokenizer(gpt2_model)
     assert tokenizer.pad_token_id == tokenizer.eos_token_id == 0
     batch = common.make_batch([[3], [4, 5]], [[6, 0], [7, 8, 0]], tokenizer.pad_token_id, CPU)
     assert batch["mask"].sum(1).tolist() == [2, 3] and batch["prompt_mask"].sum(1).tolist() == [1, 2]
@@ -242,26 +243,26 @@ def test_tokenizer_without_padding_token(gpt2_model):
 @pytest.fixture
 def judge(folder, tmp_path):
     """The folder of a model with a scalar head that is not 0."""
-    model = common.load_model(folder, head="scalar", device=CPU)
+    model = lm.load_model(folder, head="scalar", device=CPU)
     torch.manual_seed(0)
-    torch.nn.init.normal_(common.scalar_head(model).weight)
-    common.export_model(tmp_path / "judge", model, common.load_tokenizer(folder))
+    torch.nn.init.normal_(lm.scalar_head(model).weight)
+    common.export_model(tmp_path / "judge", model, lm.load_tokenizer(folder))
     return str(tmp_path / "judge"), model
 
 
 def test_saved_head(folder, judge):
     """head="saved" and head="scalar" keep the head of a token classifier; a language model has none to keep."""
     name, model = judge
-    assert common.has_scalar_head(common.load_config(name)) and not common.has_scalar_head(common.load_config(folder))
+    assert lm.has_scalar_head(lm.load_config(name)) and not lm.has_scalar_head(lm.load_config(folder))
     with torch.no_grad():
-        expected = common.completion_scalars(model, make_batch())
+        expected = lm.completion_scalars(model, make_batch())
         for head in ("saved", "scalar"):
-            found = common.load_model(name, head=head, device=CPU)
-            torch.testing.assert_close(common.completion_scalars(found, make_batch()), expected, atol=1e-6, rtol=1e-5)
-            assert common.has_scalar_head(found.config) and found.config.num_labels == 1
-        language = common.load_model(folder, head="saved", device=CPU)
-        assert not common.has_scalar_head(language.config)
-        plain = logprobs(common.load_model(folder, device=CPU), make_batch())
+            found = lm.load_model(name, head=head, device=CPU)
+            torch.testing.assert_close(lm.completion_scalars(found, make_batch()), expected, atol=1e-6, rtol=1e-5)
+            assert lm.has_scalar_head(found.config) and found.config.num_labels == 1
+        language = lm.load_model(folder, head="saved", device=CPU)
+        assert not lm.has_scalar_head(language.config)
+        plain = logprobs(lm.load_model(folder, device=CPU), make_batch())
         assert torch.equal(logprobs(language, make_batch()), plain)
 
 
@@ -269,9 +270,9 @@ def test_scalars_at_the_token_and_before_it(folder, judge):
     """after=True is the score that has seen token t; without it, the one that has not."""
     batch = make_batch()
     with torch.no_grad():
-        before, after = (common.completion_scalars(judge[1], batch, after=x) for x in (False, True))
+        before, after = (lm.completion_scalars(judge[1], batch, after=x) for x in (False, True))
         other = batch | {"completion_ids": batch["completion_ids"].index_fill(1, torch.tensor([2]), 12)}
-        moved = [common.completion_scalars(judge[1], other, after=x)[0] for x in (False, True)]
+        moved = [lm.completion_scalars(judge[1], other, after=x)[0] for x in (False, True)]
     torch.testing.assert_close(after[:, :-1][batch["mask"][:, 1:]], before[:, 1:][batch["mask"][:, 1:]])
     changed = [((x - y[0]).abs() > 1e-6).tolist() for x, y in zip(moved, (before, after))]
     assert changed == [[False, False, False, True], [False, False, True, True]]
@@ -282,7 +283,7 @@ def test_scalars_at_the_token_and_before_it(folder, judge):
 
 def test_answers_end_with_one_eos(folder):
     """No BOS before an answer, and the end of the sequence behind it."""
-    tokenizer = common.load_tokenizer(folder)
+    tokenizer = lm.load_tokenizer(folder)
     prompt, answer = common.encode_prompt(tokenizer, "7+15="), common.encode_completion(tokenizer, "22")
     assert answer == [*tokenizer("7+15=22")["input_ids"][len(prompt) :], tokenizer.eos_token_id] and len(answer) == 3
     assert common.encode_completion(tokenizer, "") == [tokenizer.eos_token_id]
@@ -290,7 +291,7 @@ def test_answers_end_with_one_eos(folder):
 
 def test_pairs_as_tokens(folder):
     """Ids are added, columns stay; what is too long or says nothing is left out and counted."""
-    tokenizer = common.load_tokenizer(folder)
+    tokenizer = lm.load_tokenizer(folder)
     start = len(common.encode_prompt(tokenizer, ""))
     good = {"prompt": "1+1=", "chosen": "2", "rejected": "33", "id": 7}
     same, long_answer = good | {"chosen": "33"}, good | {"rejected": "333"}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import check
 import common
+import lm
 import ppo_baseline
 import pytest
 import qrm
@@ -89,9 +90,9 @@ def test_reward_model_learns(kind, base, tmp_path):
 def test_exported_reward_model(kind, reward_run, base):
     """model/ scores held-out pairs as the run did, and says how; adapters are merged."""
     run, args = reward_run(kind), qrm.Args(**base | KINDS[kind])
-    model = common.load_model(str(run / "model"), head="saved", device=CPU, trainable=False)
-    assert common.has_scalar_head(model.config) == (args.head == "scalar")
-    assert common.score_of(str(run / "model"), "") == {"qrm": "mean", "orm": "last"}[args.objective]
+    model = lm.load_model(str(run / "model"), head="saved", device=CPU, trainable=False)
+    assert lm.has_scalar_head(model.config) == (args.head == "scalar")
+    assert lm.score_of(str(run / "model"), "") == {"qrm": "mean", "orm": "last"}[args.objective]
     tokenizer, _, test_pairs = qrm.prepare(args)
     found = qrm.evaluate({"reward": model}, test_pairs, tokenizer, args, CPU)
     last = read_metrics(run)[-1]
@@ -156,7 +157,7 @@ def test_check_of_the_bare_command(capsys):
     ids=str,
 )
 def test_wrong_value(changes, parts, base, tmp_path, monkeypatch):
-    monkeypatch.setattr(common, "load_model", lambda *a, **k: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(lm, "load_model", lambda *a, **k: pytest.fail("a model was loaded"))
     with pytest.raises(common.BadInput) as error:
         run_here(qrm, **base | changes, out=str(tmp_path / "run"))
     assert all(part in str(error.value) for part in parts) and "\n" not in str(error.value), error.value

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import check
 import common
+import lm
 import ppo_baseline
 import pytest
 import qrm
@@ -65,7 +66,7 @@ def test_pair_loss_is_a_sum_over_pairs():
 def test_answer_scores(how, expected):
     """What lies in the padding never counts."""
     scores, mask = rows([1.0, -1.0, 6.0], [-4.0], [2.0, -1.0])
-    assert common.answer_scores(scores, mask, how).tolist() == expected
+    assert lm.answer_scores(scores, mask, how).tolist() == expected
 
 
 # ---- which token a score belongs to ----------------------------------------------------------------------------------
@@ -79,12 +80,12 @@ def batch_of(prompts=PROMPTS, answers=ANSWERS) -> dict:
 
 def load(folder, head, **options):
     """{"reward": model} with a head that is not 0, and for dpo the model that it is compared with."""
-    models = {"reward": common.load_model(folder, head="scalar" if head == "scalar" else "lm", device=CPU, **options)}
+    models = {"reward": lm.load_model(folder, head="scalar" if head == "scalar" else "lm", device=CPU, **options)}
     if head == "scalar":
         torch.manual_seed(0)
-        torch.nn.init.normal_(common.scalar_head(models["reward"]).weight, std=0.1)
+        torch.nn.init.normal_(lm.scalar_head(models["reward"]).weight, std=0.1)
     if head == "dpo":
-        models["reward_ref"] = common.load_model(folder, device=CPU)
+        models["reward_ref"] = lm.load_model(folder, device=CPU)
         with torch.no_grad():
             for i, parameter in enumerate(models["reward"].parameters()):
                 parameter.mul_(1 + 0.3 * math.sin(i + 1))
@@ -93,7 +94,7 @@ def load(folder, head, **options):
 
 @torch.no_grad()
 def score(models, batch, objective="qrm"):
-    return common.token_scores(models["reward"], batch, models.get("reward_ref") if objective == "dpo" else None)
+    return lm.token_scores(models["reward"], batch, models.get("reward_ref") if objective == "dpo" else None)
 
 
 @pytest.mark.parametrize("folder", ["tiny_model", "gpt2_model", "qwen_model"])
@@ -159,7 +160,7 @@ def test_lm_scores_of_a_blind_model(tiny_model):
 
 def test_the_end_of_the_sequence_counts_once(tiny_model):
     """encode_completion puts EOS behind the answer; the mean is over the text's tokens and that one."""
-    tokenizer = common.load_tokenizer(tiny_model)
+    tokenizer = lm.load_tokenizer(tiny_model)
     ids = common.encode_completion(tokenizer, "22+8=30")
     assert len(ids) == 8 and ids.count(tokenizer.eos_token_id) == 1 and ids[-1] == tokenizer.eos_token_id
     batch = common.make_batch([[3], [3]], [ids, [5] * 12], tokenizer.eos_token_id, CPU)  # padded with EOS
@@ -186,7 +187,7 @@ def test_padding_and_batch_size_change_no_score(head, folder, request):
 
 def pairs_of(tiny_model, objective="qrm", head="scalar"):
     """Three pairs: (models, batch, args)."""
-    tokenizer = common.load_tokenizer(tiny_model)
+    tokenizer = lm.load_tokenizer(tiny_model)
     texts = [("7+5=", "12", "2=1"), ("1+2+3=", "3+3=6", "6"), ("4+4=", "8", "1+1+1=3")]
     made, _ = common.encode_pairs(tokenizer, [dict(zip(("prompt", "chosen", "rejected"), t)) for t in texts], 24, 24)
     models = torch.nn.ModuleDict(load(tiny_model, head))

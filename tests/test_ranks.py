@@ -41,6 +41,7 @@ def reward(prompts, completions, rows):
 DRIVER = """
 import json, sys
 import common, lco, ppo_baseline
+import lm
 
 def main():
     for script, settings, stop_after in json.load(open(sys.argv[1])):
@@ -115,13 +116,13 @@ import common
 
 def main():
     device = torch.device("cpu")
-    model = common.load_model(sys.argv[1], device=device)
+    model = lm.load_model(sys.argv[1], device=device)
     plain = AutoModelForCausalLM.from_pretrained(sys.argv[1])
     read = []
     model.model.embed_tokens.register_forward_hook(lambda _, args, out: read.append(tuple(out.shape[:2])))
     same, different = [[3, 4, 5, 6]] * 4, [[3, 4, 5, 6], [4, 5, 6, 7], [5, 6, 7, 8], [6, 7, 8, 9]]
     batches = [common.make_batch(prompts, [[7, 3]] * 4, 0, device) for prompts in (same, different)]
-    common.completion_hidden(model, batches[common.rank()]).cos().sum().backward()
+    lm.completion_hidden(model, batches[common.rank()]).cos().sum().backward()
     assert read == [[(1, 4 + 4 * 2)], [(4, 4 + 2)]][common.rank()], read
     for batch in batches:
         ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import common
+import lm
 import pytest
 from builtin import tasks as toys
 from conftest import ROOT, flags, read_metrics, run_script
@@ -29,12 +30,12 @@ def model():
     """Converted from the package's GGUF file."""
     HOME.mkdir(parents=True, exist_ok=True)
     convert_gguf.convert(Path(PACKAGE.origin).parent, Path(FOLDER))
-    return common.load_model(FOLDER, device=CPU, trainable=False)
+    return lm.load_model(FOLDER, device=CPU, trainable=False)
 
 
 @pytest.fixture(scope="module")
 def tokenizer(model):
-    return common.load_tokenizer(FOLDER)
+    return lm.load_tokenizer(FOLDER)
 
 
 def test_loads_what_was_converted(model):
@@ -59,9 +60,9 @@ def test_answers_in_english(model, tokenizer):
     """Greedy answers to questions of unequal length are sentences, as generate() of transformers gives them."""
     questions = ["What is the capital of France?", "Name three colours.", "Is the sun hot? Answer in one sentence."]
     prompts = [common.encode_prompt(tokenizer, [{"role": "user", "content": q}]) for q in questions]
-    stops = common.stop_ids(model, tokenizer)
+    stops = lm.stop_ids(model, tokenizer)
     settings = dict(max_new_tokens=12, stop_ids=stops, pad_id=tokenizer.pad_token_id)
-    ids = common.generate(model, prompts, **settings)
+    ids = lm.generate(model, prompts, **settings)
     texts = common.decode(tokenizer, ids)
     assert "Paris" in texts[0]
     assert all(text.isascii() and len(text.split()) >= 3 for text in texts), texts
@@ -79,12 +80,12 @@ def test_log_probs_in_chunks(model, tokenizer):
     mask = batch["mask"]
     assert mask.sum(1).tolist() == [len(a) for a in answers]  # EOS counts, although it is also the padding
     with torch.no_grad():
-        hidden = common.completion_hidden(model, batch)[mask]
+        hidden = lm.completion_hidden(model, batch)[mask]
     results = []
     for chunk_mib in (1, 4096):
         h = hidden.clone().requires_grad_()
-        logprobs, entropy = common.token_logprobs(
-            h, common.head_weight(model), batch["completion_ids"][mask], chunk_mib=chunk_mib
+        logprobs, entropy = lm.token_logprobs(
+            h, lm.head_weight(model), batch["completion_ids"][mask], chunk_mib=chunk_mib
         )
         logprobs.sum().backward()
         results.append((logprobs.detach(), entropy, h.grad))

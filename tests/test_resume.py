@@ -8,6 +8,7 @@ import signal
 import time
 
 import common
+import lm
 import lco
 import ppo_baseline
 import pytest
@@ -224,7 +225,7 @@ def test_exported_model_is_the_policy(model, lora_rank, base, tmp_path, request)
     assert tied == (model != "tiny_model")
     assert not any("lora" in name for name in exported.state_dict())
     tokenizer = AutoTokenizer.from_pretrained(run / "model")
-    assert tokenizer("7+15=")["input_ids"] == common.load_tokenizer(folder)("7+15=")["input_ids"]
+    assert tokenizer("7+15=")["input_ids"] == lm.load_tokenizer(folder)("7+15=")["input_ids"]
 
 
 def test_metrics_keys_are_namespaced_and_finite(ended):

@@ -8,6 +8,7 @@ import transformers
 
 import check
 import common
+import lm
 import cpu
 
 V = 32
@@ -31,8 +32,8 @@ def build(config):
     """A random model with strong preferences, its head untied (a tied one repeats its input); dropout is off."""
     torch.manual_seed(1)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    model.final_hidden = functools.partial(common._final_hidden, model)
-    model.pack_limit = common._pack_limit(model.config)
+    model.final_hidden = functools.partial(lm._final_hidden, model)
+    model.pack_limit = lm._pack_limit(model.config)
     return model
 
 
@@ -49,7 +50,7 @@ def prompts(count, seed=0):
 
 def generate(model, prompt_ids, noise=None, **settings):
     settings = dict(max_new_tokens=LIMIT, stop_ids=STOPS, pad_id=0) | settings
-    return common.generate(model, prompt_ids, noise=noise, **settings)
+    return lm.generate(model, prompt_ids, noise=noise, **settings)
 
 
 def noise_for(count, seed=0):
@@ -220,7 +221,7 @@ def test_static_decoder_equals_the_reference(monkeypatch, models, name, samples,
     for u in (None, noise):
         tokens, logprobs = generate(model, prompt_ids, u, **settings)
         with monkeypatch.context() as patch:
-            patch.setattr(common, "_decoder", static_decoder)
+            patch.setattr(lm, "_decoder", static_decoder)
             found, found_logprobs = generate(model, prompt_ids, u, **settings)
         assert found == tokens
         for a, b in zip(found_logprobs, logprobs):
@@ -255,7 +256,7 @@ def test_tokens_of_probability_zero_are_never_chosen():
     below = torch.nextafter(edges, torch.tensor(0.0))
     u = torch.cat([torch.tensor([0.0, 1e-45, 1e-30, last]), edges, below, edges + 1e-7])
     u = u[u < 1]
-    chosen, _ = common._pick(logits.expand(len(u), -1), 1.0, u)
+    chosen, _ = lm._pick(logits.expand(len(u), -1), 1.0, u)
     assert set(chosen.tolist()) == {1, 4, 6}
     assert chosen[0] == 1 and chosen[3] == 6
 
@@ -263,7 +264,7 @@ def test_tokens_of_probability_zero_are_never_chosen():
     wide = torch.randn(8, V, generator=torch.Generator().manual_seed(0))
     wide[:, :1000], wide[:, -1000:] = -torch.inf, -torch.inf
     for value in (0.0, last.item()):
-        chosen, _ = common._pick(wide, 1.0, torch.full((8,), value))
+        chosen, _ = lm._pick(wide, 1.0, torch.full((8,), value))
         assert (wide.gather(1, chosen[:, None]) > -torch.inf).all()
 
 
@@ -271,8 +272,8 @@ def test_pick_is_the_inverse_of_the_cumulative_distribution():
     """Token a for u in [F(a - 1), F(a)); the largest logit without noise."""
     p = torch.tensor([0.25, 0.5, 0.25])
     u = torch.tensor([0.0, 0.24, 0.26, 0.5, 0.74, 0.76, 0.99])
-    assert common._pick(p.log().expand(7, 3), 1.0, u)[0].tolist() == [0, 0, 1, 1, 1, 2, 2]
-    assert common._pick(p.log()[None], 1.0, None)[0].tolist() == [1]
+    assert lm._pick(p.log().expand(7, 3), 1.0, u)[0].tolist() == [0, 0, 1, 1, 1, 2, 2]
+    assert lm._pick(p.log()[None], 1.0, None)[0].tolist() == [1]
 
 
 # ---- log-probabilities ----------------------------------------------------------------------------------------------
@@ -282,8 +283,8 @@ def logprobs(model, batch, temperature=1.0):
     """[B, T], as the scripts take them."""
     mask = batch["mask"]
     with torch.no_grad():
-        hidden = common.completion_hidden(model, batch)[mask]
-        flat, _ = common.token_logprobs(hidden, common.head_weight(model), batch["completion_ids"][mask], temperature)
+        hidden = lm.completion_hidden(model, batch)[mask]
+        flat, _ = lm.token_logprobs(hidden, lm.head_weight(model), batch["completion_ids"][mask], temperature)
     return torch.zeros(mask.shape).masked_scatter(mask, flat)
 
 
@@ -330,8 +331,8 @@ def test_sampler_and_training_see_the_same_policy(models):
     completion_ids = generate(model, prompt_ids, noise, temperature=0.7)
     batch = common.make_batch(prompt_ids, completion_ids, 0, "cpu")
     with torch.no_grad():
-        hidden = common.completion_hidden(model, batch)
-        cumulative = (hidden @ common.head_weight(model).T / 0.7).softmax(-1).cumsum(-1)
+        hidden = lm.completion_hidden(model, batch)
+        cumulative = (hidden @ lm.head_weight(model).T / 0.7).softmax(-1).cumsum(-1)
     for b, completion in enumerate(completion_ids):
         for t, token in enumerate(completion):
             low = cumulative[b, t, token - 1] if token else 0

@@ -3,6 +3,7 @@
 from unittest import mock
 
 import common
+import lm
 import lco
 import ppo_baseline
 import pytest
@@ -27,10 +28,10 @@ def test_recomputed_activations_change_nothing(name, tmp_path):
 
 
 def test_sampling_leaves_the_mode_as_it_was():
-    model = common.load_model("builtin", device=torch.device("cpu"))
+    model = lm.load_model("builtin", device=torch.device("cpu"))
     for mode in (True, False):
         model.train(mode)
-        common.generate(model, [[1, 2]], max_new_tokens=2, stop_ids=[0], pad_id=0)
+        lm.generate(model, [[1, 2]], max_new_tokens=2, stop_ids=[0], pad_id=0)
         assert model.training is mode
 
 
@@ -40,15 +41,15 @@ def test_a_healthy_run_is_not_stopped(name, loss, dtype, tmp_path):
     """Two minibatches, so that the first one is compared with the rollout policy."""
     lines = read_metrics(run_here(SCRIPTS[name], **SMALL | dict(steps=2, loss=loss, dtype=dtype, out=str(tmp_path))))
     for line in lines[1:]:
-        assert line["policy/sampler_gap"] < common.ON_POLICY[dtype] / 5
+        assert line["policy/sampler_gap"] < lm.ON_POLICY[dtype] / 5
 
 
-def hotter(model, prompt_ids, real=common.generate, **settings):
+def hotter(model, prompt_ids, real=lm.generate, **settings):
     """A sampler at another temperature than the one that is trained."""
     return real(model, prompt_ids, **settings | {"temperature": 2.0})
 
 
-def with_dropout(*given, real=common.load_model, **settings):
+def with_dropout(*given, real=lm.load_model, **settings):
     """A model whose dropout was left on, behind both halves of each layer."""
     model = real(*given, **settings)
     for layer in model.base_model.layers:

@@ -12,6 +12,7 @@ import sys
 from unittest import mock
 
 import common
+import lm
 import lco
 import ppo_baseline
 import pytest
@@ -214,7 +215,7 @@ def test_token_rewards_of_a_reward_model(base, scalar_model):
     args = ppo_baseline.Args(reward_model=scalar_model)
     last = ppo_baseline.token_rewards(None, batch, [True, True], args)
     torch.testing.assert_close(last, torch.tensor([[0, 0, 1.0, 0], [0, -1.0, 0, 0]]))
-    with mock.patch.object(common, "score_of", return_value="mean"):
+    with mock.patch.object(lm, "score_of", return_value="mean"):
         every = ppo_baseline.token_rewards(None, batch, [True, True], args)
     z = torch.tensor([1.0, 2.0, 6.0, 3.0, 4.0])
     torch.testing.assert_close(every[mask], (z - z.mean()) / z.std(correction=0))
@@ -234,7 +235,7 @@ def test_dense_scores_in_closed_form(temperature, base, out, lm_judge):
     with torch.no_grad():
         loss, _ = lco.dense_objective(models["policy"], heads, batch, args)
         mask, ids = batch["mask"], batch["completion_ids"][batch["mask"]]
-        z, q = (common.completion_hidden(m, batch)[mask] @ common.head_weight(m).T for m in models.values())
+        z, q = (lm.completion_hidden(m, batch)[mask] @ lm.head_weight(m).T for m in models.values())
     scores = q.log_softmax(-1)
     sampled = scores.gather(-1, ids[:, None])
     dense = (scores - sampled.mean()) / sampled.std(correction=0)
@@ -257,9 +258,9 @@ def lm_judge(other_model, tmp_path_factory):
 def scalar_model(tiny_model, tmp_path_factory):
     """The body of the tiny model with a random head to one number."""
     folder = tmp_path_factory.mktemp("scalar") / "model"
-    model = common.load_model(tiny_model, head="scalar", device=torch.device("cpu"))
-    torch.nn.init.normal_(common.scalar_head(model).weight)
-    common.export_model(folder, model, common.load_tokenizer(tiny_model))
+    model = lm.load_model(tiny_model, head="scalar", device=torch.device("cpu"))
+    torch.nn.init.normal_(lm.scalar_head(model).weight)
+    common.export_model(folder, model, lm.load_tokenizer(tiny_model))
     return str(folder)
 
 
@@ -269,7 +270,7 @@ def other_model(tiny_model, tmp_path_factory):
     from conftest import save_model
     from transformers import AutoConfig
 
-    config, tokenizer = AutoConfig.from_pretrained(tiny_model), common.load_tokenizer(tiny_model)
+    config, tokenizer = AutoConfig.from_pretrained(tiny_model), lm.load_tokenizer(tiny_model)
     return save_model(tmp_path_factory.mktemp("other") / "model", config, tokenizer, seed=1)
 
 
@@ -335,7 +336,7 @@ def test_single_update_needs_no_forward_of_pi_old(name, base, tmp_path):
 
     for key, more in {"one": {}, "two": dict(minibatches=2), "epochs": dict(epochs=2)}.items():
         with (
-            mock.patch.object(common, "completion_hidden", wraps=common.completion_hidden) as read,
+            mock.patch.object(lm, "completion_hidden", wraps=lm.completion_hidden) as read,
             mock.patch.object(script, "evaluate_models", as_if(**more)),
         ):
             runs[key] = read_metrics(run_here(script, **settings, out=str(tmp_path / key)))
@@ -428,7 +429,7 @@ def test_check_passes_for_every_loss(base, capsys, tiny_model, other_model):
 
 
 def keep_dropout(monkeypatch):
-    load = common.load_model
+    load = lm.load_model
 
     def load_model(*args, **kwargs):
         model = load(*args, **kwargs)
@@ -437,26 +438,26 @@ def keep_dropout(monkeypatch):
                 module.p = 0.1
         return model
 
-    monkeypatch.setattr(common, "load_model", load_model)
+    monkeypatch.setattr(lm, "load_model", load_model)
 
 
 def ignore_the_mask(monkeypatch):
-    final_hidden = common._final_hidden
+    final_hidden = lm._final_hidden
 
     def without_mask(model, attention_mask, **inputs):
         return final_hidden(model, attention_mask=torch.ones_like(attention_mask), **inputs)
 
-    monkeypatch.setattr(common, "_final_hidden", without_mask)
+    monkeypatch.setattr(lm, "_final_hidden", without_mask)
 
 
 def count_from_the_padding(monkeypatch):
-    final_hidden = common._final_hidden
+    final_hidden = lm._final_hidden
 
     def absolute(model, position_ids, **inputs):
         columns = torch.arange(position_ids.shape[1]).expand_as(position_ids)
         return final_hidden(model, position_ids=columns, **inputs)
 
-    monkeypatch.setattr(common, "_final_hidden", absolute)
+    monkeypatch.setattr(lm, "_final_hidden", absolute)
 
 
 def leave_out_eos(monkeypatch):
@@ -479,9 +480,9 @@ def mean_a_micro_batch(monkeypatch):
 
 
 def sample_from_the_top(monkeypatch):
-    pick = common._pick
+    pick = lm._pick
     top = lambda logits: logits.masked_fill(logits < logits.topk(3).values[:, -1:], -1e9)  # noqa: E731
-    monkeypatch.setattr(common, "_pick", lambda logits, *rest: pick(top(logits), *rest))
+    monkeypatch.setattr(lm, "_pick", lambda logits, *rest: pick(top(logits), *rest))
 
 
 def forget_the_optimizer(monkeypatch):

@@ -355,7 +355,7 @@ def refused(base, out, monkeypatch):
     """refused([parts of the message], **changes): train() says so before a model is loaded."""
 
     def check(parts, **changes):
-        monkeypatch.setattr(common, "load_model", lambda *a, **k: pytest.fail("a model was loaded"))
+        monkeypatch.setattr(lm, "load_model", lambda *a, **k: pytest.fail("a model was loaded"))
         with pytest.raises(common.BadInput) as error:
             seft.train(common.check_args(seft.Args(**base | dict(out=out) | changes)))
         message = str(error.value)

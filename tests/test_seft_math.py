@@ -4,6 +4,7 @@ import math
 from types import SimpleNamespace
 
 import common
+import lm
 import pytest
 import seft
 import tasks
@@ -17,12 +18,12 @@ ARGS = SimpleNamespace(temperature=1.0, micro_batch=3, ask="==", then="", labels
 
 @pytest.fixture(scope="module")
 def model(tiny_model):
-    return common.load_model(tiny_model, device=DEVICE)
+    return lm.load_model(tiny_model, device=DEVICE)
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tiny_model):
-    return common.load_tokenizer(tiny_model)
+    return lm.load_tokenizer(tiny_model)
 
 
 # ---- the loss --------------------------------------------------------------------------------------------------------
@@ -51,13 +52,13 @@ def test_gradient_of_label_tokens_is_weighted():
 
 def test_the_step_divides_by_the_weights_of_all_tokens(tiny_model):
     """update(): the weighted mean, its parts as means of their own tokens."""
-    model = common.load_model(tiny_model, device=DEVICE)
+    model = lm.load_model(tiny_model, device=DEVICE)
     args = SimpleNamespace(**vars(ARGS), label_weight=5.0, max_grad_norm=1.0, stage="evolve")
     rows = [dict(prompt_ids=[1, 5], completion_ids=[14, 14, 6, 2], label_tokens=2)]
     rows += [dict(prompt_ids=[1, 7, 8], completion_ids=[9, 2])]
     batch = seft.make_step(rows, 0, DEVICE)
     assert batch["is_label"].tolist() == [[True, True, False, False], [False] * 4]
-    logprobs = common.policy_logprobs(model, batch, args.temperature)[0].detach()
+    logprobs = lm.policy_logprobs(model, batch, args.temperature)[0].detach()
     label, rest = -logprobs[0, :2].sum(), -(logprobs[0, 2:].sum() + logprobs[1, :2].sum())
     models = torch.nn.ModuleDict({"policy": model})
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
@@ -133,7 +134,7 @@ def test_label_chances_are_a_distribution(model, tokenizer):
 def test_greedy_is_what_greedy_decoding_writes(model, tokenizer):
     """likelihoods(): an answer is greedy exactly where the sampler writes it; sums and means are of its tokens."""
     prompts = [common.encode_prompt(tokenizer, text) for text in ("7+15=", "12+3=", "1+1=")]
-    written = common.generate(model, prompts, max_new_tokens=6, stop_ids=[2], pad_id=0)
+    written = lm.generate(model, prompts, max_new_tokens=6, stop_ids=[2], pad_id=0)
     other = [[*ids[:-1], 3 + (ids[-1] == 3)] for ids in written]
     scores = seft.likelihoods(model, list(zip(prompts * 2, written + other)), 0, ARGS)
     assert [s["greedy"] for s in scores] == [True] * 3 + [False] * 3
@@ -165,7 +166,7 @@ def test_faults(text, ended, why, model, tokenizer):
     """What is not fit to learn from is named; what is fit is not."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"] + [2] * ended
     data = SimpleNamespace(task=tasks.load_task("chains"), tokenizer=tokenizer)
-    sampling = common.Sampling(model, tokenizer, 24, 24, 1.0, 8)
+    sampling = lm.Sampling(model, tokenizer, 24, 24, 1.0, 8)
     assert seft.fault_of(ids or [5], [5] * 6, sampling, data, ARGS) == why
 
 

@@ -5,6 +5,7 @@ import pickle
 from collections import Counter
 
 import common
+import lm
 import pytest
 import tasks
 
@@ -94,8 +95,8 @@ def test_stop_ids_have_the_end_of_a_turn():
         class generation_config:
             eos_token_id = 1
 
-    assert common.stop_ids(Model, tokenizer_of()) == [1, 3]
-    assert common.stop_ids(Model, tokenizer_of(None)) == [1]
+    assert lm.stop_ids(Model, tokenizer_of()) == [1, 3]
+    assert lm.stop_ids(Model, tokenizer_of(None)) == [1]
 
 
 def test_a_begun_answer_is_continued():

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import common
+import lm
 import lco
 from conftest import FixedStates, random
 
@@ -39,7 +40,7 @@ def objective(policy, heads, micro, args):
 
 
 def chunked(monkeypatch, mib):
-    monkeypatch.setattr(common, "over_vocabulary", partial(common.over_vocabulary, chunk_mib=mib))
+    monkeypatch.setattr(lm, "over_vocabulary", partial(lm.over_vocabulary, chunk_mib=mib))
 
 
 # ---- over_vocabulary ----------------------------------------------------------------------------------------------
@@ -56,7 +57,7 @@ def test_chunk_rows():
     for mib, sizes in ((1, [4, 4, 3]), (2, [8, 3]), (64, [11]), (0, [1] * 11)):
         seen.clear()
         with torch.no_grad():
-            first, back = common.over_vocabulary(fn, [(hidden, weight)], [column], chunk_mib=mib)
+            first, back = lm.over_vocabulary(fn, [(hidden, weight)], [column], chunk_mib=mib)
         assert [len(s) for s in seen] == sizes
         assert back.tolist() == list(range(N)) == sum(seen, [])
         torch.testing.assert_close(first, hidden @ weight[0])
@@ -69,7 +70,7 @@ def test_token_logprobs(temperature):
     for mib in (1, None):
         hidden, weight = random(N, H).requires_grad_(), random(V, H, seed=1).requires_grad_()
         if mib:
-            logprobs, entropy = common.token_logprobs(hidden, weight, ids, temperature, chunk_mib=mib)
+            logprobs, entropy = lm.token_logprobs(hidden, weight, ids, temperature, chunk_mib=mib)
         else:
             dense = (hidden @ weight.T / temperature).log_softmax(-1)
             logprobs, entropy = dense[torch.arange(N), ids], -(dense.exp() * dense).sum(-1)
@@ -94,7 +95,7 @@ def test_several_heads_and_scalars():
             kl = (p.exp() * (p - q)).sum(-1)
             return (kl * weight).sum(), {"kl": kl, "n": torch.tensor(float(len(kl)))}
 
-        loss, metrics = common.over_vocabulary(fn, [(a, A), (b, B)], [weight], 0.8, mib)
+        loss, metrics = lm.over_vocabulary(fn, [(a, A), (b, B)], [weight], 0.8, mib)
         assert metrics["n"] == N and metrics["kl"].shape == (N,)
         results.append((loss.detach(), metrics["kl"].detach(), *torch.autograd.grad(loss, leaves)))
     p, q = ((h @ w.T / 0.8).log_softmax(-1) for h, w in ((a, A), (b, B)))
@@ -111,7 +112,7 @@ def test_gradients_are_taken_on_the_way_forward():
         nll = -logits.log_softmax(-1).gather(-1, ids[:, None])[:, 0]
         return nll.square().sum(), nll
 
-    loss, nll = common.over_vocabulary(fn, [(hidden, weight)], [torch.arange(N)], 0.7, chunk_mib=1)
+    loss, nll = lm.over_vocabulary(fn, [(hidden, weight)], [torch.arange(N)], 0.7, chunk_mib=1)
     (3 * loss).backward()
     assert seen == list(range(N)) and not nll.requires_grad and weight.grad is None
     found, hidden.grad = hidden.grad, None
@@ -125,7 +126,7 @@ def test_the_scale_of_a_loss_is_not_rounded():
     for scale in (1.0, 0.3):
         hidden = random(N, H).bfloat16().requires_grad_()
         heads = [(hidden, random(50, H, seed=1).bfloat16().requires_grad_())]
-        loss, _ = common.over_vocabulary(lambda z: (z.log_softmax(-1)[:, 0].sum(), {}), heads, [])
+        loss, _ = lm.over_vocabulary(lambda z: (z.log_softmax(-1)[:, 0].sum(), {}), heads, [])
         (scale * loss).backward()
         gradients.append([x.grad for x in heads[0]])
     for whole, scaled in zip(*gradients):
@@ -135,9 +136,9 @@ def test_the_scale_of_a_loss_is_not_rounded():
 def test_no_grad_keeps_nothing():
     """Under no_grad: the same values, no graph."""
     hidden, weight, ids = random(N, H).requires_grad_(), random(V, H, seed=1).requires_grad_(), torch.arange(N)
-    with_graph = common.token_logprobs(hidden, weight, ids, chunk_mib=1)[0]
+    with_graph = lm.token_logprobs(hidden, weight, ids, chunk_mib=1)[0]
     with torch.no_grad():
-        without = common.token_logprobs(hidden, weight, ids, chunk_mib=1)[0]
+        without = lm.token_logprobs(hidden, weight, ids, chunk_mib=1)[0]
     assert with_graph.requires_grad and not without.requires_grad
     assert torch.equal(with_graph.detach(), without)
 
@@ -202,7 +203,7 @@ def test_lco_objective_from_the_equations(settings):
 def test_sampled_losses_need_no_vocabulary(monkeypatch, loss):
     """LCO-MSE and LCO-LCH with sampled advantages never project onto the vocabulary."""
     policy, heads, micro = lco_case([5, 2, 4], H, 50)
-    monkeypatch.setattr(common, "over_vocabulary", None)
+    monkeypatch.setattr(lm, "over_vocabulary", None)
     objective(policy, heads, micro, lco.Args(loss=loss))[0].backward()
     used = set(micro["completion_ids"][micro["mask"]].tolist())
     assert {i for i, g in enumerate(policy.weight.grad) if g.any()} == used
