@@ -3,10 +3,11 @@
 A decoding step of a 0.5B model launches more than a thousand kernels. Launching takes the CPU 15 ms, running them takes
 the GPU 3. So the step is recorded once for each number of rows and replayed: no Python and no host synchronisation per
 token. Rows that have ended leave at the next halving of the batch. The distribution, the noise and the tokens are those
-of `_generate` in common.py, the readable reference; tests hold both against each other.
+of `_generate` in lm.py, the readable reference; tests hold both against each other.
 """
 
 import contextlib
+import copy
 import functools
 from collections import OrderedDict
 
@@ -176,3 +177,110 @@ class Decoder:
         keep = self.alive[:size].int().argsort(descending=True, stable=True)[:smaller]
         for x in (self.token, self.position, self.rows, self.alive, self.bias, *[x for kv in self.layers for x in kv]):
             x[:smaller] = x[keep]
+
+
+def estimate_memory(
+    models: dict, *, rows: int, micro_batch: int, rollout_rows: int, max_prompt: int, max_new_tokens: int, dtype: str
+) -> tuple[bool, str]:
+    """The peak of a rank with `rows` completions a step, in words."""
+    device = next(iter(models.values())).device
+    sizes = dict(rows=rows, micro_batch=micro_batch, rollout_rows=rollout_rows, new_tokens=max_new_tokens)
+    parts = memory_parts(
+        models,
+        **sizes,
+        tokens=max_prompt + max_new_tokens,
+        shards=min(lm.ranks_of_shards(m, device) for m in models.values()),
+        dtype=common.compute_dtype(dtype, device),
+        chunk_mib=256 if device.type == "cuda" else 64,
+    )
+    words = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in parts.items())
+    return True, f"about {peak_memory(parts) / 2**30:.1f} GiB a rank: {words}"
+
+
+def peak_memory(parts: dict[str, float]) -> float:
+    """The largest of loading, rollout and update; `state` is there all the time."""
+    loading, rollout = parts["loading"], parts["whole weights"] + parts["KV cache"] + parts["sampling"]
+    update = parts["embeddings and head"] + parts["activations"] + parts["vocabulary"] + parts["kept states"]
+    return parts["state"] + max(loading, rollout, update)
+
+
+def memory_parts(
+    models: dict,
+    *,
+    shards: int,
+    rows: int,
+    micro_batch: int,
+    rollout_rows: int,
+    tokens: int,
+    new_tokens: int,
+    dtype: str,
+    chunk_mib: int,
+) -> dict[str, float]:
+    """Bytes of a rank by what holds them; the first model is the policy. Models may be on the meta device.
+
+    state: shards of weights, and of gradients and Adam's two moments (fp32) where they are trained.
+    loading: the group with the embeddings before it is sharded, in 2 bytes (bfloat16 files).
+    whole weights, KV cache, sampling: of a rollout, where FSDP copies weights (more than one rank, or bfloat16).
+    embeddings and head: FSDP's root group, whole: weights, gradients, what the reduction reads, the head's gradient in
+    fp32, the head of the rollout policy; of models that are not trained, the weights. Also one block, gathered ahead.
+    activations: counted layer by layer; with recomputation the input of each layer, and one layer.
+    """
+    width, fsdp = 2 if dtype == "bfloat16" else 4, shards > 1 or dtype == "bfloat16"
+    first = next(iter(models.values()))
+    config = first.config.get_text_config()
+    at_once, kept = micro_batch * tokens, dict.fromkeys(("state", "roots", "activations"), 0.0)
+    for model in models.values():
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        total = sum(p.numel() for p in model.parameters())
+        blocks = [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or [])]
+        in_blocks = sum(p.numel() for block in blocks for p in block.parameters())
+        root, block = total - in_blocks, in_blocks / max(1, len(blocks))
+        kept["state"] += (16 * trained + width * (total - trained)) / shards
+        whole_root = trained == total
+        kept["roots"] += fsdp * (root * (2 * width + 4 * whole_root if whole_root else width) + 2 * width * block)
+        if trained:
+            text = model.config.get_text_config()
+            layer = kept_per_token(model, dtype) / text.num_hidden_layers
+            recomputed = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+            inputs = text.num_hidden_layers * text.hidden_size * width
+            kept["activations"] += at_once * (inputs + layer if recomputed else layer * text.num_hidden_layers)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    matrix = config.vocab_size * config.hidden_size
+    alive = min(rows, rollout_rows)
+    policy = sum(p.numel() for p in first.parameters())
+    return {
+        "state": kept["state"],
+        "loading": 2 * fsdp * first.get_input_embeddings().weight.numel(),
+        "whole weights": fsdp * width * policy,
+        "KV cache": 2 * config.num_hidden_layers * heads * head * width * alive * tokens,
+        "sampling": 16 * alive * config.vocab_size,
+        "embeddings and head": kept["roots"] + 6 * matrix,
+        "activations": kept["activations"],
+        "vocabulary": 15 * min(chunk_mib * 2**20, 4 * config.vocab_size * micro_batch * new_tokens),
+        "kept states": rows * new_tokens * config.hidden_size * width,
+    }
+
+
+def kept_per_token(model, dtype: str) -> float:
+    """Bytes that the body keeps of each token for the backward pass, counted on a copy without storage."""
+    kept, S, config = {}, 8, copy.deepcopy(model.config)
+
+    def keep(x):
+        kept[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
+        return x
+
+    def plain(rope: dict) -> dict:  # other kinds look at the positions, which here have no values
+        return {k: plain(v) if isinstance(v, dict) else "default" if k == "rope_type" else v for k, v in rope.items()}
+
+    text = config.get_text_config()
+    if getattr(text, "rope_parameters", None):
+        text.rope_parameters = plain(text.rope_parameters)
+    with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        body = type(model)(config).to(getattr(torch, dtype)).base_model
+        inputs = dict(input_ids=torch.zeros(1, S, dtype=torch.long), position_ids=torch.arange(S)[None])
+        inputs["attention_mask"] = torch.ones(1, 1, S, S, dtype=torch.bool)  # of this shape: it is not looked at
+        out = body(**inputs, use_cache=False)
+    weights = {p.untyped_storage()._cdata for p in body.parameters()}
+    del out  # until here it kept the graph, and so the storages, alive
+    return sum(size for key, size in kept.items() if key not in weights) / S

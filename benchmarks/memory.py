@@ -38,7 +38,6 @@ def measure(loss: str, chunk_mib: int | None, tokens: int, vocabulary: int, widt
     sys.path.insert(0, str(ROOT))
     import common  # before torch: it sets how OpenMP threads wait
     import lm
-    import gpu
     import adpa
     import dckd
     import lco
@@ -82,7 +81,7 @@ def measure(loss: str, chunk_mib: int | None, tokens: int, vocabulary: int, widt
             models[name] = FixedStates(torch.randn(B, T + 1, TEACHER_WIDTH), head, rows)
     if chunk_mib:
         for name in ("over_vocabulary", "token_logprobs"):
-            setattr(common, name, partial(getattr(common, name), chunk_mib=chunk_mib))
+            setattr(lm, name, partial(getattr(lm, name), chunk_mib=chunk_mib))
 
     before, start = resident("VmRSS"), time.process_time()
     if loss == "lco-kld":
@@ -142,7 +141,7 @@ GPUS, LIMIT = (1, 2, 4, 8), 80e9 * 0.95  # the rest is CUDA's own and NCCL's
 def fits() -> list[str]:
     """Lines of a table: the peak of a GPU in GB for each model and number of GPUs, bfloat16, the scripts' defaults."""
     sys.path.insert(0, str(ROOT))
-    import common
+    import gpu
     import lco
 
     import torch

@@ -41,7 +41,6 @@ def write_pairs(file: Path) -> None:
 
 def write_student(model: str, layers: int, folder: Path) -> None:
     """The first layers of a model, and everything around them."""
-    import common
     import lm
 
     from transformers import AutoModelForCausalLM

@@ -39,7 +39,6 @@ def reward(prompts, completions, rows):
 
 def write_prompts(out: Path) -> list[dict]:
     """prompts.jsonl, test.jsonl and reward.py; returns the prompts that get pairs."""
-    import tasks
     from builtin import tasks as toys
 
     train, test = toys.word_rows()

@@ -56,7 +56,6 @@ SIZES = {
 
 def model_folder(name: str) -> str:
     sys.path.insert(0, str(ROOT))
-    import common
     import lm
 
     if name == "smollm2":

@@ -97,12 +97,11 @@ class Lengths:
     """Row i of a rollout ends after plan[i] tokens. The plan travels in the noise, which follows a row everywhere."""
 
     def __init__(self, plan: list[int]):
-        import common
         import lm
 
         self.plan, self.greedy, self.stops = plan, False, []
-        self.uniforms, self.pick, self.stop_ids = common.uniforms, lm._pick, lm.stop_ids
-        common.uniforms, lm._pick, lm.stop_ids = self.planned, self.forced, self.remembered
+        self.uniforms, self.pick, self.stop_ids = lm.uniforms, lm._pick, lm.stop_ids
+        lm.uniforms, lm._pick, lm.stop_ids = self.planned, self.forced, self.remembered
 
     def planned(self, seed, stream, step, rows, columns):
         noise = self.uniforms(seed, stream, step, rows, columns)
@@ -128,6 +127,7 @@ def script(spec: dict, gate: Gate) -> None:
     import importlib
 
     import common  # before torch: it sets how OpenMP threads wait
+    import lm
 
     module = importlib.import_module(spec["script"])
     folder = Path(tempfile.mkdtemp())
@@ -189,6 +189,7 @@ def rollout(spec: dict, gate: Gate) -> None:
     """lm.generate() alone, one case a line."""
     sys.path.insert(0, str(ROOT))
     import common
+    import lm
 
     def run():
         model = lm.load_model(spec["model"], device=common.local_device("cpu"), trainable=False)
@@ -580,7 +581,7 @@ def checkpointed(fn, heads, columns, rows: int):
 def vocabulary(spec: dict, gate: Gate) -> None:
     """Forward and backward of a loss over [N, V] logits, in one of several ways."""
     sys.path.insert(0, str(ROOT))
-    import common
+    import lm
 
     import torch
     import torch.nn.functional as F
@@ -621,7 +622,7 @@ def vocabulary(spec: dict, gate: Gate) -> None:
         gate(values=[loss.item(), *sums])
 
 
-def bare_policy(common, config=None, name=None):
+def bare_policy(lm, config=None, name=None):
     """A policy alone: a model of the project, or one with random weights of this shape."""
     import functools
 
@@ -653,6 +654,7 @@ def probe(spec: dict, gate: Gate) -> None:
     """What an order asks for: `mm` and `read` of the machine, `update` and `decode` of a model of some size."""
     sys.path.insert(0, str(ROOT))
     import common
+    import lm
     import cpu
     import ppo_baseline
 
@@ -669,7 +671,7 @@ def probe(spec: dict, gate: Gate) -> None:
         key = json.dumps(order.get("config") or spec["model"], sort_keys=True)
         if key not in built:
             built.clear()
-            policy = bare_policy(common, order.get("config"), spec.get("model"))
+            policy = bare_policy(lm, order.get("config"), spec.get("model"))
             models = torch.nn.ModuleDict({"policy": policy})
             built[key] = models, torch.optim.Adam(models.parameters(), lr=1e-9)
         return built[key]

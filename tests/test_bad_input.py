@@ -5,6 +5,7 @@ import json
 
 import common
 import lco
+import lm
 import ppo_baseline
 import pytest
 from conftest import TINY, flags, run_here, run_script

@@ -3,7 +3,6 @@
 import math
 from functools import partial
 
-import common
 import lm
 import dckd
 import pytest

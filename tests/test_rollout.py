@@ -139,7 +139,7 @@ def test_without_cpu_py(models, monkeypatch, name):
     """Delete cpu.py and only speed changes: the same tokens."""
     prompt_ids, noise = prompts(10), noise_for(10)
     with_it = generate(models[name], prompt_ids, noise)
-    monkeypatch.setattr(common, "cpu", None)
+    monkeypatch.setattr(lm, "cpu", None)
     assert generate(models[name], prompt_ids, noise) == with_it
 
 

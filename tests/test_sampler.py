@@ -2,7 +2,6 @@
 
 from unittest import mock
 
-import common
 import lm
 import lco
 import ppo_baseline
@@ -63,14 +62,14 @@ def with_dropout(*given, real=lm.load_model, **settings):
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_planted_faults_stop_a_run(name, dtype, fault, tmp_path):
     settings = SMALL | dict(dtype=dtype, out=str(tmp_path / "run"))
-    with mock.patch.object(common, *fault), pytest.raises(RuntimeError, match="differs from the rollout policy"):
+    with mock.patch.object(lm, *fault), pytest.raises(RuntimeError, match="differs from the rollout policy"):
         run_here(SCRIPTS[name], **settings)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("fault", [("generate", hotter), ("load_model", with_dropout)], ids=lambda fault: fault[0])
 def test_planted_faults_fail_the_preflight(dtype, fault, capsys):
-    with mock.patch.object(common, *fault), pytest.raises(SystemExit):
+    with mock.patch.object(lm, *fault), pytest.raises(SystemExit):
         check_here(lco, **SMALL | dict(dtype=dtype))
     failed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("FAIL")]
     assert len(failed) == 1 and ("sampler" in failed[0] or "padding" in failed[0] or "micro-batches" in failed[0])

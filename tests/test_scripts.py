@@ -353,9 +353,9 @@ def test_single_update_needs_no_forward_of_pi_old(name, base, tmp_path):
 # ---- the user's own data ---------------------------------------------------------------------------------------------
 
 
-def test_a_copy_needs_three_files(tmp_path):
-    """lco.py, common.py and tasks.py alone in a folder train a model given by its path, on a file, with its reward."""
-    for name in ("lco.py", "common.py", "tasks.py"):
+def test_a_copy_needs_four_files(tmp_path):
+    """lco.py, common.py, lm.py and tasks.py alone in a folder train a model given by its path, on a file, with its reward."""
+    for name in ("lco.py", "common.py", "lm.py", "tasks.py"):
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(ROOT / "builtin" / "policy", tmp_path / "start")
     prompts = [{"prompt": f"{a}+{b}="} for a in range(1, 6) for b in range(1, 6)]

@@ -6,10 +6,10 @@ import json
 import math
 import re
 from pathlib import Path
-from unittest import mock
 
 import check
 import common
+import lm
 import pytest
 import seft
 from builtin import tasks as toys
