@@ -745,12 +745,18 @@ def write_whole(path: Path, text: str) -> None:
     part.replace(path)
 
 
-def write_for_all(path: Path, text: str) -> None:
-    """write_whole() by rank 0; the other ranks go on when the file is there. Call it on all ranks."""
-    if rank() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, text)
-    dist.barrier()
+def kept(path: Path, make, *given) -> list:
+    """The rows of a file of JSON lines. Where there is none, make(*given) returns each rank's share of its rows.
+
+    So a resumed run goes on with what the models of an earlier step made.
+    """
+    if not from_rank_0(path.exists()):
+        rows = gather(make(*given))
+        if rank() == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
+        dist.barrier()
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def _git_commit() -> str | None:
