@@ -44,6 +44,7 @@ from collections import Counter
 from dataclasses import MISSING, asdict, field, fields
 from datetime import timedelta
 from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
@@ -596,7 +597,7 @@ class RunFolder:
 
             self.tracker = wandb.init(project="minalign", name=self.path.name, config=settings, resume="allow")
         about = {"args": settings, "command": " ".join(sys.argv), "world": world(), "git": _git_commit()}
-        about |= {"torch": torch.__version__, "time": time.strftime("%Y-%m-%d %H:%M:%S")}
+        about |= {"torch": torch.__version__, "versions": _versions(), "time": time.strftime("%Y-%m-%d %H:%M:%S")}
         write_whole(self.path / "args.json", json.dumps(about, indent=2) + "\n")
         shutil.copy(script, self.path / "source.py")
         for name in ("metrics.jsonl", "samples.jsonl"):
@@ -757,6 +758,15 @@ def kept(path: Path, make, *given) -> list:
             write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
         dist.barrier()
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _versions() -> dict[str, str | None]:
+    """Of Python and of the packages that may decide a result; None where one is not installed."""
+    found = {"python": sys.version.split()[0]} | dict.fromkeys(("torch", "transformers", "datasets", "math-verify"))
+    for name in list(found)[1:]:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def _git_commit() -> str | None:
