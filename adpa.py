@@ -36,7 +36,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import json
 
 import common  # before torch: it sets how OpenMP threads wait
 import lm
@@ -306,20 +305,18 @@ def answer_prompts(sampling, pairs, step: int, args, folder: Path) -> None:
     span = args.refresh_every or args.steps
     first = step - step % span
     file = folder / "states" / f"step-{first:06d}.jsonl"
-    if not common.from_rank_0(file.exists()):
+
+    def answers():
         require(step == first, f"--resume {folder}: {file} is missing, the answers that the run went on with")
         numbers, steps = tasks.walk(range(len(pairs))), range(first, min(first + span, args.steps))
         used = {i for s in steps for i in numbers(args.seed, s, args.prompts_per_step)}
         mine = sorted(used)[common.rank() :: common.world()]
         drawn = args.state_temperature > 0 and mine  # else greedy
         noise = common.uniforms(args.seed, common.TRAIN, first, mine, args.max_new_tokens) if drawn else None
-        sampling = replace(sampling, temperature=args.state_temperature or 1.0)
-        answers = common.gather(list(zip(mine, sampling.complete([pairs[i]["prompt_ids"] for i in mine], 1, noise))))
-        if common.rank() == 0:
-            file.parent.mkdir(exist_ok=True)
-            common.write_whole(file, "".join(json.dumps(answer) + "\n" for answer in answers))
-        common.from_rank_0(None)  # the others read it only when it is there
-    for i, ids in map(json.loads, file.read_text().splitlines()):
+        student = replace(sampling, temperature=args.state_temperature or 1.0)
+        return list(zip(mine, student.complete([pairs[i]["prompt_ids"] for i in mine], 1, noise)))
+
+    for i, ids in common.kept(file, answers):
         pairs[i]["states_ids"] = ids
 
 

@@ -129,9 +129,9 @@ class Checks:
 
     def revise(self, reviser, answers, data, args):
         """seft.py's revise(): labels are scored as a distribution, alone as in a batch; No keeps an answer as it is."""
-        answers, threshold = self.real["revise"](reviser, answers, data, args)
+        self.real["revise"](reviser, answers, data, args)
         if args.revise == "never":
-            return answers, threshold
+            return
         alone = [replace(a) for a in answers[:4]]
         for twin in alone:
             self.module.judge(reviser, [twin], data, args)
@@ -141,7 +141,6 @@ class Checks:
         most = max(gaps, default=0.0)
         self.report("labels are scored as a distribution", most < self.tight, f"largest difference {most:.1e}")
         self.report("No keeps an answer as it is", all(a.target is a.ids for a in kept), f"{len(kept)} answers")
-        return answers, threshold
 
     # ---- checks ------------------------------------------------------------------------------------------------------
 

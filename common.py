@@ -49,6 +49,7 @@ from collections import Counter
 from dataclasses import MISSING, asdict, field, fields
 from datetime import timedelta
 from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
@@ -673,7 +674,8 @@ class RunFolder:
             (path / name).touch()
         write_whole(source, script.read_text())
         about = {"args": settings, "command": " ".join(sys.argv), "world": world(), "git": _git_commit()}
-        about |= {"torch": torch.__version__, "time": time.strftime("%Y-%m-%d %H:%M:%S"), "watched": watched}
+        about |= {"torch": torch.__version__, "versions": _versions(), "watched": watched}
+        about["time"] = time.strftime("%Y-%m-%d %H:%M:%S")
         write_whole(path / "args.json", json.dumps(about, indent=2) + "\n")
 
     def _changes(self, before: dict, watched: dict) -> list[str]:
@@ -837,6 +839,32 @@ def write_whole(path: Path, text: str) -> None:
     part = path.with_name(path.name + ".part")
     part.write_text(text)
     part.replace(path)
+
+
+def kept(path: Path, make, *given) -> list:
+    """The rows of a file of JSON lines. Where there is none, make(*given) returns each rank's share of its rows.
+
+    So a resumed run goes on with what the models of an earlier step made.
+    """
+    if not from_rank_0(path.exists()):
+        rows = gather(make(*given))
+        if rank() == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
+        dist.barrier()
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    except ValueError as error:
+        raise BadInput(f"{path} is damaged ({error}): remove it, and it will be made again") from error
+
+
+def _versions() -> dict[str, str | None]:
+    """Of Python and of the packages that may decide a result; None where one is not installed."""
+    found = {"python": sys.version.split()[0]} | dict.fromkeys(("torch", "transformers", "datasets", "math-verify"))
+    for name in list(found)[1:]:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def stored(path: Path, key: str = "args", kind: type = dict) -> dict:

@@ -1,19 +1,16 @@
-"""What a checkpoint can do: Pass@1 and Pass@k with intervals, reward-model accuracy, answer files for judges.
+"""What a checkpoint can do: Pass@1 and Pass@k with intervals, pairs of its own answers, reward-model accuracy.
 
     pass@k = 1 - C(n - c, k) / C(n, k)      for a prompt with c right answers among n samples                   (EVAL-1)
 
-Chen et al. 2021 (arXiv:2107.03374): unbiased for the chance that one of k samples is right. The mean over prompts comes
-with a Wilson interval (EVAL-2) of as many independent observations as the spread between prompts allows (EVAL-3), for
-samples of one prompt are alike. One evaluation per run:
+Chen et al. 2021 (arXiv:2107.03374): unbiased for the chance that one of k samples is right. Means over prompts have a
+Wilson interval (EVAL-2) of as many independent observations as the spread between prompts allows (EVAL-3).
 
     accuracy        greedy and sampled, by a task's own grader or a --reward_file; with --pairs_out on training prompts,
                     and a file of preference pairs: a right and a wrong sample per prompt, alike in length
     --pairs         the share of preference pairs that a --reward_model puts in the right order
-    --format        answers to instructions or two-turn questions, in the files that AlpacaEval 2 and MT-Bench read
 
-What is left out, each for a reason
-    1. The judges: they are paid services with clients of their own, which read the files that are written here.
-    2. Few-shot prompts and log-likelihood multiple choice: other projects are made for them.
+What is left out: few-shot prompts and multiple choice by log-likelihood, for which other projects are made, and judges,
+which are paid services; benchmarks/answers.py writes the files that those of AlpacaEval 2 and MT-Bench read.
 
 Run
     python evaluate.py                                                                    # this laptop, built-in model
@@ -21,19 +18,15 @@ Run
     torchrun --nproc_per_node=8 evaluate.py --model ... --dataset openai/gsm8k --test_rows 1319             # 8 GPUs
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 evaluate.py ...   # 2 nodes
     python evaluate.py --pairs pairs.jsonl --reward_model runs/y/model
-    python evaluate.py --format mt_bench --dataset question.jsonl --max_prompt 3072 --max_new_tokens 1024 --model ...
 More in docs/evaluate.md. Shapes: B sequences, T completion positions.
 """
 
-import contextlib
 import itertools
 import json
 import math
-import sys
 import time
 
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
@@ -62,11 +55,8 @@ class Args:
     samples_per_prompt: int = arg(16, "completions per prompt", at_least=1)
     k: list[int] = arg([], "Pass@k for these k; empty: powers of 4 up to --samples_per_prompt")
     max_new_tokens: int = arg(0, "the longest completion, in tokens, EOS included; 0: as for --max_prompt", at_least=0)
-    temperature: float = arg(1.0, "the temperature of sampling and of every log-probability", at_least=0)
+    temperature: float = arg(1.0, "the temperature of sampling and of every log-probability", at_least=1e-6)
     pairs_out: str = arg("", "a new file for pairs of the model's samples, right against wrong, on training prompts")
-    # answer files
-    format: Literal["", "alpaca_eval", "mt_bench"] = arg("", "answer --dataset in a file for that judge")
-    generator: str = arg("", "the model's name in such a file; empty: made from --model")
     # reward models
     pairs: str = arg("", "the preference pairs on which --reward_model is rated: a Hub name or file")
     reward_model: str = arg("", "the reward model: made by qrm.py, or any token classifier with one label")
@@ -82,12 +72,9 @@ class Args:
 
 
 BUILTIN = dict(max_prompt=24, max_new_tokens=24, micro_batch=64)
-PACKAGES = ("torch", "transformers", "datasets", "math-verify")  # which may decide a result
-# MT-Bench decodes each category at its own temperature, and others at 0.7.
-MT_BENCH = dict(extraction=0.0, math=0.0, coding=0.0, reasoning=0.0, stem=0.1, humanities=0.1)
 
 
-# ---- numbers ---------------------------------------------------------------------------------------------------------
+# ---- the method ------------------------------------------------------------------------------------------------------
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -105,8 +92,7 @@ def wilson(p: float, n: float) -> tuple[float, float]:
 def independent(values: list[float], groups: list, most: int) -> float:
     """EVAL-3: how many independent observations, at most `most`, have the variance of this mean of values in [0, 1].
 
-    Values of one group may be alike, groups are independent. With one value per group, each 0 or 1, it is their number.
-    Where all are 0 or all are 1 the spread tells nothing, and each group counts once.
+    Values of one group may be alike, groups are independent. Where all are 0 or all 1, each group counts once.
     """
     p, sums = sum(values) / len(values), {}
     for value, group in zip(values, groups):
@@ -151,33 +137,90 @@ def pick_pairs(sampled: list[dict]) -> list[dict]:
     """{prompt, chosen, rejected}: of each prompt the right and the wrong finished sample whose lengths are closest."""
     pairs = []
     for prompt, rows in itertools.groupby(sampled, key=lambda row: row["prompt"]):
-        sides = {True: [], False: []}
-        for row in rows:
-            if row["ended"] and row["completion"]:
-                sides[row["right"]].append(row["completion"])
-        both = list(itertools.product(sides[True], sides[False]))
-        if both:
-            chosen, rejected = min(both, key=lambda pair: abs(len(pair[0]) - len(pair[1])))
-            pairs.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+        fit = [row for row in rows if row["ended"] and row["completion"]]
+        right, wrong = ([row["completion"] for row in fit if row["right"] == side] for side in (True, False))
+        both = sorted(itertools.product(right, wrong), key=lambda pair: abs(len(pair[0]) - len(pair[1])))
+        pairs += [{"prompt": prompt, "chosen": chosen, "rejected": rejected} for chosen, rejected in both[:1]]
     return pairs
 
 
-# ---- accuracy --------------------------------------------------------------------------------------------------------
+# ---- the evaluations -------------------------------------------------------------------------------------------------
+
+
+def measure_accuracy(args) -> None:
+    """Greedy and sampled accuracy on held-out prompts, or on training prompts, whose samples make --pairs_out."""
+    device, n, train = common.local_device(args.device), args.samples_per_prompt, bool(args.pairs_out)
+    held_out = args.test_rows, args.test_dataset
+    task = tasks.load_task(args.task, args.dataset, args.reward_file, *held_out, train=train)
+    tokenizer = lm.load_tokenizer(args.model)
+    task = tasks.fit_prompts(task, tokenizer, args.max_prompt, args.long_prompts)
+    if train:
+        rows = task.rows(args.seed, 0, min(args.test_rows, len(task.train) or args.test_rows))
+        task = replace(task, test=list({json.dumps(row["prompt"]): row for row in rows}.values()))
+    common.say(task.note)
+    run = common.RunFolder(args, __file__)
+    policy = lm.load_model(args.model, dtype=args.dtype, device=device, trainable=False)
+    sampling = lm.Sampling(policy, tokenizer, args.max_prompt, args.max_new_tokens, args.temperature, args.rollout_rows)
+    prompts, graded = {i: sampling.encode(row) for i, row in enumerate(task.test)}, {}
+    for name, how, draws in (("greedy", replace(sampling, temperature=0.0), [0]), ("sampled", sampling, range(n))):
+        mine = complete(how, prompts, args.seed, draws, device)
+        mine = grade(task, mine, tokenizer, lm.stop_ids(policy, tokenizer), args)
+        rows = sorted(common.gather(mine), key=lambda row: row["prompt"])  # stable: draws stay in their order
+        graded[name] = [row | {"prompt": task.test[row["prompt"]]["prompt"]} for row in rows]
+    metrics = summary(*graded.values(), n, args.k or [4**i for i in range(1, 99) if 4**i <= n])
+    samples = [row | {"kind": f"eval/{name}"} for name, rows in graded.items() for row in rows]
+    write(run, args, metrics, samples, task=task.name, prompts=len(prompts))
+    if train:
+        pairs = pick_pairs(graded["sampled"])
+        longer = sum(len(pair["chosen"]) > len(pair["rejected"]) for pair in pairs)
+        if common.rank() == 0:
+            common.write_whole(Path(args.pairs_out), "".join(json.dumps(pair) + "\n" for pair in pairs))
+        common.say(f"{len(pairs)} pairs, the right answer is the longer one in {longer}: {args.pairs_out}")
+
+
+@torch.no_grad()
+def rate_reward_model(args) -> None:
+    """The share of pairs whose chosen answer has the higher score, by the tokens' scores as the model's folder says."""
+    device, name = common.local_device(args.device), args.reward_model
+    how, tokenizer = lm.score_of(name, args.reward_ref), lm.load_tokenizer(name)
+    if args.reward_ref:
+        lm.same_tokenizer(name, tokenizer, args.reward_ref, lm.load_tokenizer(args.reward_ref))
+    limit = getattr(lm.load_config(name).get_text_config(), "max_position_embeddings", None) or 10**9
+    rows, note = common.encode_pairs(tokenizer, tasks.load_pairs(args.pairs), limit, limit)
+    whole = [r for r in rows if len(r["prompt_ids"]) + max(len(r["chosen_ids"]), len(r["rejected_ids"])) <= limit]
+    require(bool(whole), f"--pairs {args.pairs}: no pair fits the {limit} positions of {name}")
+    common.say(note + (f"; {len(rows) - len(whole)} too long together, left out" if len(whole) < len(rows) else ""))
+    rows = whole[-args.test_pairs :]
+    run = common.RunFolder(args, __file__)
+    paths = {"reward": name, "reward_ref": args.reward_ref}
+    shared = dict(head="saved", dtype=args.dtype, device=device, trainable=False)
+    models = torch.nn.ModuleDict({key: lm.load_model(path, **shared) for key, path in paths.items() if path})
+    score, mine = lm.scored_by(models, how, tokenizer, limit, args.micro_batch), []
+    for first in range(0, len(rows), common.world() * args.micro_batch):  # as many pieces on every rank, see above
+        numbers = range(first + common.rank(), len(rows), common.world())[: args.micro_batch]
+        sides = [(rows[i]["prompt"], rows[i][f"{side}_ids"]) for side in ("chosen", "rejected") for i in numbers]
+        scores = score([prompt for prompt, _ in sides], None, [{"completion_ids": ids} for _, ids in sides])
+        mine += [(i, a - b) for i, a, b in zip(numbers, scores, scores[len(numbers) :])]
+    margins = [margin for _, margin in sorted(common.gather(mine))]
+    prompts = [json.dumps(row["prompt"]) for row in rows]
+    metrics = {"eval/pair_accuracy": share([float(x > 0) for x in margins], prompts), "eval/margin": mean(margins)}
+    texts = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in rows]
+    samples = [{"kind": "pair", "margin": x} | text for x, text in zip(margins, texts)]
+    write(run, args, metrics, samples, task="pairs", prompts=len(set(prompts)))
+
+
+# ---- what they need --------------------------------------------------------------------------------------------------
 
 
 def complete(sampling, prompts: dict[int, list[int]], seed: int, draws, device) -> list[tuple]:
-    """(number of the prompt, completion ids) of this rank's share of numbered prompts, one for each of `draws`.
-
-    Temperature 0 is greedy. Noise is a function of (seed, draw, prompt): more samples leave the first ones as they are,
-    and draw 0 is the sample that the training scripts take when they evaluate.
-    """
+    """(number of the prompt, completion ids) of this rank's share of numbered prompts, one per draw. Noise is
+    a function of (seed, draw, prompt); draw 0 is the sample of the training scripts' own evaluation."""
     numbers, samples, mine, last = list(prompts), len(draws), [], time.time()
     size = common.world() * max(1, sampling.rows_at_once // samples)
     for first in range(0, len(numbers), size):  # as many pieces on every rank, some perhaps empty: FSDP gathers in each
         piece, noise = numbers[first : first + size][common.rank() :: common.world()], None
         if sampling.temperature and piece:
-            columns = sampling.max_new_tokens
-            noise = [common.uniforms(seed, common.EVAL, draw, piece, columns) for draw in draws]
+            noise = [common.uniforms(seed, common.EVAL, draw, piece, sampling.max_new_tokens) for draw in draws]
             noise = torch.stack(noise, 1).flatten(0, 1)
         ids = sampling.complete([prompts[i] for i in piece], samples, noise)
         mine += list(zip([i for i in piece for _ in draws], ids))
@@ -193,182 +236,26 @@ def grade(task, mine: list[tuple], tokenizer, stops: list[int], args) -> list[di
     """One row for each completion of this rank: was it right, its reward, had it an answer, did it end by itself?"""
     rows = [task.test[i] | {"completion_ids": ids} for i, ids in mine]
     texts = common.decode(tokenizer, [ids for _, ids in mine])
-    right = task.correct(texts, rows) if task.correct else None
     rewards = [None] * len(rows)
     if args.reward_file and rows:
         rewards = task.reward([row["prompt"] for row in rows], texts, rows)
         rewards = [float(sum(x) if isinstance(x, list) else x) for x in rewards]
-        right = right or [x >= args.right_from for x in rewards]
+    right = task.correct(texts, rows) if task.correct else [x >= args.right_from for x in rewards]
     answered = task.answered(texts) if task.answered else [None] * len(rows)
     return [
         {"prompt": i, "completion": text, "right": bool(ok), "reward": x, "answered": a, "ended": ids[-1] in stops}
-        for (i, ids), text, ok, x, a in zip(mine, texts, right or [], rewards, answered)
+        for (i, ids), text, ok, x, a in zip(mine, texts, right, rewards, answered)
     ]
-
-
-def load_policy(args, device):
-    """Tokenizer and sampler; greedy is the same sampler at temperature 0."""
-    tokenizer = lm.load_tokenizer(args.model)
-    policy = lm.load_model(args.model, dtype=args.dtype, device=device, trainable=False)
-    limits = args.max_prompt, args.max_new_tokens, args.temperature, args.rollout_rows
-    return tokenizer, lm.Sampling(policy, tokenizer, *limits)
-
-
-def measure_accuracy(args) -> None:
-    """Greedy and sampled accuracy on held-out prompts, or on training prompts, whose samples make --pairs_out."""
-    device, n, train = common.local_device(args.device), args.samples_per_prompt, bool(args.pairs_out)
-    held_out = args.test_rows, args.test_dataset
-    task = tasks.load_task(args.task, args.dataset, args.reward_file, *held_out, train=train)
-    tokenizer = lm.load_tokenizer(args.model)
-    task = tasks.fit_prompts(task, tokenizer, args.max_prompt, args.long_prompts)
-    if train:
-        rows = task.rows(args.seed, 0, min(args.test_rows, len(task.train) or args.test_rows))
-        task = replace(task, test=list({json.dumps(row["prompt"]): row for row in rows}.values()))
-    common.say(task.note)
-    run = common.RunFolder(args, __file__)
-    tokenizer, sampling = load_policy(args, device)
-    prompts, graded = {i: sampling.encode(row) for i, row in enumerate(task.test)}, {}
-    for name, how, draws in (("greedy", replace(sampling, temperature=0.0), [0]), ("sampled", sampling, range(n))):
-        mine = complete(how, prompts, args.seed, draws, device)
-        mine = grade(task, mine, tokenizer, lm.stop_ids(sampling.policy, tokenizer), args)
-        rows = sorted(common.gather(mine), key=lambda row: row["prompt"])  # stable: draws stay in their order
-        graded[name] = [row | {"prompt": task.test[row["prompt"]]["prompt"]} for row in rows]
-    metrics = summary(*graded.values(), n, args.k or [4**i for i in range(1, 99) if 4**i <= n])
-    samples = [row | {"kind": f"eval/{name}"} for name, rows in graded.items() for row in rows]
-    write(run, args, metrics, samples, task=task.name, prompts=len(prompts))
-    if train:
-        pairs = pick_pairs(graded["sampled"])
-        longer = sum(len(pair["chosen"]) > len(pair["rejected"]) for pair in pairs)
-        if common.rank() == 0:
-            common.write_whole(Path(args.pairs_out), "".join(json.dumps(pair) + "\n" for pair in pairs))
-        common.say(f"{len(pairs)} pairs, the right answer is the longer one in {longer}: {args.pairs_out}")
-
-
-# ---- reward models ---------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def rate_reward_model(args) -> None:
-    """The share of pairs whose chosen answer has the higher score, by the tokens' scores as the model's folder says."""
-    device, name = common.local_device(args.device), args.reward_model
-    how, tokenizer = lm.score_of(name, args.reward_ref), lm.load_tokenizer(name)
-    if args.reward_ref:
-        lm.same_tokenizer(name, tokenizer, args.reward_ref, lm.load_tokenizer(args.reward_ref))
-    limit = getattr(lm.load_config(name).get_text_config(), "max_position_embeddings", None) or sys.maxsize
-    rows, note = common.encode_pairs(tokenizer, tasks.load_pairs(args.pairs), limit, limit)
-    whole = [r for r in rows if len(r["prompt_ids"]) + max(len(r["chosen_ids"]), len(r["rejected_ids"])) <= limit]
-    require(bool(whole), f"--pairs {args.pairs}: no pair fits the {limit} positions of {name}")
-    common.say(note + (f"; {len(rows) - len(whole)} too long together, left out" if len(whole) < len(rows) else ""))
-    rows = whole[-args.test_pairs :]
-    run = common.RunFolder(args, __file__)
-    names = {"reward": name} | ({"reward_ref": args.reward_ref} if args.reward_ref else {})
-    shared = dict(head="saved", dtype=args.dtype, device=device, trainable=False)
-    models = torch.nn.ModuleDict({key: lm.load_model(path, **shared) for key, path in names.items()})
-    score, mine = lm.scored_by(models, how, tokenizer, limit, args.micro_batch), []
-    for first in range(0, len(rows), common.world() * args.micro_batch):  # as many pieces on every rank, see above
-        numbers = range(first + common.rank(), len(rows), common.world())[: args.micro_batch]
-        sides = [(rows[i]["prompt"], rows[i][f"{side}_ids"]) for side in ("chosen", "rejected") for i in numbers]
-        scores = score([prompt for prompt, _ in sides], None, [{"completion_ids": ids} for _, ids in sides])
-        mine += [(i, a - b) for i, a, b in zip(numbers, scores, scores[len(numbers) :])]
-    margins = [margin for _, margin in sorted(common.gather(mine))]
-    prompts = [json.dumps(row["prompt"]) for row in rows]
-    metrics = {"eval/pair_accuracy": share([float(x > 0) for x in margins], prompts), "eval/margin": mean(margins)}
-    samples = [{"kind": "pair", "margin": x, **{s: row[s] for s in ("prompt", "chosen", "rejected")}}
-               for row, x in zip(rows, margins)]  # fmt: skip
-    write(run, args, metrics, samples, task="pairs", prompts=len(set(prompts)))
-
-
-# ---- answer files ----------------------------------------------------------------------------------------------------
-
-
-def load_questions(args, tokenizer) -> list[dict]:
-    """Rows of --dataset with `turns` (texts) and `temperature`; the longest prompt that can come of them must fit."""
-    rows, seen = tasks.read_rows(args.dataset), set()
-    for i, row in enumerate(rows, 1):
-        where = f"{args.dataset}: row {i}"
-        if args.format == "alpaca_eval":
-            row |= {"turns": [tasks.column(row, "instruction", where)], "temperature": args.temperature}
-            if "dataset" in row:
-                tasks.column(row, "dataset", where)
-        else:
-            name, turns = row.get("question_id"), row.get("turns")
-            known = type(name) is int or (type(name) is str and name.isprintable())
-            known = known and type(name) is type(rows[0]["question_id"]) and name not in seen
-            require(known, f"{where}: 'question_id' is {name!r:.80}; expected a number, or text as in row 1, used once")
-            seen.add(name)
-            require(isinstance(turns, list) and turns, f"{where}: 'turns' is {turns!r:.80}; expected a list of texts")
-            row["turns"] = [tasks.column({"turns": turn}, "turns", where) for turn in turns]
-            category = tasks.column(row, "category", where) if row.get("category") else ""
-            row["temperature"] = MT_BENCH.get(category, 0.7)
-        turns = [x for turn in row["turns"] for x in (turn, ".")][:-1]
-        chat = [{"role": ("user", "assistant")[j % 2], "content": text} for j, text in enumerate(turns)]
-        longest = len(common.encode_prompt(tokenizer, chat)) + (len(row["turns"]) - 1) * args.max_new_tokens
-        fits = longest <= args.max_prompt
-        require(fits, f"{where}: its last prompt may have {longest} tokens, above --max_prompt {args.max_prompt}")
-    return rows
-
-
-def generator_name(args) -> str:
-    """The model's name in an answer file, and for MT-Bench the name of that file."""
-    name = (args.generator or args.model.strip("./")).replace("/", "-")
-    usable = len(name.encode()) <= 200 and name.isprintable() and name not in ("metrics", "samples")
-    require(usable, f"--generator {name!r:.80}: expected at most 200 letters that name a file of answers")
-    return name
-
-
-def answer_questions(args) -> None:
-    """An answer file for a judge. A turn sees the questions and answers before it."""
-    name = generator_name(args)
-    device, tokenizer = common.local_device(args.device), lm.load_tokenizer(args.model)
-    questions = load_questions(args, tokenizer)
-    run = common.RunFolder(args, __file__)
-    tokenizer, sampling = load_policy(args, device)
-    chats, ended = [[] for _ in questions], []
-    for turn in range(max(len(q["turns"]) for q in questions)):
-        now = [i for i, q in enumerate(questions) if turn < len(q["turns"])]
-        for i in now:
-            chats[i].append({"role": "user", "content": questions[i]["turns"][turn]})
-        for temperature in sorted({questions[i]["temperature"] for i in now}):
-            some = [i for i in now if questions[i]["temperature"] == temperature]
-            prompts = {i: sampling.encode({"prompt": chats[i]}) for i in some}
-            mine = complete(replace(sampling, temperature=temperature), prompts, args.seed, [turn], device)
-            for i, ids in common.gather(mine):
-                chats[i].append({"role": "assistant", "content": common.decode(tokenizer, [ids])[0].strip()})
-                ended.append(float(ids[-1] in lm.stop_ids(sampling.policy, tokenizer)))
-    answers = [[m["content"] for m in chat if m["role"] == "assistant"] for chat in chats]
-    if args.format == "alpaca_eval":
-        file, rows = "alpaca_eval.json", []
-        for q, texts in zip(questions, answers):
-            known = {key: q[key] for key in ("dataset", "instruction") if key in q}
-            rows.append(known | {"output": texts[0], "generator": name})
-        text = json.dumps(rows, indent=2, ensure_ascii=False) + "\n"
-    else:  # its judge takes the model's name from the file's, and wants all questions in order
-        file, rows = f"{name}.jsonl", []
-        for q, texts in sorted(zip(questions, answers), key=lambda pair: pair[0]["question_id"]):
-            row = {"question_id": q["question_id"], "answer_id": f"{name}-{args.seed}-{q['question_id']}"}
-            row |= {"model_id": name, "choices": [{"index": 0, "turns": texts}], "tstamp": round(time.time(), 3)}
-            rows.append(row)
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    if common.rank() == 0:
-        common.write_whole(run.path / file, text)
-    common.say(f"answers: {run.path / file}")
-    samples = [{"kind": "answer", "prompt": chat[:-1], "completion": chat[-1]["content"]} for chat in chats]
-    write(run, args, {"length/finished": share(ended)}, samples, task=args.format, prompts=len(questions))
-
-
-# ---- the run ---------------------------------------------------------------------------------------------------------
 
 
 def with_sizes(args):
     """--max_prompt and --max_new_tokens where they are not given: those of the run that trained the model, which stand
-    in args.json beside its folder, else 512 or what its positions leave. Answers for a judge take the latter."""
-    sizes = {"max_prompt": args.max_prompt, "max_new_tokens": args.max_new_tokens}
-    file = Path(args.model).parent / "args.json"
-    if Path(args.model).is_dir() and file.is_file() and not args.format:
+    in args.json beside its folder, else 512 or what its positions leave."""
+    file, trained = Path(args.model).parent / "args.json", {}
+    if Path(args.model).is_dir() and file.is_file():
         trained = common.stored(file)["args"]
-        sizes = {name: size or trained.get(name, 0) for name, size in sizes.items()}
-    config = lm.load_config(args.model).get_text_config()
-    positions = getattr(config, "max_position_embeddings", None) or 1024
+    sizes = {name: getattr(args, name) or trained.get(name, 0) for name in ("max_prompt", "max_new_tokens")}
+    positions = getattr(lm.load_config(args.model).get_text_config(), "max_position_embeddings", None) or 1024
     left = (positions - sum(sizes.values())) // max(1, list(sizes.values()).count(0))
     sizes = {name: size or max(1, min(512, left)) for name, size in sizes.items()}
     common.say("sizes of " + args.model + ": " + " ".join(f"--{name} {size}" for name, size in sizes.items()))
@@ -382,17 +269,12 @@ def write(run, args, metrics: dict, samples: list[dict], task: str, prompts: int
     if common.rank() != 0:
         return
     about = json.loads((run.path / "args.json").read_text())
-    versions = {"python": sys.version.split()[0]} | dict.fromkeys(PACKAGES)
-    for name in PACKAGES:
-        with contextlib.suppress(PackageNotFoundError):  # not every evaluation needs all of them
-            versions[name] = version(name)
-    names = ("model", "dataset", "test_dataset", "reward_file", "pairs", "reward_model", "reward_ref", "format")
-    row = {name: value for name, value in asdict(args).items() if name in names and value}
-    sizes = ("samples_per_prompt", "max_prompt", "max_new_tokens", "temperature", "seed", "dtype")
-    row |= {"task": task, "prompts": prompts} | {name: getattr(args, name) for name in sizes}
+    given = ("model", "dataset", "test_dataset", "reward_file", "pairs", "reward_model", "reward_ref")
+    always = ("samples_per_prompt", "max_prompt", "max_new_tokens", "temperature", "seed", "dtype")
+    row = {name: value for name, value in asdict(args).items() if name in always or (value and name in given)}
     seconds = round(time.time() - (run.path / "args.json").stat().st_mtime, 1)  # it was written at the beginning
-    row |= {"metrics": metrics, "confidence": 0.95, "seconds": seconds, "versions": versions}
-    row |= {name: about[name] for name in ("command", "git", "time")}
+    row |= {"task": task, "prompts": prompts, "metrics": metrics, "confidence": 0.95, "seconds": seconds}
+    row |= {name: about[name] for name in ("versions", "command", "git", "time")}
     common.write_whole(run.path / "result.json", json.dumps(row, indent=2) + "\n")
     values = {name: metric["value"] for name, metric in metrics.items()}
     common.write_whole(run.path / "metrics.jsonl", json.dumps({"step": 0, **values}) + "\n")
@@ -402,21 +284,15 @@ def write(run, args, metrics: dict, samples: list[dict], task: str, prompts: int
 
 
 def evaluate(args) -> None:
-    require(args.temperature > 0 or args.format, f"--temperature must be above 0, found {args.temperature}")
-    require(math.isfinite(args.right_from), f"--right_from must be a finite number, found {args.right_from}")
-    for k in args.k:
-        fits = 1 <= k <= args.samples_per_prompt
-        require(fits, f"--k {k}: expected a number from 1 to --samples_per_prompt {args.samples_per_prompt}")
+    wrong = [k for k in args.k if not 1 <= k <= args.samples_per_prompt]
+    require(not wrong, f"--k {wrong}: expected numbers from 1 to --samples_per_prompt {args.samples_per_prompt}")
     both = bool(args.pairs) == bool(args.reward_model)
     require(both, "--pairs and --reward_model go together: give both to rate a reward model, or none of them")
-    kinds = [name for name in ("--pairs", "--format", "--pairs_out") if getattr(args, name[2:])]
-    require(len(kinds) < 2, f"{' and '.join(kinds)} are two evaluations; expected one of them")
+    require(not (args.pairs and args.pairs_out), "--pairs and --pairs_out are two evaluations; expected one of them")
     file = Path(args.pairs_out or "-")
     new = not file.exists() and file.parent.is_dir()
     require(new, f"--pairs_out {args.pairs_out}: expected a new file in a folder that exists")
-    require(args.dataset or not args.format, f"--dataset is empty; expected questions for --format {args.format}")
-    run = rate_reward_model if args.pairs else answer_questions if args.format else measure_accuracy
-    run(with_sizes(args))
+    (rate_reward_model if args.pairs else measure_accuracy)(with_sizes(args))
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ def edits_of(answers: list[dict]) -> dict[str, float | None]:
     found = {"major": [], "minor": []}
     for a in answers:
         if not a["fault"] and a["label"] in (0, 1):
-            found[("major", "minor")[a["label"]]].append(edit_distance(a["ids"], a["revision"]))
+            found[("major", "minor")[a["label"]]].append(edit_distance(a["ids"], a["target"]))
     return {f"revise/distance_{name}": statistics.mean(x) if x else None for name, x in found.items()}
 
 
@@ -114,7 +114,8 @@ def run(study: str, name: str, command: str, seed: int, threads: int) -> dict:
         ok, errors = process.returncode == 0, screen.read_text().strip().splitlines()
         lines = sorted(out.rglob("metrics.jsonl"), key=lambda file: file.stat().st_mtime)[-1:]  # of its last stage
         metrics = [json.loads(text) for file in lines for text in file.read_text().splitlines()]
-        edits = [edits_of(json.loads(file.read_text())["answers"]) for file in sorted(out.glob("rounds/*.json"))]
+        rounds = [file.read_text().splitlines() for file in sorted(out.glob("rounds/*.jsonl"))]
+        edits = [edits_of(list(map(json.loads, lines))) for lines in rounds]
     evaluated = [m for m in metrics if any(k.startswith("eval/") for k in m)]
     held_out = [{k: v for k, v in m.items() if k == "step" or k.startswith("eval/")} for m in evaluated]
     return {

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sys
 
 import adpa
 import common
@@ -14,7 +15,10 @@ import ppo_baseline
 import pytest
 import qrm
 import seft
-from conftest import TINY, flags, run_here, run_script
+from conftest import ROOT, TINY, flags, run_here, run_script
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import answers  # noqa: E402
 
 BOTH = (ppo_baseline, lco)
 
@@ -207,8 +211,8 @@ READERS = {
     "evaluate": (evaluate, "dataset", dict(reward_file="REWARD", test_rows=1, **TINIER), {"prompt": "1+1="}),
     "evaluate_test": (evaluate, "test_dataset", dict(reward_file="REWARD", **TINIER), {"prompt": "1+1="}),
     "evaluate_pairs": (evaluate, "pairs", dict(reward_model="MODEL", reward_ref="MODEL", **TINIER), PAIR),
-    "alpaca_eval": (evaluate, "dataset", dict(format="alpaca_eval", **TINIER), {"instruction": "1+1="}),
-    "mt_bench": (evaluate, "dataset", dict(format="mt_bench", **TINIER), {"question_id": 7, "turns": ["1+1="]}),
+    "alpaca_eval": (answers, "dataset", dict(format="alpaca_eval", **TINIER), {"instruction": "1+1="}),
+    "mt_bench": (answers, "dataset", dict(format="mt_bench", **TINIER), {"question_id": 7, "turns": ["1+1="]}),
 }
 
 # A row that is wrong, after two that are right: for which readers, what differs, what is said about row 3.
@@ -277,7 +281,8 @@ def unread(tiny_model, reward_file, tmp_path, monkeypatch):
         settings |= {"model": "builtin" if script is seft else tiny_model, "out": str(tmp_path / "run"), argument: path}
         args = common.parse_args(script.Args, script.BUILTIN, flags(**settings))
         with pytest.raises(common.BadInput) as error:
-            (script.evaluate if script is evaluate else script.train)(args)
+            run = {evaluate: "evaluate", answers: "main"}.get(script, "train")
+            getattr(script, run)(args)
         message = str(error.value)
         assert all(part in message for part in (path, *parts)), message
         assert "\n" not in message and len(message) < 600 and not (tmp_path / "run").exists()

@@ -159,6 +159,6 @@ def test_edits():
 
     words = [list(w) for n in range(4) for w in itertools.product([1, 2], repeat=n)]
     assert all(study.edit_distance(a, b) == slow(a, b) for a in words for b in words)
-    fates = [(0, None, [1, 3]), (0, None, [1, 3, 4]), (0, "echo", [9] * 9), (2, None, None)]
-    answers = [dict(label=label, fault=fault, ids=[1, 2], revision=revision) for label, fault, revision in fates]
+    fates = [(0, None, [1, 3]), (0, None, [1, 3, 4]), (0, "echo", [9] * 9), (2, None, [1, 2])]
+    answers = [dict(label=label, fault=fault, ids=[1, 2], target=target) for label, fault, target in fates]
     assert study.edits_of(answers) == {"revise/distance_major": 1.5, "revise/distance_minor": None}

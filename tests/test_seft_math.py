@@ -190,7 +190,7 @@ def test_rows_of_the_reviser(tokenizer):
     assert tokenizer.decode(rows[0]["completion_ids"]) == "+=7+15=22<eos>" and rows[0]["label_tokens"] == 2
     assert tokenizer.decode(rows[1]["completion_ids"]) == "=+<eos>"
     plain = seft.reviser_rows(data, [{k: p[k] for k in p if k != "label"} for p in pairs[:1]], ARGS)
-    assert tokenizer.decode(plain[0]["completion_ids"]) == "22<eos>" and "label_tokens" not in plain[0]
+    assert tokenizer.decode(plain[0]["completion_ids"]) == "22<eos>" and plain[0]["label_tokens"] == 0
 
 
 def test_auc():
@@ -198,16 +198,21 @@ def test_auc():
     scores, positive = [0.1, 0.4, 0.4, 0.8, 0.8], [False, True, False, True, False]
     pairs = [(p, n) for p, a in zip(scores, positive) for n, b in zip(scores, positive) if a and not b]
     exact = sum((p > n) + 0.5 * (p == n) for p, n in pairs) / len(pairs)
-    assert seft.auc(scores, positive) == pytest.approx(exact)
-    assert seft.auc([1.0], [True]) is None
+    sides = [[s for s, p in zip(scores, positive) if p == kind] for kind in (True, False)]
+    assert seft.auc(*sides) == pytest.approx(exact)
+    assert seft.auc([1.0], []) is seft.auc([], [1.0]) is None
 
 
 def test_what_a_reviser_reads(tokenizer):
-    """Text goes on after the prompt; messages get the answer as a turn of the assistant, then --ask."""
+    """Text goes on after the prompt; messages get the answer as a turn of the assistant, then --ask.
+
+    R writes the label and the question; R0, which has no label, has read the question already; No ends the text.
+    """
     args = SimpleNamespace(**vars(ARGS) | {"then": "{prompt}"})
     for prompt in ("7+15=", [{"role": "user", "content": "7+15="}]):
-        reads, then = seft.reviser_ids(tokenizer, prompt, "12", args)
-        assert tokenizer.decode(reads) == "<bos>7+15=12==" and tokenizer.decode(then) == "7+15="
+        ids = [seft.reviser_ids(tokenizer, prompt, "12", label, args) for label in (None, seft.MINOR, seft.NO)]
+        assert [tokenizer.decode(x[:n]) for x, n in ids] == ["<bos>7+15=12==7+15="] + ["<bos>7+15=12=="] * 2
+        assert [tokenizer.decode(x[n:]) for x, n in ids] == ["", "+=7+15=", "=+"]
 
 
 def test_round_metrics():
@@ -223,10 +228,10 @@ def test_round_metrics():
     ]
     answers = []
     for before, after, label, fault in fates:
-        revision = None if label == seft.NO else [1, 3, 4]
-        fate = dict(before=before, after=after, label=label, fault=fault, ids=[1, 2], revision=revision)
-        answers.append(answer_of(**fate, chances=chances[label]))
-    m = seft.revision_metrics(answers, 0.5)
+        target = [1, 2] if label == seft.NO else [1, 3, 4]
+        fate = dict(before=before, after=after, label=label, fault=fault, ids=[1, 2], target=target)
+        answers.append(answer_of(**fate, chances=chances[label], threshold=0.5))
+    m = seft.revision_metrics(answers)
     expected = {"revise/fix": 1 / 3, "revise/damage": 1 / 3, "revise/keep_right": 1 / 3, "revise/keep_wrong": 1 / 3}
     expected |= {"revise/before": 1 / 2, "revise/after": 3 / 5, "drop/echo": 1 / 6, "drop/long": 0, "revise/no": 1 / 3}
     expected |= {"revise/before_no": 1 / 2, "revise/same_minor": 0, "revise/threshold": 0.5}
