@@ -213,7 +213,8 @@ def test_equation_tables():
     for path in SCRIPTS:
         source, rows = path.read_text(), []
         for line in (ROOT / "docs" / f"{path.stem}.md").read_text().splitlines():
-            tags = re.findall(r"[A-Z]{3,4}-[0-9]+", line.split("|")[1]) if line.startswith("| ") else []
+            tags = re.match(r"\| ([A-Z]{3,4}-[0-9]+(, [A-Z]{3,4}-[0-9]+)*) \|", line)
+            tags = tags[1].split(", ") if tags else []
             names = re.findall(r"`(\w+)`", line.rsplit("|", 2)[1]) if tags else []
             rows += [(tags, names)] if tags else []
         assert rows, path.name
