@@ -261,9 +261,9 @@ def page(lines: list[Line]) -> str:
 
 PREFACE = """
 What the abstracts of the papers and our own docs claim, and what the stored runs of this repository say to it. This
-page, its figure and the summary in the README are written by `python benchmarks/claims.py` from
+page and its figure are written by `python benchmarks/claims.py` from
 `benchmarks/claims.toml` and `benchmarks/results/`; a test fails when they differ. Everything here is the built-in task
-and its 1M-parameter model: a verdict says nothing about another scale.
+and its model of 0.7 million parameters: a verdict says nothing about another scale.
 
 **Rule.** Each setting has runs with several seeds. *Difference* is ours minus theirs, of the mean over seeds (and over
 settings, where a claim has several); *best* compares the best setting of each, *spread* the standard deviation over

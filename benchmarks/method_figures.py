@@ -1,4 +1,4 @@
-"""One figure for each method's page: python benchmarks/method_figures.py [lco seft ...]
+"""One figure for each method's page, and two of the README: python benchmarks/method_figures.py [lco seft ...]
 
 They are drawn from the scripts' own losses, the built-in models, docs/credit.html (Q-RM) and, for SEFT, the answers in
 benchmarks/results/seft_example.json, which come from a run:
@@ -11,6 +11,7 @@ import argparse
 import html
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 
@@ -41,10 +42,14 @@ matplotlib.rcParams |= {
 }  # fmt: skip
 
 
+def file_name(name: str) -> str:
+    return f"{name}.svg" if name in ("readme", "family") else f"method-{name}.svg"
+
+
 def save(figure, name: str) -> None:
-    figure.savefig(FIGURES / f"method-{name}.svg", metadata={"Date": None}, bbox_inches="tight", pad_inches=0.1)
+    figure.savefig(FIGURES / file_name(name), metadata={"Date": None}, bbox_inches="tight", pad_inches=0.1)
     plt.close(figure)
-    print(f"wrote docs/figures/method-{name}.svg")
+    print(f"wrote docs/figures/{file_name(name)}")
 
 
 # ---- PPO -------------------------------------------------------------------------------------------------------------
@@ -185,7 +190,8 @@ def adpa_figure() -> None:
     bars(axes[1], tokens, [("advantage A", A, PURPLE, ""), ("minus the gradient", asks, GREEN, "//")])
     axes[1].set_title("A = log π_dpo − log π_ref, and its pull")
     best = torch.nn.functional.one_hot(A.argmax(), len(tokens)).float()
-    columns = [("ADPA-2: linear, tail noise", best, GREEN, ""), ("ADPA-3: KL to the student, β = 1", kl, PURPLE, "\\\\"),
+    columns = [("ADPA-2: linear, tail noise", best, GREEN, ""),
+               ("ADPA-3: KL to the student, β = 1", kl, PURPLE, "\\\\"),
                ("ADPA-4: on-policy distillation, λ = 1", opd, BLUE, "//")]  # fmt: skip
     bars(axes[2], tokens, columns)
     axes[2].set_title("where each objective ends")
@@ -237,7 +243,7 @@ def qrm() -> None:
     answers = re.findall(r'<h3 class="([^"]*)">([^<]*?)\s*<small>.*?</h3><table>(.*?)</table>', page, re.DOTALL)
     names = {"truth: still right": "the truth: 1 while it is right", "Q-RM, LM head": "Q-RM, LM head (log φ)",
              "Q-RM, scalar head": "Q-RM, scalar head", "DPO log-ratio": "DPO's log-ratio"}  # fmt: skip
-    for _, prompt, table in answers:
+    for _, prompt, table in answers:  # noqa: B007
         lines = {}
         for name, cells in re.findall(r"<th>([^<]*)</th><td>(.*?)</td>", table, re.DOTALL):
             found = re.findall(r'title="[^"]*: (-?[0-9.]+)">(.*?)</span>', cells)
@@ -255,7 +261,9 @@ def qrm() -> None:
             share = (score - low) / (high - low)  # 0: this row's worst token, 1: its best
             color = tuple((1 - share) * a + share * b for a, b in zip((0.96, 0.60, 0.42), (0.72, 0.86, 0.97)))
             axis.add_patch(plt.Rectangle((at, -row - 0.42), 0.96, 0.84, color=color, linewidth=0))
-            axis.text(at + 0.48, -row + 0.1, token.replace("<eos>", "eos"), ha="center", va="center", family="monospace")
+            axis.text(
+                at + 0.48, -row + 0.1, token.replace("<eos>", "eos"), ha="center", va="center", family="monospace"
+            )
             axis.text(at + 0.48, -row - 0.27, f"{score:.1f}", ha="center", va="center", fontsize=6.5, color="#444444")
     axis.add_patch(plt.Rectangle((first_wrong - 0.02, -3.5), 1, 4, fill=False, color="black", linewidth=1.5))
     axis.text(first_wrong + 0.48, 0.62, "first wrong token", ha="center")
@@ -271,7 +279,7 @@ def qrm() -> None:
 
 
 def examples(file: Path) -> dict:
-    """The first short wrong answer of a round that was mended, and the first right one that No saved from its revision."""
+    """Of a round: the first short wrong answer that was mended, and the first right one that No saved from revision."""
     made = json.loads(file.read_text())
     tokenizer = lm.load_tokenizer("builtin")
     short = [a for a in made["answers"] if len(a["row"]["prompt"]) <= 9 and not a["fault"]]
@@ -298,7 +306,9 @@ def seft() -> None:
 
     def put(x, y, text, color=GREY, **more):
         shade = matplotlib.colors.to_rgba(color, 0.10)
-        return axis.text(x, y, text, ha="center", va="center", bbox=box | {"edgecolor": color, "facecolor": shade}, **more)
+        return axis.text(
+            x, y, text, ha="center", va="center", bbox=box | {"edgecolor": color, "facecolor": shade}, **more
+        )
 
     for y, one in ((1, made["mended"]), (0, made["kept"])):
         major, minor, no = one["chances"]
@@ -306,9 +316,15 @@ def seft() -> None:
         right = GREEN if one["before"] else ORANGE
         put(columns[0], y, one["prompt"], family="monospace")
         put(columns[1], y, one["text"], right, family="monospace")
-        axis.text(columns[1], y - 0.3, "right" if one["before"] else "wrong", color=right, ha="center", va="top", fontsize=9)
+        axis.text(
+            columns[1], y - 0.3, "right" if one["before"] else "wrong", color=right, ha="center", va="top", fontsize=9
+        )
         put(columns[2], y, f"Major {major:.2f}\nMinor {minor:.2f}\nNo {no:.2f}", BLUE, fontsize=9)
-        verdict = f"{no:.3f} > t = {made['threshold']:.3f}: keep" if kept else f"{no:.3f} < t = {made['threshold']:.3f}: revise"
+        verdict = (
+            f"{no:.3f} > t = {made['threshold']:.3f}: keep"
+            if kept
+            else f"{no:.3f} < t = {made['threshold']:.3f}: revise"
+        )
         axis.text(columns[2], y - 0.36, verdict, ha="center", va="top", fontsize=9, color=BLUE)
         target = one["text"] if kept else one["revision"]
         put(columns[3], y, target, GREEN if one["after"] else ORANGE, family="monospace")
@@ -322,16 +338,86 @@ def seft() -> None:
             axis.annotate("", (right_end, y), (left, y), arrowprops=arrow)
     loop = {"arrowstyle": "->", "color": PURPLE, "linewidth": 1.4, "connectionstyle": "bar,fraction=-0.06"}
     axis.annotate("", (columns[1], -0.85), (columns[4], -0.85), arrowprops=loop)
-    axis.text((columns[1] + columns[4]) / 2, -1.08, "next round: the policy that has learnt answers new prompts", ha="center",
-              color=PURPLE, fontsize=9)  # fmt: skip
+    axis.text((columns[1] + columns[4]) / 2, -1.08, "next round: the policy that has learnt answers new prompts",
+              ha="center", color=PURPLE, fontsize=9)  # fmt: skip
     axis.set_xlim(-1.2, 12.2)
     axis.set_ylim(-1.6, 2.0)
     axis.axis("off")
     save(figure, "seft")
 
 
+# ---- README ----------------------------------------------------------------------------------------------------------
+
+
+def readme() -> None:
+    """PPO and LCO against passes over a rollout and the learning rate: median and range of ten seeds."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.3), sharey=True, constrained_layout=True)
+    panels = (("epochs", "{} epoch", (1, 2, 4, 8), "passes over each rollout"),
+              ("rates", "lr x{}", (1, 3, 10, 30), "learning rate, in units of 1e-4"))  # fmt: skip
+    for axis, (study, suffix, values, label) in zip(axes, panels):
+        rows = [json.loads(line) for line in (ROOT / "benchmarks/results" / f"{study}.jsonl").read_text().splitlines()]
+        for name, color, style, shift in (("PPO", ORANGE, "--", 0.98), ("LCO-LCH", BLUE, "-", 1.02)):
+            points = []
+            for value in values:
+                setting = f"{name}, {suffix.format(value)}"
+                points.append([r["last"]["eval/sampled"] for r in rows if r["setting"].removesuffix("s") == setting])
+            middle = [statistics.median(point) for point in points]
+            errors = [[m - min(p) for m, p in zip(middle, points)], [max(p) - m for m, p in zip(middle, points)]]
+            at = [value * shift for value in values]
+            axis.errorbar(at, middle, errors, color=color, linestyle=style, marker="o", capsize=3, markersize=5)
+        axis.axhline(
+            statistics.median(r["eval"][0]["eval/sampled"] for r in rows), color=GREY, linewidth=1, linestyle=":"
+        )
+        axis.set_xscale("log")
+        axis.set_xticks(values, map(str, values))
+        axis.minorticks_off()
+        axis.set_xlabel(label)
+        axis.set_ylim(0, 0.85)
+    axes[0].set_ylabel("sampled held-out accuracy")
+    axes[0].text(8, 0.56, "LCO", color=BLUE, ha="right", weight="bold")
+    axes[0].text(7.6, 0.2, "PPO", color=ORANGE, ha="right", weight="bold")
+    axes[0].text(1, 0.37, "before training", color=GREY)
+    axes[1].text(12.5, 0.36, "LCO", color=BLUE, weight="bold")
+    axes[1].text(8.6, 0.08, "PPO", color=ORANGE, ha="right", weight="bold")
+    save(figure, "readme")
+
+
+def family() -> None:
+    """Which script goes on from which, and what is handed over."""
+    figure, axis = plt.subplots(figsize=(10, 3.3), constrained_layout=True)
+    places = {  # name: (x, y, what, colour)
+        "ppo_baseline.py": (0.0, 2, "rewards, on-policy", ORANGE),
+        "lco.py": (4.2, 2, "regression on the optimum", BLUE),
+        "qrm.py": (8.4, 2, "reward model per token", GREEN), "dpo.py": (0.0, 0.4, "pairs; also SFT", ORANGE),
+        "dckd.py": (4.2, 0.4, "a teacher's distribution", BLUE), "adpa.py": (8.4, 0.4, "a teacher's advantage", BLUE),
+        "seft.py": (8.4, -1.1, "a reviser", GREEN), "evaluate.py": (0.0, -1.1, "any model, with intervals", GREY),
+        "tasks": (4.2, -1.1, "common.py  lm.py  tasks.py", GREY),
+    }  # fmt: skip
+    for name, (x, y, what, color) in places.items():
+        shade = matplotlib.colors.to_rgba(color, 0.1)
+        text = f"{what}\nimported by every script" if name == "tasks" else f"{name}\n{what}"
+        box = {"boxstyle": "round,pad=0.5", "facecolor": shade, "edgecolor": color}
+        axis.text(x, y, text, ha="center", va="center", bbox=box, linespacing=1.5)
+
+    def arrow(a, b, label, at, color=GREY, style="-", **more):
+        look = {"arrowstyle": "->", "color": color, "linestyle": style, "linewidth": 1.5} | more
+        axis.annotate("", b, a, arrowprops=look)
+        axis.text(*at, label, ha="center", va="center", fontsize=8.5, color=color)
+
+    arrow((1.25, 2), (2.75, 2), "another loss", (2.0, 2.2))
+    arrow((1.25, 0.4), (2.85, 0.4), "+ teacher's KL", (2.05, 0.6))
+    arrow((5.5, 0.4), (7.1, 0.4), "advantage\ninstead", (6.3, 0.72))
+    arrow((7.1, 2), (5.6, 2), "--reward_model", (6.35, 2.2), GREEN, "--")
+    arrow((0.0, 0.85), (0.0, 1.55), "  --reward_model, --reward_ref", (1.35, 1.2), GREEN, "--")
+    axis.set_xlim(-1.5, 10)
+    axis.set_ylim(-1.7, 2.6)
+    axis.axis("off")
+    save(figure, "family")
+
+
 DRAW = {
-    "ppo_baseline": ppo, "lco": lco_figure, "qrm": qrm, "dckd": dckd, "adpa": adpa_figure, "dpo": dpo_figure, "seft": seft
+    "ppo_baseline": ppo, "lco": lco_figure, "qrm": qrm, "dckd": dckd, "adpa": adpa_figure, "dpo": dpo_figure,
+    "seft": seft, "readme": readme, "family": family,
 }  # fmt: skip
 
 

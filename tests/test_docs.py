@@ -1,11 +1,11 @@
-"""What the pages teach is true: functions exist, worked examples are recomputed, solutions run, links and formulas hold."""
+"""What the pages teach is true: functions exist, worked examples are recomputed, solutions run, links hold."""
 
-import html
 import importlib
 import importlib.util
 import json
 import re
-import subprocess
+import sys
+import tomllib
 
 import pytest
 from conftest import ROOT
@@ -24,7 +24,7 @@ import torch
 
 METHODS = ("ppo_baseline", "lco", "qrm", "dpo", "dckd", "adpa", "seft")
 DOCS = ROOT / "docs"
-MARKDOWN = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+MARKDOWN = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.rglob("*.md"))]
 TEXT = {path.relative_to(ROOT).as_posix(): path.read_text() for path in MARKDOWN}
 
 
@@ -57,10 +57,20 @@ def numbers(*values, digits: int = 4) -> str:
 def test_a_method_page_is_whole(name):
     text = page(name)
     assert len(text.splitlines()) <= 150
-    for title in ("The problem", "Derivation", "The algorithm", "One ", "What to watch", "What goes wrong", "What differs"):
+    for title in (
+        "The problem",
+        "Derivation",
+        "The algorithm",
+        "One ",
+        "What to watch",
+        "What goes wrong",
+        "What differs",
+    ):
         assert section(text, title), title
     assert len(re.findall(r"(?m)^[123]\. ", section(text, "Exercises"))) == 3 and section(text, "Results")
-    assert f"figures/method-{name}.svg" in text and f"results/{name}.md" in text and f"solutions/solve_{name}.py" in text
+    assert (
+        f"figures/method-{name}.svg" in text and f"results/{name}.md" in text and f"solutions/solve_{name}.py" in text
+    )
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -121,7 +131,11 @@ def example_lco() -> list[str]:
     loss, _ = ppo_baseline.policy_loss(new, OLD[0, 1:2], torch.tensor([0.5]).double(), "ppo", 0.2)
     assert torch.autograd.grad(loss, new)[0] == 0
     ratio = numbers((new - OLD[0, 1]).exp().detach())
-    return [*found, f"$\\pi(2) = {numbers(target[0, 1].exp())}$, ratio {ratio}", f"| {numbers(loss.detach())}, gradient 0"]
+    return [
+        *found,
+        f"$\\pi(2) = {numbers(target[0, 1].exp())}$, ratio {ratio}",
+        f"| {numbers(loss.detach())}, gradient 0",
+    ]
 
 
 def example_ppo_baseline() -> list[str]:
@@ -150,7 +164,9 @@ def example_qrm() -> list[str]:
     delta = torch.zeros(1, requires_grad=True)
     start, _ = qrm.pair_loss(delta, torch.zeros(1), 0.2, 2.0)
     at_0 = numbers(start.detach(), torch.autograd.grad(start, delta)[0])
-    written = [f"| {numbers(x.detach(), digits=2)} | {numbers(mean.detach())} |" for x, mean in zip((better, worse), means)]
+    written = [
+        f"| {numbers(x.detach(), digits=2)} | {numbers(mean.detach())} |" for x, mean in zip((better, worse), means)
+    ]
     return [*written, numbers((means[0] - means[1]).detach()), numbers(loss.detach()), numbers(slope), at_0]
 
 
@@ -172,9 +188,7 @@ def example_dpo() -> list[str]:
 
 def example_dckd() -> list[str]:
     z, one, zero = STUDENT.clone().requires_grad_(), torch.ones(1).double(), torch.zeros(1).double()
-    nll, kl = (
-        dckd.dckd_loss(z, TEACHER, torch.tensor([1]), a, b, 0.0, 1.0)[0] for a, b in ((one, zero), (zero, one))
-    )
+    nll, kl = (dckd.dckd_loss(z, TEACHER, torch.tensor([1]), a, b, 0.0, 1.0)[0] for a, b in ((one, zero), (zero, one)))
     found = [numbers(nll.detach()), numbers(kl.detach())]
     found += [numbers(torch.autograd.grad(x, z, retain_graph=True)[0]) for x in (kl, nll)]
     whole = [
@@ -198,7 +212,13 @@ def example_seft() -> list[str]:
     (label,) = seft.labels_of([value], [value, 0.2, 0.4, 1.1])
     edge = 0.42 * 0.15 * 0.74 / ((1 - 0.42) * 0.87)
     written = f"{numbers(up, digits=2)}, {numbers(stay, keep, down, digits=2)}"
-    return [written, f"{numbers(up - stay)}: No", numbers(value), f"| {seft.NAMES[label].capitalize()} (", numbers(edge)]
+    return [
+        written,
+        f"{numbers(up - stay)}: No",
+        numbers(value),
+        f"| {seft.NAMES[label].capitalize()} (",
+        numbers(edge),
+    ]
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -263,3 +283,43 @@ def test_notebook(capsys, monkeypatch):
     assert space["ppo"][-1] == space["ppo"].min() and space["kld"][-1] > space["kld"][space["start"]]
     assert "odds of `2` grew by 1.6487" in capsys.readouterr().out
     space["plt"].close("all")
+
+
+# ---- the package -----------------------------------------------------------------------------------------------------
+
+
+def test_versions_agree():
+    """pyproject.toml has the ranges, requirements.txt one version of each, in its range; all pages name one release."""
+    from packaging.requirements import Requirement
+    from packaging.version import Version
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *(r for extra in project["optional-dependencies"].values() for r in extra)]
+    ranges = {r.name: r.specifier for r in map(Requirement, wanted)}
+    lines = [line.partition("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
+    pins = dict(line.split("==") for line in lines if line)
+    assert set(pins) == set(ranges)
+    for name, version in pins.items():
+        assert Version(version) in ranges[name] and "<" not in str(ranges[name]), name
+    assert f"torch {pins['torch']} " in TEXT["README.md"] and f"torch {pins['torch']} " in page("first-steps")
+    release = project["version"]
+    assert f"version: {release}\n" in (ROOT / "CITATION.cff").read_text()
+    assert re.search(r"(?m)^## (\S+)", (ROOT / "CHANGELOG.md").read_text())[1] == release
+    here = ".".join(map(str, sys.version_info[:2]))
+    assert Version(here) in Requirement(f"python{project['requires-python']}").specifier
+
+
+def test_readme_is_one_screen():
+    text = TEXT["README.md"]
+    assert len(text.splitlines()) <= 100 and "<!--" not in text
+    assert "`common.py`, `lm.py` and `tasks.py`" in " ".join(text.split("\n\n")[1].split())
+    assert (
+        "pip install -r requirements.txt && pytest" in text
+        and "pip install -r requirements.txt && python lco.py" in text
+    )
+
+
+def test_agents_names_every_room():
+    """The map has every Python file of the root, and no other."""
+    table = section((ROOT / "AGENTS.md").read_text(), "Rooms")
+    assert set(re.findall(r"`(\w+\.py)`", table)) == {path.name for path in ROOT.glob("*.py")}

@@ -111,7 +111,9 @@ def test_losses_take_tensors_and_numbers():
     """No loss, target or estimator of the method sections takes `args` or a model."""
     for name in ("ppo_baseline", "lco", "qrm", "dpo", "dckd", "adpa"):
         source = (ROOT / f"{name}.py").read_text()
-        first, last = (source[: source.index(mark)].count("\n") for mark in ("# ---- the method", "# ---- one optimizer"))
+        first, last = (
+            source[: source.index(mark)].count("\n") for mark in ("# ---- the method", "# ---- one optimizer")
+        )
         for node in functions(ROOT / f"{name}.py").values():
             if first < node.lineno < last and node.name != "estimate_advantages":
                 taken = {a.arg for a in node.args.args}

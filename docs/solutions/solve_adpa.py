@@ -9,20 +9,20 @@ import torch  # noqa: E402
 
 import adpa  # noqa: E402
 
-STUDENT, REF, TEACHER = (
-    torch.tensor([p]).log() for p in ([0.56, 0.43, 0.01], [0.61, 0.38, 0.01], [0.07, 0.88, 0.05])
-)
+STUDENT, REF, TEACHER = (torch.tensor([p]).log() for p in ([0.56, 0.43, 0.01], [0.61, 0.38, 0.01], [0.07, 0.88, 0.05]))
 
 
 def exercise_1() -> None:
-    """1. E_pi[A + c] = E_pi[A] + c, so that A - E_pi[A] stays. With a top k the tokens outside keep A = 0, and c is added to
-    some tokens only: their pull against the rest changes."""
+    """1. E_pi[A + c] = E_pi[A] + c, so that A - E_pi[A] stays. With a top k the tokens outside keep A = 0, and c is
+    added to some tokens only: their pull against the rest changes."""
     A, z = adpa.advantages(TEACHER, REF, 0), STUDENT.clone().requires_grad_()
     pi = STUDENT.exp()
     (gradient,) = torch.autograd.grad(adpa.adpa_loss(z.log_softmax(-1), A).sum(), z)
     (shifted,) = torch.autograd.grad(adpa.adpa_loss(z.log_softmax(-1), A + 3).sum(), z)
     print(f"   minus the gradient {(-gradient).tolist()}")
-    assert torch.allclose(-gradient, pi * (A - (pi * A).sum()), atol=1e-6) and torch.allclose(gradient, shifted, atol=1e-5)
+    assert torch.allclose(-gradient, pi * (A - (pi * A).sum()), atol=1e-6) and torch.allclose(
+        gradient, shifted, atol=1e-5
+    )
     kept, more = adpa.advantages(TEACHER, REF, 2), adpa.advantages(TEACHER + 3, REF, 2)  # + 3 in every known token
     (one,) = torch.autograd.grad(adpa.adpa_loss(z.log_softmax(-1), kept).sum(), z)
     (two,) = torch.autograd.grad(adpa.adpa_loss(z.log_softmax(-1), more).sum(), z)
@@ -30,8 +30,8 @@ def exercise_1() -> None:
 
 
 def exercise_2() -> None:
-    """2. ADPA-2 first goes to `2`, which the student knows well, and only much later to `3`, whose A is the largest. So few steps
-    are a protection, and no guarantee. ADPA-3 ends at q = (.06, .90, .04) and stays there."""
+    """2. ADPA-2 first goes to `2`, which the student knows well, and only much later to `3`, whose A is the largest.
+    So few steps are a protection, and no guarantee. ADPA-3 ends at q = (.06, .90, .04) and stays there."""
     A, ends = adpa.advantages(TEACHER, REF, 0), {}
     for name in ("adpa", "kl"):
         z = STUDENT.clone()
@@ -50,8 +50,8 @@ def exercise_2() -> None:
 
 
 def exercise_3() -> None:
-    """3. pi_ref exp(lambda A) = pi_ref^(1 - lambda) pi_dpo^lambda. For lambda 2 it is pi_dpo^2 / pi_ref: what both find equally
-    likely keeps its weight before Z, and loses to every token whose likelihood rose."""
+    """3. pi_ref exp(lambda A) = pi_ref^(1 - lambda) pi_dpo^lambda. For lambda 2 it is pi_dpo^2 / pi_ref: what both
+    find equally likely keeps its weight before Z, and loses to every token whose likelihood rose."""
     A = adpa.advantages(TEACHER, REF, 0)
 
     def reverse(other):

@@ -16,8 +16,8 @@ def forward_kl(z, teacher_z):
 
 
 def exercise_1() -> None:
-    """1. The Hessian is diag(pi) - pi pi^T, the covariance of a one-hot token under pi, which has no negative eigenvalue.
-    It does not depend on the teacher, so that the loss is convex whatever the teacher is."""
+    """1. The Hessian is diag(pi) - pi pi^T, the covariance of a one-hot token under pi, which has no negative
+    eigenvalue. It does not depend on the teacher, so that the loss is convex whatever the teacher is."""
     generator = torch.Generator().manual_seed(0)
     z, teacher = torch.randn(1, 5, generator=generator, requires_grad=True), torch.randn(1, 5, generator=generator)
     (gradient,) = torch.autograd.grad(forward_kl(z, teacher), z)
@@ -25,12 +25,14 @@ def exercise_1() -> None:
     pi = z[0].softmax(-1).detach()
     print(f"   smallest eigenvalue of the Hessian {torch.linalg.eigvalsh(hessian)[0]:.1e}")
     assert torch.allclose(gradient[0], pi - teacher[0].softmax(-1), atol=1e-6)
-    assert torch.allclose(hessian, pi.diag() - pi[:, None] * pi, atol=1e-6) and torch.linalg.eigvalsh(hessian)[0] > -1e-6
+    assert (
+        torch.allclose(hessian, pi.diag() - pi[:, None] * pi, atol=1e-6) and torch.linalg.eigvalsh(hessian)[0] > -1e-6
+    )
 
 
 def exercise_2() -> None:
-    """2. The sharp student is nearer by both, and by reverse KL its lead is much larger. Forward KL punishes a student that gives
-    little to what the teacher does; reverse KL punishes one that does what the teacher rarely does."""
+    """2. The sharp student is nearer by both, and by reverse KL its lead is much larger. Forward KL punishes a student
+    that gives little to what the teacher does; reverse KL punishes one that does what the teacher rarely does."""
     teacher = torch.tensor([[0.07, 0.88, 0.05]]).log()
     found = {}
     for name, p in (("sharp", [0.01, 0.98, 0.01]), ("broad", [0.20, 0.60, 0.20])):

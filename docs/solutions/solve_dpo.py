@@ -11,8 +11,8 @@ import dpo  # noqa: E402
 
 
 def exercise_1() -> None:
-    """1. At the start pi = pi_ref, so that m = 0 for every pair: the loss is log 2, no margin is above 0, and the gradient is
-    -beta sigma(0) = -.05 for the better answer, +.05 for the worse one."""
+    """1. At the start pi = pi_ref, so that m = 0 for every pair: the loss is log 2, no margin is above 0, and the
+    gradient is -beta sigma(0) = -.05 for the better answer, +.05 for the worse one."""
     better, worse = torch.tensor([-3.0, -70.0], requires_grad=True), torch.tensor([-9.0, -20.0], requires_grad=True)
     loss, metrics = dpo.dpo_loss(better, worse, better.detach(), worse.detach(), 0.1, 0.0)
     up, down = torch.autograd.grad(loss, (better, worse))
@@ -22,7 +22,8 @@ def exercise_1() -> None:
 
 
 def exercise_2() -> None:
-    """2. The derivative is -(1 - s) sigma(-m) + s sigma(m); it is 0 where sigma(m) / sigma(-m) = e^m = (1 - s) / s, m = log 9."""
+    """2. The derivative is -(1 - s) sigma(-m) + s sigma(m); it is 0 where sigma(m) / sigma(-m) = e^m = (1 - s) / s, m
+    = log 9."""
     m, zero = torch.tensor(0.0, requires_grad=True), torch.tensor(0.0)
     for _ in range(200):
         (gradient,) = torch.autograd.grad(dpo.dpo_loss(m, zero, zero, zero, 1.0, 0.1)[0], m)
@@ -32,8 +33,9 @@ def exercise_2() -> None:
 
 
 def exercise_3() -> None:
-    """3. The two answers share most of their features, so that pushing the margin up pulls both logits down, l more than w: the
-    unseen answer o is the one that gains. The NLL of w pulls it up; from a coefficient of about .006 on, w does not fall."""
+    """3. The two answers share most of their features, so that pushing the margin up pulls both logits down, l more
+    than w: the unseen answer o is the one that gains. The NLL of w pulls it up; from a coefficient of about .006
+    on, w does not fall."""
     features, start = torch.tensor([[1.0, 0.5], [1.0, 0.9], [0.0, 0.0]]), torch.zeros(2)
 
     def after_a_step(nll: float):

@@ -11,8 +11,8 @@ import lco  # noqa: E402
 
 
 def exercise_1() -> None:
-    """1. Insert pi* into the objective: log(pi*/pi_old) = A/beta - log Z, so E[A] - beta E[A/beta - log Z] = beta log Z.
-    Any other policy loses beta KL(pi || pi*), because the objective is beta log Z - beta KL(pi || pi*)."""
+    """1. Insert pi* into the objective: log(pi*/pi_old) = A/beta - log Z, so E[A] - beta E[A/beta - log Z] = beta log
+    Z. Any other policy loses beta KL(pi || pi*), because the objective is beta log Z - beta KL(pi || pi*)."""
     generator, beta = torch.Generator().manual_seed(0), 0.7
     old = torch.randn(6, generator=generator).log_softmax(-1)
     A = torch.randn(6, generator=generator)
@@ -28,8 +28,8 @@ def exercise_1() -> None:
 
 
 def exercise_2() -> None:
-    """2. exp is convex, so the mean of the two targets is not p. The bias falls as 1/beta^2; the linear target has none,
-    as long as nothing is clipped at 0."""
+    """2. exp is convex, so the mean of the two targets is not p. The bias falls as 1/beta^2; the linear target has
+    none, as long as nothing is clipped at 0."""
     old = torch.tensor([0.99, 0.01]).log()
     means = {}
     for target, beta in (("exp", 1.0), ("exp", 10.0), ("linear", 1.0)):

@@ -22,8 +22,8 @@ def exercise_1() -> None:
 
 
 def exercise_2() -> None:
-    """2. The samples are fixed when the gradient is taken, so that of k1 is E[grad log pi] = grad sum pi = 0. That of k2 is
-    E[log(pi/ref) grad log pi], which is the gradient of the KL."""
+    """2. The samples are fixed when the gradient is taken, so that of k1 is E[grad log pi] = grad sum pi = 0. That of
+    k2 is E[log(pi/ref) grad log pi], which is the gradient of the KL."""
     z = torch.tensor([0.3, -0.2, 0.9], requires_grad=True)
     ref = torch.tensor([0.0, 0.5, 0.1]).log_softmax(-1)
     found = {}
@@ -37,8 +37,8 @@ def exercise_2() -> None:
 
 
 def exercise_3() -> None:
-    """3. With gamma = lambda = 1 the values of the recursion telescope: sum of r - V(s_t). With lambda = 0 nothing is left
-    of the recursion but delta_t."""
+    """3. With gamma = lambda = 1 the values of the recursion telescope: sum of r - V(s_t). With lambda = 0 nothing is
+    left of the recursion but delta_t."""
     rewards, values = torch.tensor([[0.1, 0.0, 1.0]]), torch.tensor([[0.4, 0.5, 0.8]])
     mask = torch.ones(1, 3, dtype=torch.bool)
     whole, _ = ppo_baseline.gae(rewards, values, mask, 1.0, 1.0)

@@ -15,8 +15,9 @@ def loss_of(chosen, rejected):
 
 
 def exercise_1() -> None:
-    """1. 2.1269, 0.6931, 0.1269, slope -0.1762. Half of the pull is left at beta delta = margin, delta = 10. Without the margin
-    the loss would start at 0.6931 with the slope -0.1, and pairs would be settled ten units of delta earlier."""
+    """1. 2.1269, 0.6931, 0.1269, slope -0.1762. Half of the pull is left at beta delta = margin, delta = 10. Without
+    the margin the loss would start at 0.6931 with the slope -0.1, and pairs would be settled ten units of delta
+    earlier."""
     delta = torch.tensor([[0.0], [10.0], [20.0]], requires_grad=True)
     losses = torch.stack([loss_of(d, torch.zeros(1)) for d in delta])
     (slope,) = torch.autograd.grad(losses.sum(), delta)
@@ -25,8 +26,9 @@ def exercise_1() -> None:
 
 
 def exercise_2() -> None:
-    """2. The sum of phi(s') - phi(s) over an answer is phi(end) - phi(start) = 0: the mean of the scores stays. Two tokens a, b of
-    one state lead to different states; phi is free there, so a phi that is high after b makes b the better one."""
+    """2. The sum of phi(s') - phi(s) over an answer is phi(end) - phi(start) = 0: the mean of the scores stays. Two
+    tokens a, b of one state lead to different states; phi is free there, so a phi that is high after b makes b the
+    better one."""
     Z, other = torch.tensor([[-0.2, -0.1, -0.3]]), torch.tensor([[-0.9, -0.1, -0.3]])  # the answers differ in a token
     after_good, after_bad = torch.tensor([0.0, -1.0, 0.0, 0.0]), torch.tensor([0.0, 2.0, 0.0, 0.0])  # phi of the states
     mask = torch.ones(1, 3, dtype=torch.bool)
