@@ -199,7 +199,7 @@ def adpa_figure() -> None:
         axis.legend(frameon=False, fontsize=8, loc="upper left")
         axis.set_ylim(top=top)
     axes[1].margins(y=0.12)
-    axes[1].set_ylim(top=3.4)
+    axes[1].set_ylim(-2.6, 3.4)
     save(figure, "adpa")
 
 

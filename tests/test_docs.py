@@ -111,6 +111,14 @@ def test_formulas_survive_markdown():
             assert formula.count("{") == formula.count("}"), f"{name}: {formula}"
 
 
+@pytest.mark.parametrize("name", ["README.md", "AGENTS.md", *(f"docs/{name}.md" for name in (*METHODS, "first-steps"))])
+def test_commands_can_be_typed(name):
+    """A line of a command fits GitHub's box and has no comment, which zsh would pass on as arguments."""
+    for line in re.findall(r"(?m)^    (\S.*)$", TEXT[name]):
+        assert len(line) <= 98, f"{name}: {line}"
+        assert not re.search(r"(^|\s)#", line), f"{name}: {line}"
+
+
 # ---- worked examples -------------------------------------------------------------------------------------------------
 
 OLD, STUDENT, TEACHER = logs(0.61, 0.38, 0.01), logs(0.56, 0.43, 0.01), logs(0.07, 0.88, 0.05)
