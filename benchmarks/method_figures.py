@@ -221,7 +221,7 @@ def dpo_figure() -> None:
             axes[0].plot([x[at]], [y[at]], "o", color=color)
             axes[0].annotate("label smoothing 0.1:\nlowest at log 9 = 2.2", (x[at], y[at]), (2.0, 1.15), color=color,
                              arrowprops={"arrowstyle": "-", "color": color})  # fmt: skip
-            axes[1].text(-3.9, 0.72, "label smoothing 0.1", color=color)
+            axes[1].text(-3.9, 0.6, "smoothing 0.1", color=color)
     axes[0].plot([0], [torch.tensor(2.0).log()], "o", color="black")
     axes[0].annotate("start: log 2", (0, 0.69), (-0.3, 0.33), ha="right")
     axes[0].text(-3.4, 3.95, "DPO-1", color=BLUE)
