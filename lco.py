@@ -7,24 +7,23 @@ surrogate that is not convex in the logits. LCO computes where the KL-regularise
     in logits, up to a constant per state:        z*(s,a) = z_old(s,a) + A(s,a) / beta                          (LCO-2)
 
     --loss kld   KL(pi* || pi)                    gradient in z: pi - pi*                                       (LCO-3)
-    --loss mse   (z(s,a) - z*(s,a))^2             on the entries whose advantage is known                       (LCO-4)
+    --loss mse   (z(s,a) - z*(s,a))^2             on the sampled token a                                        (LCO-4)
     --loss lch   log cosh(z(s,a) - z*(s,a))       likewise                                                      (LCO-5)
 
-The target is fixed by the rollout, so each loss is convex in z(s,.). All that differs from ppo_baseline.py:
-docs/diffs/ppo_baseline--lco.diff. Closest: APA (2306.02231), the squared error of log pi against log pi_init + A/beta
-on sampled tokens; BPO (2604.18578), the closed-form optimum of a step with a bounded ratio. Relatives: AWR, MPO, REBEL,
-A*-PO (2505.20686), QRPO (2507.08068), LAD (2602.20132), TPO (2604.06159, which fits a target over sampled completions;
-LCO fits one over the vocabulary, token by token).
+pi_old is the policy of the rollout: the target stands still in all updates on it, so each loss is convex in z(s,.).
+What is approximated is A. Only the sampled token of a state has one (--advantage gae, return, reward, group); the
+others have A = 0 in LCO-3 and no loss in LCO-4 and -5, where z keeps the constant of z_old. With --advantage token and
+a --reward_model that has an LM head, A is dense, known for every token: log phi of a Q-RM, or log pi_dpo - log pi_ref;
+LCO-4 and -5 are then means over a ~ pi_old. beta is a tensor [B, T], a number per token: step 4 of train().
 
-A comes from one sampled token per state (--advantage gae, group, reward) or, with a --reward_model that has an LM head,
-for the whole vocabulary at once: Z(s,.) of a Q-RM, or log pi_dpo - log pi_ref.
+All that differs from ppo_baseline.py: docs/diffs/ppo_baseline--lco.diff. Closest: APA (2306.02231), the squared error
+of log pi against log pi_init + A/beta on sampled tokens; BPO (2604.18578), the optimum of a step with a bounded ratio.
+Relatives: AWR, MPO, REBEL, A*-PO (2505.20686), QRPO (2507.08068), LAD (2602.20132), TPO (2604.06159).
 
-What differs from the paper (its abstract and introduction; formulas have tags of our own), each for a reason
+What differs from the paper (its abstract and introduction were read; the tags are ours), each for a reason
     1. Old logits are exact: rebuilt from the rollout's hidden states and a copy of the LM head, never a top-k.
-    2. --target linear and --negative_beta_scale: one sampled advantage per state biases exp(A / beta); docs/lco.md.
-       The scale is a departure of the authors' released code and is on for real models, where it did best; their
-       others are patches in benchmarks/departures (a moving target, a top 5 of old logits, means by sign)
-       or are told in docs/lco.md.
+    2. --target linear and --negative_beta_scale: one noisy A per state biases exp(A / beta). The scale is the authors',
+       and on for real models, where it did best; docs/lco.md has the study, and the rest of their code's departures.
 
 Run
     python lco.py                                                                        # this laptop, offline
@@ -34,10 +33,9 @@ Run
 More in docs/lco.md. Shapes: B sequences, T completion positions, N unmasked tokens, V vocabulary, H width.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
-
-import math
 
 import common  # before torch: it sets how OpenMP threads wait
 import lm
@@ -73,18 +71,12 @@ class Args:
         "group", "GAE; the token's reward (QRM-2); the return to go; that of the answer; or less its prompt's mean"
     )
     beta: float = arg(1.0, "the step size: pi* = pi_old exp(A / beta); tune it by lco/target_kl", at_least=1e-6)
-    negative_beta_scale: float = arg(
-        100.0, "the factor on beta where a sampled A < 0 (authors' code: 100)", at_least=1e-6
-    )
-    target: Literal["exp", "linear"] = arg(
-        "exp", "pi* is LCO-1, or pi_old (1 + (A - E[A]) / beta) clipped to the simplex"
-    )
+    negative_beta_scale: float = arg(100.0, "the factor on beta where a sampled A < 0 (authors: 100)", at_least=1e-6)
+    target: Literal["exp", "linear"] = arg("exp", "pi* is LCO-1, or its first order in A / beta, clipped at 0")
     gamma: float = arg(1.0, "the discount", at_least=0)
     lam: float = arg(0.95, "the lambda of GAE", at_least=0)
     vf_coef: float = arg(0.1, "the coefficient of the value loss", at_least=0)
-    value_clip: float = arg(
-        0.2, "a value's distance from the rollout's at which its loss goes flat; 0: none", at_least=0
-    )
+    value_clip: float = arg(0.2, "the change of a value at which its loss goes flat; 0: no such change", at_least=0)
     critic_warmup: int = arg(0, "the number of first steps that train the critic alone", at_least=0)
     kl_coef: float = arg(0.0, "the KL penalty per token, inside the reward; 0 loads no reference", at_least=0)
     kl_estimator: Literal["k1", "k2", "k3"] = arg("k1", "that KL: log pi/ref, half its square, ref/pi - 1 - log ref/pi")
@@ -122,12 +114,12 @@ BUILTIN = dict(
 
 
 def scaled_beta(advantages, beta: float, negative_beta_scale: float):
-    """beta for each advantage; a larger one where A < 0 keeps noise from pushing the policy off its mode."""
+    """beta per token, from its advantage: a larger one where A < 0 keeps noise from pushing pi off its mode."""
     return torch.where(advantages < 0, beta * negative_beta_scale, beta)
 
 
 def target_logprobs(old_logits, advantages, beta, target: str):
-    """log pi* [N, V] from A(s,.) [N, V]: LCO-1, or its first order in A / beta, unbiased for a noisy A."""
+    """log pi* [N, V] from A(s,.) [N, V] and beta [N, 1]: LCO-1, or its first order, which is unbiased for a noisy A."""
     if target == "exp":
         return (old_logits + advantages / beta).log_softmax(-1)
     old, step = old_logits.softmax(-1), advantages / beta
@@ -200,31 +192,17 @@ def gae(rewards, values, mask, gamma: float, lam: float):
 def kl_estimate(logprobs, ref_logprobs, estimator: str):
     """PPO-4: KL(pi || ref) from one sampled token each (Schulman, joschu.net/blog/kl-approx.html). All [B, T]."""
     log_ratio = logprobs - ref_logprobs
-    if estimator == "k1":
-        return log_ratio
-    if estimator == "k2":
-        return 0.5 * log_ratio.square()
-    return (-log_ratio).exp() - 1 + log_ratio
+    kinds = {"k1": log_ratio, "k2": 0.5 * log_ratio.square(), "k3": (-log_ratio).exp() - 1 + log_ratio}
+    return kinds[estimator]
 
 
 # same in: ppo_baseline.py lco.py
 def whiten(x, mask):
     """Mean 0 and variance 1 over the unmasked tokens of the global batch. [B, T]."""
-    count, total, square = mask.sum(), (x * mask).double().sum(), (x * mask).double().square().sum()
-    sums = common.all_sum({"n": count, "x": total, "xx": square}, x.device)
-    mean = sums["x"] / sums["n"]
-    variance = max(sums["xx"] / sums["n"] - mean**2, 0.0)
+    mean, variance = common.moments(x, mask)
     if variance <= 1e-12 * mean**2:  # all equal: what is left is rounding, which must not grow into a signal
         return torch.zeros_like(x)
     return (x - mean) / (variance + 1e-8) ** 0.5 * mask
-
-
-# same in: ppo_baseline.py lco.py
-def equal_returns(rewards, mask, gamma: float) -> bool:
-    """Whether all completions of the global batch have the same return, but for rounding, so that none is better."""
-    returns = gae(rewards, torch.zeros_like(rewards), mask, gamma, 1.0)[0][:, 0]
-    most, least = (sign * common.all_max((sign * returns).max(), mask.device) for sign in (1, -1))
-    return most - least <= 1e-6 * max(abs(most), abs(least))
 
 
 # same in: ppo_baseline.py lco.py
@@ -233,9 +211,10 @@ def estimate_advantages(batch, args) -> None:
     mask, rewards = batch["mask"], batch["rewards"]
     if args.advantage == "gae":
         advantages, batch["returns"] = gae(rewards, batch["values"], mask, args.gamma, args.lam)
+        returns = gae(rewards, torch.zeros_like(rewards), mask, args.gamma, 1.0)[0]
+        if common.all_equal(returns[:, 0]):  # none is better: only the critic's values differ, and it learns alone
+            advantages = torch.zeros_like(advantages)
         batch["advantages"] = whiten(advantages, mask)
-        if equal_returns(rewards, mask, args.gamma):  # what differs is the critic, which learns alone
-            batch["advantages"] = torch.zeros_like(advantages)
     elif args.advantage == "token":  # QRM-2: the reward of a token already tells what follows, so nothing is summed
         batch["advantages"], batch["returns"] = (rewards - batch.get("values", 0.0)) * mask, rewards
     elif args.advantage == "return":
@@ -255,76 +234,71 @@ def estimate_advantages(batch, args) -> None:
 def states(policy, heads, micro):
     """(hidden states [N, H], LM head [V, H]) of pi and of pi_old, whose products are the logits of each state."""
     mask = micro["mask"]
-    hidden = lm.completion_hidden(policy, micro)[mask]
-    now = hidden, lm.head_weight(policy)
+    now = lm.completion_hidden(policy, micro)[mask], lm.head_weight(policy)
     if "old" in heads:
-        return now, (micro["old_hidden"][mask], heads["old"])
+        return now, (micro["old_hidden"][mask], heads["old"])  # kept by evaluate_models, before the first update
     return now, tuple(x.detach() for x in now)  # a single update per rollout: pi = pi_old
 
 
 def kld_objective(policy, heads, micro, args):
-    """LCO-3 with A known for the sampled token alone; 0 elsewhere. The loss summed over tokens, and metric sums."""
+    """LCO-3 with A known for the sampled token alone, 0 elsewhere. The loss summed over tokens, and metric sums."""
     mask, (now, old) = micro["mask"], states(policy, heads, micro)
 
-    def loss(logits, old_logits, ids, advantages):
+    def loss(logits, old_logits, ids, advantages, beta):  # of n of the N tokens: [N, V] never exists at once
         A = torch.zeros_like(old_logits).scatter(-1, ids[:, None], advantages[:, None])  # A(s,.) [n, V]
-        beta = scaled_beta(A, args.beta, args.negative_beta_scale)
-        target_logp = target_logprobs(old_logits, A, beta, args.target)
+        target_logp = target_logprobs(old_logits, A, beta[:, None], args.target)
         logp = logits.log_softmax(-1)
         total = kld_loss(logp, target_logp).sum()
         return total, step_sizes(logp.detach(), old_logits.log_softmax(-1), target_logp) | {"loss/policy": total}
 
-    columns = [micro["completion_ids"][mask], micro["advantages"][mask]]
+    columns = [micro[name][mask] for name in ("completion_ids", "advantages", "beta")]
     return lm.over_vocabulary(loss, [now, old], columns, args.temperature)
 
 
 def sampled_objective(policy, heads, micro, args):
     """LCO-4 or LCO-5 towards LCO-2, on the sampled token alone: its logit is <h, W[a]>, no vocabulary is touched."""
-    ids, advantages = (micro[name][micro["mask"]] for name in ("completion_ids", "advantages"))
+    ids, advantages, beta = (micro[name][micro["mask"]] for name in ("completion_ids", "advantages", "beta"))
     logit, old_logit = (
         (hidden.float() * torch.nn.functional.embedding(ids, weight).float()).sum(-1) / args.temperature
         for hidden, weight in states(policy, heads, micro)  # weight[ids] would add up its gradients in no fixed order
     )
-    gap = target_gap(logit, old_logit, advantages, scaled_beta(advantages, args.beta, args.negative_beta_scale))
+    gap = target_gap(logit, old_logit, advantages, beta)
     total = LOSSES[args.loss](gap).sum()
     metrics = {"lco/gap": gap.detach().abs().sum(), "policy/logit_gap": (logit - old_logit).detach().abs().sum()}
     return total, metrics | {"loss/policy": total.detach()}
 
 
 def dense_objective(policy, heads, micro, args):
-    """Each loss with A(s,a) = A(s,a_t) + scale (Z(s,a) - Z(s,a_t)) of the whole vocabulary, Z by an LM head.
+    """Each loss with A of the whole vocabulary: Z(s,.) = log phi, or log pi_dpo - log pi_ref, on the scale of rewards.
 
-    It is no noisy sample, so both signs have the same beta. LCO-4 and -5 are means over a ~ pi_old, as if sampled.
+    A(s,a) = A(s,a_t) + scale (Z(s,a) - Z(s,a_t)), where A(s,a_t) is scale Z(s,a_t) up to a constant per state, which
+    pi* ignores. LCO-4 and -5 are means over a ~ pi_old, as if a had been sampled.
     """
     mask, (now, old) = micro["mask"], states(policy, heads, micro)
-    models = [(micro[f"{name}_hidden"][mask], heads[name]) for name in ("reward", "reward_ref") if name in heads]
+    scorers = [(micro[f"{name}_hidden"][mask], heads[name]) for name in ("reward", "reward_ref") if name in heads]
 
-    def loss(logits, old_logits, *rest):
-        *scores, ids, advantages, scale = rest
-        z = (args.temperature * scores[0]).log_softmax(-1)
-        if len(scores) == 2:
-            z = z - (args.temperature * scores[1]).log_softmax(-1)
-        A = advantages[:, None] + scale[:, None] * (z - z.gather(-1, ids[:, None]))
+    def loss(logits, old_logits, *given):
+        *scores, ids, advantages, beta, scale = given
+        Z, *Z_ref = ((z * args.temperature).log_softmax(-1) for z in scores)  # reward models work at temperature 1
+        Z = Z - Z_ref[0] if Z_ref else Z
+        A = advantages[:, None] + scale[:, None] * (Z - Z.gather(-1, ids[:, None]))
         logp, old_logp = logits.log_softmax(-1), old_logits.log_softmax(-1)
-        target_logp = target_logprobs(old_logits, A, args.beta, args.target)
+        target_logp = target_logprobs(old_logits, A, beta[:, None], args.target)
         if args.loss == "kld":
             total = kld_loss(logp, target_logp).sum()
         else:
-            total = (old_logp.exp() * LOSSES[args.loss](target_gap(logits, old_logits, A, args.beta))).sum()
+            total = (old_logp.exp() * LOSSES[args.loss](target_gap(logits, old_logits, A, beta[:, None]))).sum()
         return total, step_sizes(logp.detach(), old_logp, target_logp) | {"loss/policy": total}
 
-    columns = [micro["completion_ids"][mask], micro["advantages"][mask], micro["scale"][mask]]
-    return lm.over_vocabulary(loss, [now, old, *models], columns, args.temperature)
+    columns = [micro[name][mask] for name in ("completion_ids", "advantages", "beta", "scale")]
+    return lm.over_vocabulary(loss, [now, old, *scorers], columns, args.temperature)
 
 
 def update(models, heads, optimizer, batch, rows, args, train_policy: bool = True):
-    """One optimizer step on some local rows of a batch; returns metric sums over all ranks, and their tokens.
-
-    The policy takes none where all their advantages are 0.
-    """
+    """One optimizer step on some local rows of a batch; returns metric sums over all ranks, and their tokens."""
     device = batch["mask"].device
     signal = "reward" in heads or common.all_max(batch["advantages"][rows].abs().max(), device) > 0
-    train_policy = train_policy and signal
+    train_policy = train_policy and signal  # where all advantages are 0, the policy stays as it is
     tokens = common.all_sum({"n": batch["mask"][rows].sum()}, device)["n"]  # counted first, divided by once
     objective = dense_objective if "reward" in heads else kld_objective if args.loss == "kld" else sampled_objective
     sums = {}
@@ -370,13 +344,11 @@ def train(args) -> None:
         rollout = sampling.rollout(rows, args.samples_per_prompt, args.seed, step)
         rows, prompt_ids, completion_ids, finished, sampled = rollout
         batch = common.make_batch(prompt_ids, completion_ids, tokenizer.pad_token_id, device)
-        logprobs = lambda micro: lm.policy_logprobs(policy, micro, args.temperature)[0]  # noqa: E731
-        gap = lm.sampler_gap(logprobs, batch, sampled, args.dtype)  # the sampler is the policy
+        gap = lm.sampler_gap(policy, args.temperature, batch, sampled, args.dtype)  # the sampler is the policy
         completions = common.decode(tokenizer, completion_ids)
         run.lap("rollout")
 
         # ---- 2. reward each completion
-        rows = [row | {"completion_ids": ids} for row, ids in zip(rows, completion_ids)]  # for rewards token by token
         task_rewards = task.reward([row["prompt"] for row in rows], completions, rows)
 
         # ---- 3. log-probabilities by pi_old and the reference, values, scores of a reward model; rewards of tokens
@@ -385,8 +357,10 @@ def train(args) -> None:
         if step == run.start and args.advantage in ("reward", "group") and isinstance(task_rewards[0], list):
             common.say("  token rewards are summed over each completion: --advantage token or gae uses their positions")
 
-        # ---- 4. advantages
+        # ---- 4. advantages, and beta per token [B, T]: another rule for the step size belongs here
         estimate_advantages(batch, args)
+        scale = 1.0 if "reward" in heads else args.negative_beta_scale  # dense advantages are no noisy samples
+        batch["beta"] = scaled_beta(batch["advantages"], args.beta, scale)
 
         # ---- 5. update: a few passes over the rollout in minibatches
         for group in optimizer.param_groups:
@@ -436,21 +410,19 @@ def build(args, device):
 
 def prepare(args):
     """Task and tokenizer; every wrong argument and file is refused here, before a model is loaded."""
-    linear = args.target == "linear" and args.loss != "kld"
-    require(not linear, "--target linear describes a target distribution: it needs --loss kld")
+    distribution = args.target == "exp" or args.loss == "kld"
+    require(distribution, "--target linear describes a target distribution: it needs --loss kld")
     by_token = args.advantage != "token" or args.reward_file or args.reward_model
     require(by_token, "--advantage token needs --reward_file or --reward_model: one reward for each token")
-    one_sample = args.advantage == "group" and args.samples_per_prompt < 2
-    require(not one_sample, "--advantage group compares samples of one prompt: --samples_per_prompt must be at least 2")
+    compared = args.advantage != "group" or args.samples_per_prompt > 1
+    require(compared, "--advantage group compares the samples of a prompt: --samples_per_prompt must be at least 2")
     geometry = common.split_evenly(args.prompts_per_step, args.samples_per_prompt, args.minibatches, args.micro_batch)
-    task = tasks.load_task(
-        args.task, args.dataset, args.reward_file, args.seed, args.test_rows, args.test_dataset,
-        graded=not args.reward_model,
-    )
+    source = args.task, args.dataset, args.reward_file, args.test_rows, args.test_dataset
+    task = tasks.load_task(*source, graded=not args.reward_model)
     tokenizer = lm.load_tokenizer(args.model)
-    lm.fits_context(args.model, args.max_prompt + args.max_new_tokens)
-    for name in filter(None, (args.reward_model, args.reward_ref)):
+    if args.reward_model or args.reward_ref:
         lm.score_of(args.reward_model, args.reward_ref)
+    for name in filter(None, (args.model, args.reward_model, args.reward_ref)):
         lm.same_tokenizer(args.model, tokenizer, name, lm.load_tokenizer(name))
         lm.fits_context(name, args.max_prompt + args.max_new_tokens)
     task = tasks.fit_prompts(task, tokenizer, args.max_prompt, args.long_prompts)
@@ -460,22 +432,14 @@ def prepare(args):
 
 @torch.no_grad()
 def evaluate_models(models, batch, args):
-    """Add [B, T] of each token before any update: log-probabilities by pi_old and the reference, values, scores.
-
-    Of pi_old and a dense reward model final states are kept; with their LM heads, returned, the loss rebuilds logits.
-    """
+    """Add numbers [B, T] of each token before any update; return the LM heads of models whose final states are kept."""
     one_update = args.epochs * args.minibatches == 1 and not args.kl_coef  # then pi = pi_old in the only update
-    kept = {} if one_update else {"old": models["policy"]}
+    kept = {} if one_update else {"old": models["policy"]}  # whose logits are rebuilt in the loss
     if args.advantage == "token" and args.reward_model and not lm.has_scalar_head(models["reward"].config):
         kept |= {name: models[name] for name in ("reward", "reward_ref") if name in models}
-    heads = {}
 
     def one(micro):
-        out = {}
-        for name, model in kept.items():
-            out[f"{name}_hidden"] = lm.completion_hidden(model, micro)
-            if name not in heads:
-                heads[name] = lm.head_weight(model).clone()
+        out = {f"{name}_hidden": lm.completion_hidden(model, micro) for name, model in kept.items()}
         if args.kl_coef:
             out["old_logprobs"] = lm.policy_logprobs(models["policy"], micro, args.temperature)[0]
             with lm.reference(models) as ref:
@@ -483,43 +447,28 @@ def evaluate_models(models, batch, args):
         if "critic" in models:
             out["values"] = lm.completion_scalars(models["critic"], micro) * micro["mask"]
         if "reward" in models:
-            ref = models["reward_ref"] if args.reward_ref else None
-            out["scores"] = lm.token_scores(models["reward"], micro, ref)
+            out["scores"] = lm.token_scores(models["reward"], micro, models["reward_ref"] if args.reward_ref else None)
         return out
 
     batch |= lm.map_rows(one, batch, args.micro_batch)
+    heads = {name: lm.head_weight(model).clone() for name, model in kept.items()}
     if "reward" in heads:  # what whiten() multiplies the scores by
-        mask, x = batch["mask"], batch["scores"].double()
-        sums = common.all_sum({"n": mask.sum(), "x": x.sum(), "xx": x.square().sum()}, x.device)
-        variance = max(sums["xx"] / sums["n"] - (sums["x"] / sums["n"]) ** 2, 0.0)
-        batch["scale"] = mask / (variance + 1e-8) ** 0.5
+        batch["scale"] = batch["mask"] / (common.moments(batch["scores"], batch["mask"])[1] + 1e-8) ** 0.5
     return heads
 
 
 # same in: ppo_baseline.py lco.py
 def token_rewards(task_rewards, batch, finished, args):
-    """[B, T]: the task's reward on the last token (or its own reward for each token), less the KL penalty per token.
-
-    With a reward model, its scores instead, standardised over the tokens that it scores (all, or the last ones).
-    """
-    mask = batch["mask"]
-    rewards = torch.zeros(mask.shape, device=mask.device)
-    last = mask.sum(1) - 1
-    if args.reward_model:
+    """[B, T]: the task's reward on the last token, or its reward of each token, less the KL penalty per token."""
+    mask, last = batch["mask"], batch["mask"].sum(1, keepdim=True) - 1
+    if args.reward_model:  # its scores instead, standardised over the tokens that it scores: all, or the last ones
         only_last = lm.score_of(args.reward_model, args.reward_ref) == "last"
-        rewards = whiten(batch["scores"], mask & (mask.cumsum(1) > last[:, None]) if only_last else mask)
-    for b, value in enumerate([] if args.reward_model else task_rewards):
-        if isinstance(value, list):
-            n = int(last[b]) + 1
-            require(len(value) == n, f"reward(): {len(value)} rewards for a completion of {n} tokens (completion_ids)")
-            rewards[b, :n] = torch.tensor(value, device=mask.device)
-        else:
-            require(args.advantage != "token", "--advantage token: reward() gave a number, expected one for each token")
-            rewards[b, last[b]] = value
-    if args.advantage == "token" and not args.reward_model:
-        rewards = whiten(rewards, mask)
-    cut = torch.tensor([not done for done in finished], device=mask.device)
-    rewards = rewards.scatter_add(1, last[:, None], -args.missing_eos_penalty * cut[:, None].float())
+        rewards = whiten(batch["scores"], mask & (mask.cumsum(1) > last) if only_last else mask)
+    else:
+        rewards = common.place_rewards(task_rewards, mask, by_token=args.advantage == "token")
+        rewards = whiten(rewards, mask) if args.advantage == "token" else rewards
+    cut = torch.tensor([[not done] for done in finished], device=mask.device)
+    rewards = rewards.scatter_add(1, last, -args.missing_eos_penalty * cut.float())
     if args.kl_coef:
         batch["kl"] = kl_estimate(batch["old_logprobs"], batch["ref_logprobs"], args.kl_estimator) * mask
         rewards = rewards - args.kl_coef * batch["kl"]

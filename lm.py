@@ -47,6 +47,7 @@ from common import (  # before torch: it sets how threads wait
     require,
     say,
     take,
+    unfinished,
     uniforms,
     world,
 )
@@ -70,10 +71,10 @@ def model_path(name: str) -> str:
         return str(folder)
     folder = Path(name)
     if folder.is_dir():
-        require((folder / "config.json").exists(), f"--model {name}: the folder has no config.json")
+        require((folder / "config.json").exists(), f"--model {name}: the folder has no config.json{unfinished(folder)}")
     else:
-        local = name.startswith((".", "/", "~")) or name.count("/") > 1
-        require(not local, f"--model {name}: no such folder")
+        local = name.startswith((".", "/", "~")) or name.count("/") > 1 or unfinished(folder)
+        require(not local, f"--model {name}: no such folder{unfinished(folder)}")
     return name
 
 
@@ -881,6 +882,8 @@ def generate(
             done = decode(prompts, samples, u)
             for row, completion, logprob in zip(rows, *done):
                 completions[row], logprobs[row] = completion, logprob
+            if not math.isfinite(sum(map(sum, done[1]))):
+                raise FloatingPointError("the logits of the model that answers are not finite: its weights are broken")
     return (completions, logprobs) if return_logprobs else completions
 
 
@@ -973,13 +976,13 @@ def _pick(logits: torch.Tensor, temperature: float, u: torch.Tensor | None) -> t
     Without u the largest logit, whose log-probability is 0: greedy decoding always takes it.
     """
     if u is None:
-        return logits.argmax(-1), logits.new_zeros(len(logits), dtype=torch.float32)
+        return logits.argmax(-1), logits.amax(-1).float() * 0  # not finite where a logit is not
     probability = (logits.float() / temperature).softmax(-1)
     cumulative = probability.cumsum(-1)
     total = cumulative[:, -1:]
     # Strictly below the total, so that a token of probability 0 is never chosen.
     target = torch.minimum(u[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    token = torch.searchsorted(cumulative, target, right=True)
+    token = torch.searchsorted(cumulative, target, right=True).clamp_max(logits.shape[-1] - 1)  # NaN is beyond all
     return token[:, 0], probability.gather(-1, token)[:, 0].log()
 
 
@@ -1014,8 +1017,8 @@ class Sampling:
     def rollout(self, rows: list[dict], samples: int, seed: int, step: int):
         """This rank's share of `rows` (those of the whole step), `samples` completions each, one after the other.
 
-        Returns lists of equal length: rows, prompt ids, completion ids, whether each completion ended by itself, and
-        the log-probabilities that the sampler gave its tokens.
+        Returns lists of equal length: rows (with `completion_ids`, for rewards token by token), prompt ids, completion
+        ids, whether each completion ended by itself, and the log-probabilities that the sampler gave its tokens.
         """
         share = len(rows) // world()
         rows = rows[rank() * share : (rank() + 1) * share]
@@ -1025,7 +1028,8 @@ class Sampling:
         completion_ids, sampled = self.complete(prompt_ids, samples, noise, return_logprobs=True)
         ends = set(stop_ids(self.policy, self.tokenizer))
         finished = [c[-1] in ends for c in completion_ids]
-        return _repeat(rows, samples), _repeat(prompt_ids, samples), completion_ids, finished, sampled
+        rows = [row | {"completion_ids": ids} for row, ids in zip(_repeat(rows, samples), completion_ids)]
+        return rows, _repeat(prompt_ids, samples), completion_ids, finished, sampled
 
     def evaluate(self, task, seed: int) -> tuple[dict[str, float], list[dict]]:
         """Held-out metrics, greedy and sampled (with the same noise each time), and some of this rank's samples.
@@ -1079,19 +1083,18 @@ def _stop_if_apart(gap: float, limit: float, who: str) -> None:
         )
 
 
-def sampler_gap(per_token, batch: dict, sampled: list[list[float]], dtype: str, rows: int = 16) -> float:
-    """Mean |pi / sampler - 1| over the tokens of the first rows of each rank: is the sampler the policy?
+def sampler_gap(policy, temperature: float, batch: dict, sampled: list[list[float]], dtype: str) -> float:
+    """Mean |pi / sampler - 1| over the tokens of the first 16 rows of each rank: is the sampler the policy?
 
-    per_token(batch) returns the log-probabilities [B, T] of the training forward; sampled: those of the sampler, per
-    row. Raises when the gap is larger than rounding explains. In bfloat16 that depends on how open the policy is, for
-    an error e of a logit moves log p by (1 - p) e: gap / mean (1 - p) is .02 to .06 for healthy kernels, .15 to .23 if
-    the sampler's temperature is 0.9 instead of 1, and .3 or more with dropout of 0.05 (docs/gpu.md).
+    sampled: the log-probabilities that the sampler gave its tokens. Raises when rounding does not explain the gap. In
+    bfloat16 that depends on how open the policy is, for an error e of a logit moves log p by (1 - p) e: .02 to .06 of
+    mean (1 - p) is healthy, .15 to .23 comes of a sampler at temperature 0.9 instead of 1, .3 of dropout 0.05.
     """
-    some = take(batch, list(range(min(rows, len(sampled)))))
+    some = take(batch, list(range(min(16, len(sampled)))))
     drawn = torch.zeros_like(some["mask"], dtype=torch.float32)
-    drawn[some["mask"]] = torch.tensor([x for row in sampled[:rows] for x in row], device=drawn.device)
+    drawn[some["mask"]] = torch.tensor([x for row in sampled[:16] for x in row], device=drawn.device)
     with torch.no_grad():
-        ratio = (per_token(some) - drawn).exp()[some["mask"]]
+        ratio = (policy_logprobs(policy, some, temperature)[0] - drawn).exp()[some["mask"]]
     open_ = (1 - drawn.exp())[some["mask"]].sum()
     sums = all_sum({"n": ratio.numel(), "gap": (ratio - 1).abs().sum(), "open": open_}, drawn.device)
     gap, limit = sums["gap"] / sums["n"], ON_POLICY["float32"]

@@ -51,9 +51,7 @@ class Args:
     temperature: float = arg(1.0, "the temperature of sampling and of every log-probability", at_least=1e-6)
     missing_eos_penalty: float = arg(0.0, "the penalty on the reward of a completion without an end", at_least=0)
     # method
-    loss: Literal["ppo", "reinforce"] = arg(
-        "ppo", "PPO-1, or -A_t log pi(a_t|s_t): the same trunk without ratio and clip"
-    )
+    loss: Literal["ppo", "reinforce"] = arg("ppo", "PPO-1, or -A_t log pi(a_t|s_t), which has no ratio and no clip")
     advantage: Literal["gae", "token", "return", "reward", "group"] = arg(
         "gae", "GAE; the token's reward (QRM-2); the return to go; that of the answer; or less its prompt's mean"
     )
@@ -61,9 +59,7 @@ class Args:
     gamma: float = arg(1.0, "the discount", at_least=0)
     lam: float = arg(0.95, "the lambda of GAE", at_least=0)
     vf_coef: float = arg(0.1, "the coefficient of the value loss", at_least=0)
-    value_clip: float = arg(
-        0.2, "a value's distance from the rollout's at which its loss goes flat; 0: none", at_least=0
-    )
+    value_clip: float = arg(0.2, "the change of a value at which its loss goes flat; 0: no such change", at_least=0)
     critic_warmup: int = arg(0, "the number of first steps that train the critic alone", at_least=0)
     kl_coef: float = arg(0.0, "the KL penalty per token, inside the reward; 0 loads no reference", at_least=0)
     kl_estimator: Literal["k1", "k2", "k3"] = arg("k1", "that KL: log pi/ref, half its square, ref/pi - 1 - log ref/pi")
@@ -148,31 +144,17 @@ def gae(rewards, values, mask, gamma: float, lam: float):
 def kl_estimate(logprobs, ref_logprobs, estimator: str):
     """PPO-4: KL(pi || ref) from one sampled token each (Schulman, joschu.net/blog/kl-approx.html). All [B, T]."""
     log_ratio = logprobs - ref_logprobs
-    if estimator == "k1":
-        return log_ratio
-    if estimator == "k2":
-        return 0.5 * log_ratio.square()
-    return (-log_ratio).exp() - 1 + log_ratio
+    kinds = {"k1": log_ratio, "k2": 0.5 * log_ratio.square(), "k3": (-log_ratio).exp() - 1 + log_ratio}
+    return kinds[estimator]
 
 
 # same in: ppo_baseline.py lco.py
 def whiten(x, mask):
     """Mean 0 and variance 1 over the unmasked tokens of the global batch. [B, T]."""
-    count, total, square = mask.sum(), (x * mask).double().sum(), (x * mask).double().square().sum()
-    sums = common.all_sum({"n": count, "x": total, "xx": square}, x.device)
-    mean = sums["x"] / sums["n"]
-    variance = max(sums["xx"] / sums["n"] - mean**2, 0.0)
+    mean, variance = common.moments(x, mask)
     if variance <= 1e-12 * mean**2:  # all equal: what is left is rounding, which must not grow into a signal
         return torch.zeros_like(x)
     return (x - mean) / (variance + 1e-8) ** 0.5 * mask
-
-
-# same in: ppo_baseline.py lco.py
-def equal_returns(rewards, mask, gamma: float) -> bool:
-    """Whether all completions of the global batch have the same return, but for rounding, so that none is better."""
-    returns = gae(rewards, torch.zeros_like(rewards), mask, gamma, 1.0)[0][:, 0]
-    most, least = (sign * common.all_max((sign * returns).max(), mask.device) for sign in (1, -1))
-    return most - least <= 1e-6 * max(abs(most), abs(least))
 
 
 # same in: ppo_baseline.py lco.py
@@ -181,9 +163,10 @@ def estimate_advantages(batch, args) -> None:
     mask, rewards = batch["mask"], batch["rewards"]
     if args.advantage == "gae":
         advantages, batch["returns"] = gae(rewards, batch["values"], mask, args.gamma, args.lam)
+        returns = gae(rewards, torch.zeros_like(rewards), mask, args.gamma, 1.0)[0]
+        if common.all_equal(returns[:, 0]):  # none is better: only the critic's values differ, and it learns alone
+            advantages = torch.zeros_like(advantages)
         batch["advantages"] = whiten(advantages, mask)
-        if equal_returns(rewards, mask, args.gamma):  # what differs is the critic, which learns alone
-            batch["advantages"] = torch.zeros_like(advantages)
     elif args.advantage == "token":  # QRM-2: the reward of a token already tells what follows, so nothing is summed
         batch["advantages"], batch["returns"] = (rewards - batch.get("values", 0.0)) * mask, rewards
     elif args.advantage == "return":
@@ -210,13 +193,10 @@ def policy_objective(policy, micro, args):
 
 
 def update(models, optimizer, batch, rows, args, train_policy: bool = True):
-    """One optimizer step on some local rows of a batch; returns metric sums over all ranks, and their tokens.
-
-    The policy takes none where all their advantages are 0.
-    """
+    """One optimizer step on some local rows of a batch; returns metric sums over all ranks, and their tokens."""
     device = batch["mask"].device
     signal = common.all_max(batch["advantages"][rows].abs().max(), device) > 0
-    train_policy = train_policy and signal
+    train_policy = train_policy and signal  # where all advantages are 0, the policy stays as it is
     tokens = common.all_sum({"n": batch["mask"][rows].sum()}, device)["n"]  # counted first, divided by once
     sums = {}
     for micro in lm.accumulate_over(models, lm.micro_batches(batch, rows, args.micro_batch)):
@@ -261,13 +241,11 @@ def train(args) -> None:
         rollout = sampling.rollout(rows, args.samples_per_prompt, args.seed, step)
         rows, prompt_ids, completion_ids, finished, sampled = rollout
         batch = common.make_batch(prompt_ids, completion_ids, tokenizer.pad_token_id, device)
-        logprobs = lambda micro: lm.policy_logprobs(policy, micro, args.temperature)[0]  # noqa: E731
-        gap = lm.sampler_gap(logprobs, batch, sampled, args.dtype)  # the sampler is the policy
+        gap = lm.sampler_gap(policy, args.temperature, batch, sampled, args.dtype)  # the sampler is the policy
         completions = common.decode(tokenizer, completion_ids)
         run.lap("rollout")
 
         # ---- 2. reward each completion
-        rows = [row | {"completion_ids": ids} for row, ids in zip(rows, completion_ids)]  # for rewards token by token
         task_rewards = task.reward([row["prompt"] for row in rows], completions, rows)
 
         # ---- 3. log-probabilities by pi_old and the reference, values, scores of a reward model; rewards of tokens
@@ -329,17 +307,15 @@ def prepare(args):
     """Task and tokenizer; every wrong argument and file is refused here, before a model is loaded."""
     by_token = args.advantage != "token" or args.reward_file or args.reward_model
     require(by_token, "--advantage token needs --reward_file or --reward_model: one reward for each token")
-    one_sample = args.advantage == "group" and args.samples_per_prompt < 2
-    require(not one_sample, "--advantage group compares samples of one prompt: --samples_per_prompt must be at least 2")
+    compared = args.advantage != "group" or args.samples_per_prompt > 1
+    require(compared, "--advantage group compares the samples of a prompt: --samples_per_prompt must be at least 2")
     geometry = common.split_evenly(args.prompts_per_step, args.samples_per_prompt, args.minibatches, args.micro_batch)
-    task = tasks.load_task(
-        args.task, args.dataset, args.reward_file, args.seed, args.test_rows, args.test_dataset,
-        graded=not args.reward_model,
-    )
+    source = args.task, args.dataset, args.reward_file, args.test_rows, args.test_dataset
+    task = tasks.load_task(*source, graded=not args.reward_model)
     tokenizer = lm.load_tokenizer(args.model)
-    lm.fits_context(args.model, args.max_prompt + args.max_new_tokens)
-    for name in filter(None, (args.reward_model, args.reward_ref)):
+    if args.reward_model or args.reward_ref:
         lm.score_of(args.reward_model, args.reward_ref)
+    for name in filter(None, (args.model, args.reward_model, args.reward_ref)):
         lm.same_tokenizer(args.model, tokenizer, name, lm.load_tokenizer(name))
         lm.fits_context(name, args.max_prompt + args.max_new_tokens)
     task = tasks.fit_prompts(task, tokenizer, args.max_prompt, args.long_prompts)
@@ -362,8 +338,7 @@ def evaluate_models(models, batch, args):
         if "critic" in models:
             out["values"] = lm.completion_scalars(models["critic"], micro) * micro["mask"]
         if "reward" in models:
-            ref = models["reward_ref"] if args.reward_ref else None
-            out["scores"] = lm.token_scores(models["reward"], micro, ref)
+            out["scores"] = lm.token_scores(models["reward"], micro, models["reward_ref"] if args.reward_ref else None)
         return out
 
     batch |= lm.map_rows(one, batch, args.micro_batch)
@@ -371,28 +346,16 @@ def evaluate_models(models, batch, args):
 
 # same in: ppo_baseline.py lco.py
 def token_rewards(task_rewards, batch, finished, args):
-    """[B, T]: the task's reward on the last token (or its own reward for each token), less the KL penalty per token.
-
-    With a reward model, its scores instead, standardised over the tokens that it scores (all, or the last ones).
-    """
-    mask = batch["mask"]
-    rewards = torch.zeros(mask.shape, device=mask.device)
-    last = mask.sum(1) - 1
-    if args.reward_model:
+    """[B, T]: the task's reward on the last token, or its reward of each token, less the KL penalty per token."""
+    mask, last = batch["mask"], batch["mask"].sum(1, keepdim=True) - 1
+    if args.reward_model:  # its scores instead, standardised over the tokens that it scores: all, or the last ones
         only_last = lm.score_of(args.reward_model, args.reward_ref) == "last"
-        rewards = whiten(batch["scores"], mask & (mask.cumsum(1) > last[:, None]) if only_last else mask)
-    for b, value in enumerate([] if args.reward_model else task_rewards):
-        if isinstance(value, list):
-            n = int(last[b]) + 1
-            require(len(value) == n, f"reward(): {len(value)} rewards for a completion of {n} tokens (completion_ids)")
-            rewards[b, :n] = torch.tensor(value, device=mask.device)
-        else:
-            require(args.advantage != "token", "--advantage token: reward() gave a number, expected one for each token")
-            rewards[b, last[b]] = value
-    if args.advantage == "token" and not args.reward_model:
-        rewards = whiten(rewards, mask)
-    cut = torch.tensor([not done for done in finished], device=mask.device)
-    rewards = rewards.scatter_add(1, last[:, None], -args.missing_eos_penalty * cut[:, None].float())
+        rewards = whiten(batch["scores"], mask & (mask.cumsum(1) > last) if only_last else mask)
+    else:
+        rewards = common.place_rewards(task_rewards, mask, by_token=args.advantage == "token")
+        rewards = whiten(rewards, mask) if args.advantage == "token" else rewards
+    cut = torch.tensor([[not done] for done in finished], device=mask.device)
+    rewards = rewards.scatter_add(1, last, -args.missing_eos_penalty * cut.float())
     if args.kl_coef:
         batch["kl"] = kl_estimate(batch["old_logprobs"], batch["ref_logprobs"], args.kl_estimator) * mask
         rewards = rewards - args.kl_coef * batch["kl"]

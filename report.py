@@ -4,9 +4,8 @@
     python report.py RUN --follow           the same while it trains, again every 15 seconds
     python report.py RUN RUN [RUN ...]      compare.html: what differs, curves over each other, where they ended
 
-A run whose settings differ from another one's in nothing but the seed belongs to the same group: the curve of a group
-is the median over its runs, the band reaches from the lowest to the highest. Delete this file and nothing but plots and
-pages is missing: a script writes metrics.jsonl by itself.
+Runs that differ in nothing but the seed are a group: its curve is the median over them, its band reaches from the
+lowest to the highest. Without this file the scripts make no plots and pages, and train as before.
 """
 
 import argparse
@@ -28,11 +27,9 @@ body { font: 15px/1.45 system-ui, sans-serif; max-width: 1100px; margin: 2em aut
 table { border-collapse: collapse; margin: .5em 0 } img { max-width: 100% } small { color: #888 }
 td, th { text-align: left; vertical-align: top; padding: .25em .7em; border-bottom: 1px solid #ddd;
          white-space: pre-wrap; font-size: 13px } code, pre { background: #f4f4f4; padding: .1em .3em }
-"""
-TOKENS = """
 h3 { font: 600 15px monospace; margin: 1.4em 0 .2em; white-space: pre-wrap }
-td, th { border: 0; padding: .1em .8em .1em 0 } th { font-weight: 400; text-align: right; color: #666 }
-td { font: 16px/1.5 monospace } td span { padding: .12em .08em; border: 1px solid #eee }
+.tokens * { border: 0; font: 16px/1.5 monospace } .tokens th { text-align: right; color: #666 }
+.tokens span { padding: .12em .08em; border: 1px solid #eee }
 """
 
 
@@ -45,11 +42,7 @@ class Stored:
     metrics: list[dict]  # one line per step
     samples: list[dict]  # rows {step, kind, prompt, completion, reward}
     source: list[str]  # lines of the script that made it
-
-    @property
-    def ended(self) -> bool:
-        steps = self.about["args"].get("steps", 0)
-        return bool(self.metrics) and self.metrics[-1]["step"] >= steps
+    ended: bool
 
 
 def read(folder: Path) -> Stored:
@@ -63,10 +56,9 @@ def read(folder: Path) -> Stored:
         if not (folder / name).exists():
             sys.exit(f"report.py: error: {folder / name} is not there; expected the folder of a run")
     about, source = json.loads((folder / "args.json").read_text()), (folder / "source.py").read_text()
-    return Stored(folder, about, lines("metrics.jsonl"), lines("samples.jsonl"), source.splitlines())
-
-
-# ---- curves ----------------------------------------------------------------------------------------------------------
+    metrics = lines("metrics.jsonl")
+    ended = bool(metrics) and metrics[-1]["step"] >= about["args"].get("steps", 0)
+    return Stored(folder, about, metrics, lines("samples.jsonl"), source.splitlines(), ended)
 
 
 def points(metrics: list[dict], name: str) -> dict[int, float]:
@@ -76,22 +68,19 @@ def points(metrics: list[dict], name: str) -> dict[int, float]:
 
 def panels(metrics: list[dict]) -> list[list[str]]:
     """Metrics that share a plot: those with the same prefix, unless one is far larger than another."""
-    values = {}
-    for line in metrics:
-        for name, value in line.items():
-            if value is not None and name != "step" and not name.startswith("time/"):
-                values.setdefault(name, []).append(abs(value))
-    size, order = {name: statistics.median(v) for name, v in values.items()}, {}
-    for name in values:
-        order.setdefault(name.split("/")[0], []).append(name)
+    size = {}
+    for name in dict.fromkeys(name for line in metrics for name in line):
+        values = [abs(line[name]) for line in metrics if line.get(name) is not None]
+        if values and name != "step" and not name.startswith("time/"):
+            size[name] = statistics.median(values)
+    prefix = {name: name.split("/")[0] for name in size}
+    order = ["eval", "reward", *sorted(prefix.values(), key=lambda p: p in size)]  # names without a prefix come last
     out = []
-    for prefix in sorted(order, key=lambda p: (p != "eval", p != "reward", "/" not in order[p][0])):
-        last = None
-        for name in sorted(order[prefix], key=lambda n: -size[n]):
-            if last is not None and size[name] > size[last] / 10:
-                out[-1].append(name)
-            else:
-                out, last = [*out, [name]], name
+    for name in sorted(size, key=lambda n: (order.index(prefix[n]), -size[n])):
+        if out and prefix[name] == prefix[out[-1][0]] and size[name] > size[out[-1][0]] / 10:
+            out[-1].append(name)
+        else:
+            out.append([name])
     return out
 
 
@@ -102,8 +91,8 @@ def draw(figures: list[list[str]], groups: dict[str, list[list[dict]]], title: s
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    columns = max(1, min(3, len(figures)))
-    rows = max(1, math.ceil(len(figures) / columns))
+    plt.rcParams["text.parse_math"] = False  # names of folders may have a $
+    columns, rows = min(3, len(figures)) or 1, math.ceil(len(figures) / 3) or 1
     figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 2.9 * rows), squeeze=False)
     for axis, names in zip(axes.flat, figures):
         for name in names:
@@ -115,7 +104,7 @@ def draw(figures: list[list[str]], groups: dict[str, list[list[dict]]], title: s
                 at = [[curve[s] for curve in curves if s in curve] for s in steps]
                 middle = [statistics.median(values) for values in at]
                 marker = {"marker": "o", "markersize": 3.5} if len(steps) < 12 else {}
-                text = " ".join([label] * (len(groups) > 1) + [name] * (len(groups) == 1 or len(names) > 1))
+                text = name if len(groups) == 1 else label  # groups are compared one metric a plot
                 (line,) = axis.plot(steps, middle, label=text, linewidth=1.6, **marker)
                 if len(curves) > 1:
                     axis.fill_between(steps, list(map(min, at)), list(map(max, at)), color=line.get_color(), alpha=0.15)
@@ -135,15 +124,12 @@ def draw(figures: list[list[str]], groups: dict[str, list[list[dict]]], title: s
     return out.getvalue()
 
 
-# ---- pages -----------------------------------------------------------------------------------------------------------
-
-
-def write_page(path: Path, title: str, body: str, style: str = "", refresh: bool = False) -> None:
+def write_page(path: Path, title: str, body: str, refresh: bool = False) -> None:
     """One file without links, the old one or the new one at any moment."""
     again = '<meta http-equiv="refresh" content="15">' * refresh
     head = f'<!doctype html><html lang="en"><meta charset="utf-8">{again}<title>{escape(title)}</title>'
     part = path.with_name(path.name + ".part")
-    part.write_text(f"{head}<style>{STYLE}{style}</style><h1>{escape(title)}</h1>{body}</html>")
+    part.write_text(f"{head}<style>{STYLE}</style><h1>{escape(title)}</h1>{body}</html>")
     part.replace(path)
 
 
@@ -171,21 +157,20 @@ def write_report(folder: Path) -> Stored:
     number = lambda x: "–" if x is None else f"{x:.4f}"  # noqa: E731
     ends = [[k, number(first[k]), number(last.get(k))] for k in first if k.startswith("eval/")]
     steps = sorted({s["step"] for s in run.samples})
-    shown = {steps[0], steps[len(steps) // 2], steps[-1]} if steps else ()
-    rows = [
-        [s["step"], s["kind"], text_of(s["prompt"]), s["completion"], f"{s['reward']:.3g}" if "reward" in s else ""]
-        for s in run.samples
-        if s["step"] in shown
-    ]
-    about = run.about
-    body = [f"<p><code>{escape(about['command'])}</code></p>"]
-    body += ["<h2>Before and after</h2>"]
-    body += [table(["held-out metric", f"step {first.get('step')}", f"step {last.get('step')}"], ends)]
-    body += ["<h2>Curves</h2>", image(png), "<h2>Samples</h2>"]
-    body += [table(["step", "kind", "prompt", "completion", "reward"], rows), "<h2>Settings</h2>"]
-    body += [table(["argument", "value"], [[k, v] for k, v in about["args"].items()])]
+    shown = [s for s in run.samples if s["step"] in (steps[0], steps[len(steps) // 2], steps[-1])]
+    reward = lambda s: f"{s['reward']:.3g}" if "reward" in s else ""  # noqa: E731
+    rows = [[s["step"], s["kind"], text_of(s["prompt"]), s["completion"], reward(s)] for s in shown]
+    about, steps = run.about, [f"step {m.get('step')}" for m in (first, last)]
+    sections = {
+        "Before and after": table(["held-out metric", *steps], ends),
+        "Curves": image(png),
+        "Samples": table(["step", "kind", "prompt", "completion", "reward"], rows),
+        "Settings": table(["argument", "value"], [[k, v] for k, v in about["args"].items()]),
+    }
+    body = "".join(f"<h2>{name}</h2>{part}" for name, part in sections.items())
     made = f"world size {about['world']}, torch {about['torch']}, git {about['git']}, {about['time']}"
-    write_page(run.folder / "report.html", run.folder.name, "".join(body) + f"<p>{escape(made)}</p>", "", not run.ended)
+    body = f"<p><code>{escape(about['command'])}</code></p>{body}<p>{escape(made)}</p>"
+    write_page(run.folder / "report.html", run.folder.name, body, refresh=not run.ended)
     return run
 
 
@@ -202,27 +187,23 @@ def token_page(path: Path, title: str, answers: list[dict], note: str = "") -> N
 
     def span(token: str, value: float, name: str) -> str:
         z = max(-2.0, min(2.0, (value - scale[name][0]) / scale[name][1])) / 2
-        colour = (255 - 150 * z, 255 - 75 * z, 255) if z > 0 else (255, 255 + 135 * z, 255 + 150 * z)
-        red, green, blue = map(round, colour)
+        colour = f"105,180,255,{z:.2f}" if z > 0 else f"255,120,105,{abs(z):.2f}"
         text = escape(token).replace("\n", "↵\n")
-        return f'<span style="background:rgb({red},{green},{blue})" title="{name}: {value:.3f}">{text}</span>'
+        return f'<span style="background:rgba({colour})" title="{name}: {value:.3f}">{text}</span>'
 
-    blocks = []
+    body = ""
     for answer in answers:
-        lines = ""
+        kind = escape(answer["kind"])
+        body += f'<h3 class="{kind}">{escape(text_of(answer["prompt"]))} <small>{kind}</small></h3>'
+        body += '<table class="tokens">'
         for name, scores in answer["scores"].items():
             spans = "".join(span(token, x, name) for token, x in zip(answer["tokens"], scores))
-            lines += f"<tr><th>{escape(name)}</th><td>{spans}</td></tr>"
-        kind = escape(answer["kind"])
-        heading = f'<h3 class="{kind}">{escape(text_of(answer["prompt"]))} <small>{kind}</small></h3>'
-        blocks.append(f"{heading}<table>{lines}</table>")
+            body += f"<tr><th>{escape(name)}</th><td>{spans}</td></tr>"
+        body += "</table>"
     how = """<p>Each line is the same answer, its tokens coloured by one kind of score:
 <span style="background:rgb(105,180,255)">above</span> or <span style="background:rgb(255,120,105)">below</span> the
 mean of that line over this page. Hover for the number. """
-    write_page(path, title, f"{how}{escape(note)}</p>{''.join(blocks)}", TOKENS)
-
-
-# ---- several runs ----------------------------------------------------------------------------------------------------
+    write_page(path, title, f"{how}{escape(note)}</p>{body}")
 
 
 def compare(runs: list[Stored], out: Path) -> str:
@@ -239,8 +220,7 @@ def compare(runs: list[Stored], out: Path) -> str:
     lines = [f"{label}: {', '.join(str(run.folder) for run in members)}" for label, members in groups.items()]
     lines += [f"--{name}: {' | '.join(str(s[name]) for s in settings)}" for name in differ]
     for number, other in enumerate(versions[1:], 2):
-        diff = difflib.unified_diff(versions[0], other, "code 1", f"code {number}", lineterm="", n=1)
-        lines += diff
+        lines += difflib.unified_diff(versions[0], other, "code 1", f"code {number}", lineterm="", n=1)
     same = [] if differ or versions[1:] else ["the same arguments and the same code"]
 
     figures = panels([m for run in runs for m in run.metrics])

@@ -85,6 +85,7 @@ def measure(loss: str, chunk_mib: int | None, tokens: int, vocabulary: int, widt
 
     before, start = resident("VmRSS"), time.process_time()
     if loss == "lco-kld":
+        micro["beta"] = lco.scaled_beta(micro["advantages"], 1.0, 100.0)
         value, _ = lco.kld_objective(policy, {"old": weight}, micro, lco.Args())
     elif script:
         args = script.Args()

@@ -5,10 +5,11 @@
 
 A study may have runs to `prepare`, once for each seed, whose folders are kept in runs/study; the commands of its
 settings name them in braces, as in --reward_model {qrm}/model (`titles`: their names in tables). lco.py@moving_target
-is lco.py with benchmarks/departures/moving_target.patch applied to a copy; `columns` adds metrics to the table. Every
-finished run is one JSON line in benchmarks/results/<study>.jsonl (its command, settings, seed, held-out accuracy); a
-run that is already there is not run again, so an interrupted study goes on where it was. At the end the table is
-printed and written to benchmarks/results/<study>.md: median over seeds, with the lowest and highest.
+is lco.py with benchmarks/departures/moving_target.patch applied to a copy; `columns` adds metrics to the table; a study
+with a `commit` runs the scripts as they were then, from the history of this repository. Every finished run is one JSON
+line in benchmarks/results/<study>.jsonl (its command, settings, seed, held-out accuracy); a run that is already there
+is not run again, so an interrupted study goes on where it was. At the end the table is printed and written to
+benchmarks/results/<study>.md: median over seeds, with the lowest and highest.
 """
 
 import argparse
@@ -53,6 +54,15 @@ def departed(names: list[str], folder: Path) -> Path:
     return folder
 
 
+def checked_out(commit: str, folder: Path) -> Path:
+    """The files of a commit in `folder`."""
+    archive = subprocess.run(["git", "-C", ROOT, "archive", commit], capture_output=True)
+    if archive.returncode:
+        raise SystemExit(f"this study needs commit {commit}, a clone with its history: {archive.stderr.decode().strip()}")
+    subprocess.run(["tar", "-x"], cwd=folder, input=archive.stdout, check=True)
+    return folder
+
+
 def edit_distance(a: list, b: list) -> int:
     """Insertions, deletions and replacements between two sequences (Levenshtein), a row of the table at a time."""
     row = list(range(len(b) + 1))
@@ -91,10 +101,12 @@ def run(study: str, name: str, command: str, seed: int, threads: int) -> dict:
             env = os.environ | {"OMP_NUM_THREADS": str(threads)}
             script, *words = shlex.split(line)  # lco.py@name: with the patch of that name
             script, *patches = script.split("@")
-            here = ROOT
-            if patches:
-                (Path(folder) / "scripts").mkdir()
-                here = departed(patches, Path(folder) / "scripts")
+            here, copy = ROOT, Path(folder) / "scripts"
+            copy.mkdir()
+            if "commit" in STUDIES[study]:
+                here = checked_out(STUDIES[study]["commit"], copy)
+            elif patches:
+                here = departed(patches, copy)
             words = [sys.executable, here / script, *words]
             process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=stderr, env=env)
             _, status, usage = os.wait4(process.pid, 0)  # tells CPU time: other work cannot change that

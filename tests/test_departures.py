@@ -1,8 +1,10 @@
 """benchmarks/departures: each patch applies to the scripts as they are, is small, and does what the study measures."""
 
+import importlib
 import importlib.util
 import itertools
 import math
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +44,37 @@ def test_applies(patch):
     changed = [line for line in patch.read_text().splitlines() if line[0] in "+-" and line[:3] not in ("+++", "---")]
     assert 0 < len(changed) <= 15
     subprocess.run(["git", "apply", "--check", patch], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize("name", [name for name, each in study.STUDIES.items() if "commit" not in each])
+def test_scripts_take_the_commands_of_studies(name, patched):
+    """Each command of a study, with its patch applied, is one that the script of today understands."""
+    each, modules = study.STUDIES[name], {}
+    prepare = each.get("prepare", {})
+    for setting, command in (prepare | each["settings"]).items():
+        line = study.full_command(name, setting, command).removeprefix("python ")
+        script, *words = shlex.split(line.format(**{other: other for other in prepare}))
+        script, *patches = script.split("@")
+        if script == "benchmarks/diagnose.py":
+            script, *words = words
+        if script.startswith("benchmarks/"):
+            continue
+        for patch in patches or [script.removesuffix(".py")]:
+            if patch not in modules:
+                modules[patch] = patched(patch) if patches else importlib.import_module(patch)
+            common.parse_args(modules[patch].Args, modules[patch].BUILTIN, words)
+
+
+def test_a_study_of_an_earlier_commit(tmp_path):
+    """The scripts that its commands name, and the stages that they ask for, are those of that commit."""
+    for name, each in study.STUDIES.items():
+        if "commit" in each:
+            (tmp_path / name).mkdir()
+            folder = study.checked_out(each["commit"], tmp_path / name)
+            for command in (each["prepare"] | each["settings"]).values():
+                script, *words = shlex.split(command)
+                source = (folder / script).read_text()
+                assert all(f"    {word[2:]}: " in source for word in words if word.startswith("--")), command
 
 
 def test_moving_target(patched):

@@ -326,13 +326,14 @@ def test_token_page(tmp_path):
     assert (
         "<title>A &amp; B</title>" in page and "a&lt;b" in page and "user: &lt;i&gt;" in page and "&lt;note&gt;" in page
     )
-    spans = re.findall(r'<span style="background:rgb\((\d+),(\d+),(\d+)\)" title="(\w): ([\d.]+)">([^<]*)</span>', page)
+    span = r'<span style="background:rgba\((\d+),\d+,(\d+),([\d.]+)\)" title="(\w): ([\d.]+)">([^<]*)</span>'
+    spans = re.findall(span, page)
     assert [span[3:] for span in spans] == [
         *(("z", x, t) for x, t in (("1.000", "&lt;s&gt;"), ("2.000", "&amp;"), ("3.000", "↵\n"))),
         *(("y", "5.000", t) for t in ("&lt;s&gt;", "&amp;", "↵\n")),
         ("z", "2.000", "x"),
     ]
-    colours = [tuple(map(int, span[:3])) for span in spans]
-    assert colours[0][0] == 255 > colours[0][2] and colours[2][2] == 255 > colours[2][0]
-    assert all(colour == (255, 255, 255) for colour in (colours[1], *colours[3:]))
+    colours = [tuple(map(float, span[:3])) for span in spans]  # red, blue and how much of it there is on white
+    assert colours[0][0] == 255 > colours[0][1] and colours[2][1] == 255 > colours[2][0]
+    assert colours[0][2] == colours[2][2] > 0.5 and all(colour[2] == 0 for colour in (colours[1], *colours[3:]))
     assert page.count('class="chosen"') == page.count('class="rejected"') == 1

@@ -110,6 +110,7 @@ def test_minibatch(script, base, tmp_path):
     heads = [x for x in [script.evaluate_models(models, batch, args)] if x is not None]
     batch["advantages"] = torch.zeros(4, 3)
     batch["advantages"][3, 1] = 0.5
+    batch["beta"] = torch.ones(4, 3)
     before = [p.clone() for p in models["policy"].parameters()]
     for rows, updates in (([0, 1], 0), ([2, 3], 1)):
         sums, tokens = script.update(models, *heads, optimizer, batch, rows, args)
