@@ -212,7 +212,7 @@ def summary(lines: list[Line]) -> str:
 def page(lines: list[Line]) -> str:
     """docs/claims.md, whole."""
     text = ["# Claims", "", PREFACE.strip(), "", "## Summary", "", summary(lines).strip(), ""]
-    text += ["One line a comparison.", "", "![differences with their intervals](images/claims.png)", ""]
+    text += ["One line per comparison.", "", "![differences with their intervals](images/claims.png)", ""]
     if study.stored("rates") and study.stored("epochs"):
         text += ["![accuracy against learning rate and passes over a rollout](images/limits.png)", ""]
     for source in dict.fromkeys(line.claim.source for line in lines):

@@ -378,7 +378,7 @@ def readme() -> None:
     axes[0].text(7.6, 0.2, "PPO", color=ORANGE, ha="right", weight="bold")
     axes[0].text(1, 0.37, "before training", color=GREY)
     axes[1].text(12.5, 0.36, "LCO", color=BLUE, weight="bold")
-    axes[1].text(8.6, 0.08, "PPO", color=ORANGE, ha="right", weight="bold")
+    axes[1].text(6.4, 0.12, "PPO", color=ORANGE, ha="right", weight="bold")
     save(figure, "readme")
 
 
