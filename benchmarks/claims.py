@@ -8,9 +8,10 @@ benchmarks/claims.toml names for each claim a study of benchmarks/studies.json, 
 and a direction; the verdict is computed here from benchmarks/results. Runs that are stored are not run again, so an
 interrupted --run goes on where it was.
 
-README and docs hold results in two ways, and a test compares both with what is stored:
+README and docs hold results in three ways, and a test compares each with what is stored:
     <!-- results: lco -->                   the table of a study (`diagnose 2`: its second one), up to <!-- end -->
     .96<!-- lco; PPO, clip 0.2; eval/pass@1; median -->      a number, rounded as it is written: median, min, max, start
+    benchmarks/quotes.toml                  words of a page, with {lco; PPO, clip 0.2; eval/pass@1; median} for a number
 """
 
 import argparse
@@ -32,7 +33,7 @@ import figures  # noqa: E402
 import study  # noqa: E402
 
 ROOT = HERE.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 RESAMPLES = 4000
 VERDICTS = ("reproduced at this scale", "not", "not measured yet", "held by a test", "needs GPU", "needs a judge")
 CREDIT = ("rank", "in answer", "in state")
@@ -211,7 +212,7 @@ def summary(lines: list[Line]) -> str:
 def page(lines: list[Line]) -> str:
     """docs/claims.md, whole."""
     text = ["# Claims", "", PREFACE.strip(), "", "## Summary", "", summary(lines).strip(), ""]
-    text += ["One line a comparison.", "", "![differences with their intervals](images/claims.png)", ""]
+    text += ["One line per comparison.", "", "![differences with their intervals](images/claims.png)", ""]
     if study.stored("rates") and study.stored("epochs"):
         text += ["![accuracy against learning rate and passes over a rollout](images/limits.png)", ""]
     for source in dict.fromkeys(line.claim.source for line in lines):
@@ -260,9 +261,9 @@ def page(lines: list[Line]) -> str:
 
 PREFACE = """
 What the abstracts of the papers and our own docs claim, and what the stored runs of this repository say to it. This
-page, its figure and the summary in the README are written by `python benchmarks/claims.py` from
+page and its figure are written by `python benchmarks/claims.py` from
 `benchmarks/claims.toml` and `benchmarks/results/`; a test fails when they differ. Everything here is the built-in task
-and its 1M-parameter model: a verdict says nothing about another scale.
+and its model of 0.7 million parameters: a verdict says nothing about another scale.
 
 **Rule.** Each setting has runs with several seeds. *Difference* is ours minus theirs, of the mean over seeds (and over
 settings, where a claim has several); *best* compares the best setting of each, *spread* the standard deviation over
@@ -345,8 +346,32 @@ def rounded(x: float, like: str) -> str:
     return text.removeprefix("0") if like.startswith(".") else text
 
 
-def refresh(text: str) -> str:
-    """A page with every marked table and number as it is stored."""
+def quotes(page: str) -> list[str]:
+    """What benchmarks/quotes.toml has for a page, by its path from the root."""
+    return tomllib.loads((HERE / "quotes.toml").read_text()).get(page, [])
+
+
+def pattern(quote: str) -> re.Pattern:
+    """The words of a quote, however the page breaks its lines, and a group for each number."""
+    words = [r"\s+".join(map(re.escape, re.split(r"\s+", part))) for part in re.split(r"\{[^}]*\}", quote)]
+    return re.compile("([0-9]*[.]?[0-9]+)".join(words))
+
+
+def requote(text: str, quote: str) -> str:
+    """A page with the numbers of one quote as they are stored."""
+    found = list(pattern(quote).finditer(text))
+    if len(found) != 1:
+        raise SystemExit(f"benchmarks/quotes.toml: found {len(found)} times instead of once: {quote}")
+    for i, parts in reversed(list(enumerate(re.findall(r"\{([^}]*)\}", quote), 1))):
+        start, end = found[0].span(i)
+        text = text[:start] + rounded(stored_number(parts), found[0][i]) + text[end:]
+    return text
+
+
+def refresh(text: str, page: str = "") -> str:
+    """A page with every quoted or marked number and every marked table as it is stored."""
+    for quote in quotes(page):
+        text = requote(text, quote)
     text = BLOCK.sub(lambda m: f"{m[1]}\n{block(m['what']).strip()}\n\n{m['end']}", text)
     return INLINE.sub(lambda m: rounded(stored_number(m["parts"]), m["number"]) + m["mark"], text)
 
@@ -433,7 +458,7 @@ def write() -> list[Line]:
             (study.RESULTS / f"{name}.md").write_text("\n".join(study.tables(name)))
     for file in PAGES:
         old = file.read_text()
-        new = refresh(old)
+        new = refresh(old, file.relative_to(ROOT).as_posix())
         if new != old:
             file.write_text(new)
             print(f"wrote {file.relative_to(ROOT)}")

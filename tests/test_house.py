@@ -112,7 +112,9 @@ def test_losses_take_tensors_and_numbers():
     """No loss, target or estimator of the method sections takes `args` or a model."""
     for name in ("ppo_baseline", "lco", "qrm", "dpo", "dckd", "adpa"):
         source = (ROOT / f"{name}.py").read_text()
-        first, last = (source[: source.index(mark)].count("\n") for mark in ("# ---- the method", "# ---- one optimizer"))
+        first, last = (
+            source[: source.index(mark)].count("\n") for mark in ("# ---- the method", "# ---- one optimizer")
+        )
         for node in functions(ROOT / f"{name}.py").values():
             if first < node.lineno < last and node.name != "estimate_advantages":
                 taken = {a.arg for a in node.args.args}
@@ -214,7 +216,8 @@ def test_equation_tables():
     for path in SCRIPTS:
         source, rows = path.read_text(), []
         for line in (ROOT / "docs" / f"{path.stem}.md").read_text().splitlines():
-            tags = re.findall(r"[A-Z]{3,4}-[0-9]+", line.split("|")[1]) if line.startswith("| ") else []
+            tags = re.match(r"\| ([A-Z]{3,4}-[0-9]+(, [A-Z]{3,4}-[0-9]+)*) \|", line)
+            tags = tags[1].split(", ") if tags else []
             names = re.findall(r"`(\w+)`", line.rsplit("|", 2)[1]) if tags else []
             rows += [(tags, names)] if tags else []
         assert rows, path.name
