@@ -263,12 +263,14 @@ def test_right_from_a_reward(base, reward_file, tmp_path):
     assert found["eval/reward_sampled"] == pytest.approx(sum(r["reward"] for r in rows) / 20)
 
 
-def test_stop(base, tmp_path):
-    """A signal ends an evaluation between two pieces, and nothing that looks like a result is left."""
+def test_stop(base, tmp_path, monkeypatch):
+    """A signal ends an evaluation between two pieces with its own exit code, and nothing is left that looks whole."""
+    monkeypatch.setattr(common, "_signal", 15)
     common._stop.set()
     try:
-        with pytest.raises(SystemExit):
+        with pytest.raises(SystemExit) as stop:
             run(tmp_path / "run", **base)
+        assert stop.value.code == 128 + 15
     finally:
         common._stop.clear()
     assert not (tmp_path / "run" / "result.json").exists()
