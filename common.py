@@ -661,7 +661,7 @@ class RunFolder:
             known = resume and (path / "args.json").exists()
             require(known or not used, f"--out {path} exists and is not empty: choose another folder{hint}")
             if not locked:
-                _lock(path)
+                self.lock = _lock(path)
         _folder, source, watched = path, path / "source.py", _watch(script, settings)
         changed = self._changes(stored(path / "args.json"), watched) if used else []
         if changed:
@@ -903,16 +903,16 @@ def _remove_unused_folder() -> None:
         shutil.rmtree(_folder, ignore_errors=True)
 
 
-def _lock(folder: Path) -> None:
-    """Make a folder and hold it for the life of this process."""
+def _lock(folder: Path):
+    """Make a folder and hold it until the file that is returned is closed, or this process dies."""
     folder.mkdir(parents=True, exist_ok=True)
-    file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)  # stays open: closing it would free the lock
+    file = (folder / ".lock").open("a")
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock(), it is not inherited by a reward's workers
     except OSError as error:
-        used = error.errno in (errno.EAGAIN, errno.EACCES)
-        require(not used, f"--out {folder}: another process is using this run folder")
+        require(error.errno not in (errno.EAGAIN, errno.EACCES), f"--out {folder}: another process is using it")
         print(f"{folder}: this file system has no locks: do not start a second run in it", file=sys.stderr)
+    return file
 
 
 def _watch(script: Path, settings: dict) -> dict[str, str]:

@@ -65,15 +65,14 @@ def test_one_process_at_a_time(base, run, tmp_path):
     held, hold = os.pipe()
     child = os.fork()
     if child == 0:
-        common._lock(run)
-        common._lock(tmp_path / "new")
-        os.write(hold, b".")
+        locks = [common._lock(run), common._lock(tmp_path / "new")]
+        os.write(hold, b"." * len(locks))
         time.sleep(100)
         os._exit(0)
     try:
         os.read(held, 1)
-        refuse(base, run, "--out", "another process is using this run folder")
-        refuse(base, tmp_path / "new", "another process is using this run folder", resume=False)
+        refuse(base, run, "--out", "another process is using it")
+        refuse(base, tmp_path / "new", "another process is using it", resume=False)
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
