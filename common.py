@@ -26,10 +26,14 @@ except ModuleNotFoundError:  # delete cpu.py and only speed changes
 
 import argparse
 import contextlib
+import errno
+import fcntl
+import hashlib
 import importlib.util
 import inspect
 import json
 import math
+import pickle
 import re
 import shlex
 import shutil
@@ -40,6 +44,7 @@ import threading
 import time
 import traceback
 import typing
+import warnings
 from collections import Counter
 from dataclasses import MISSING, asdict, field, fields
 from datetime import timedelta
@@ -50,6 +55,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -63,7 +69,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 # ======================================================================================================================
 
 _stop = threading.Event()  # set by SIGTERM or SIGINT; ranks agree on it once a step
-_signal = _exit_code = 0  # the signal that asked for an early end; what the process returns after one
+_signal, _first_signal = 0, 0.0  # which one asked for an early end, and when
 _store = None  # shared by all ranks; holds the message of the rank that failed first
 
 
@@ -133,25 +139,33 @@ def launch(main, device: str = "auto") -> None:
             gpu.prepare()
         record(main)()
         dist.barrier()
-        code = _exit_code
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    except BadInput as error:
-        code = 2
-        _store.set("failed", "bad input")
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
     except BaseException as error:
-        code = 1
-        if _store_says_failed():
+        code, sentence = 2 if isinstance(error, BadInput) else 1, _sentence(error)
+        if code == 1 and _store_says_failed():
             print(f"rank {rank()}: stopping because another rank failed ({type(error).__name__})", file=sys.stderr)
         else:
             _store.set("failed", f"rank {rank()}: {error}")
-            print(f"rank {rank()} failed:\n{traceback.format_exc()}", file=sys.stderr)
+            told = f"{Path(sys.argv[0]).name}: error: {sentence}"
+            print(told if sentence else f"rank {rank()} failed:\n{traceback.format_exc()}", file=sys.stderr)
+    if code and rank() == 0:
+        _remove_unused_folder()
     sys.stdout.flush()
     sys.stderr.flush()
     if code or world() > 1:
         os._exit(code)  # a normal exit right after a gloo collective aborts in about one run of ten
     dist.destroy_process_group()
+
+
+def _sentence(error: BaseException) -> str | None:
+    """An error in one sentence where the user's files, disk or settings explain it; None where its place matters."""
+    if isinstance(error, (BadInput, FloatingPointError)):
+        return str(error)
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+    if full or isinstance(error, CheckpointException) or "(os error 28)" in str(error):
+        reason, place = str(error).strip().splitlines()[-1][:200], _folder or Path.cwd()
+        return f"writing to {place} failed, where {shutil.disk_usage(place).free / 2**20:.0f} MiB are free: {reason}"
 
 
 def _store_says_failed() -> bool:
@@ -163,12 +177,14 @@ def _store_says_failed() -> bool:
 
 def _on_signal(number, frame) -> None:
     """First signal: finish the step, save, leave. Second one, or a rank that has failed: leave now."""
-    global _signal
-    if _stop.is_set() and number == signal.SIGINT:
-        os._exit(130)
+    global _signal, _first_signal
+    if _stop.is_set():  # torchrun and schedulers may send one signal twice, within a moment
+        if number == signal.SIGINT or time.monotonic() - _first_signal > 1:
+            os._exit(128 + number)
+        return
     if rank() == 0:  # not print(), which may be what was interrupted
-        os.write(2, b"\nstopping after this step, with a checkpoint; Ctrl-C again stops at once, without one\n")
-    _signal = number
+        os.write(2, b"\nstopping after this step, with a checkpoint; a second signal stops at once, without one\n")
+    _signal, _first_signal = number, time.monotonic()
     _stop.set()
     # torchrun sends the same SIGTERM when a peer died. Then there is no next step to wait for.
     threading.Thread(target=lambda: _store_says_failed() and os._exit(1), daemon=True).start()
@@ -176,9 +192,16 @@ def _on_signal(number, frame) -> None:
 
 def stop_requested(device: torch.device) -> bool:
     """True on all ranks as soon as one of them was asked to stop."""
-    flag = torch.tensor(float(_stop.is_set()), device=device)
-    dist.all_reduce(flag, dist.ReduceOp.MAX)
-    return bool(flag)
+    return bool(all_max(_stop.is_set(), device))
+
+
+def leave_stopped(text: str) -> None:
+    """Say it and end all ranks with 128 + the number of the signal that asked for it."""
+    number = int(all_max(_signal, torch.device("cpu")))
+    say(text)
+    dist.barrier()
+    if number:  # else a test asked
+        raise SystemExit(128 + number)
 
 
 def all_sum(values: dict, device: torch.device) -> dict[str, float]:
@@ -227,7 +250,7 @@ def stop_unless_finite(values: dict) -> None:
     """Raise on every rank alike: the values must be global ones."""
     bad = {k: float(v) for k, v in values.items() if not math.isfinite(float(v))}
     if bad:
-        raise FloatingPointError(f"not finite: {bad}")
+        raise FloatingPointError(f"not finite: {bad}; the last checkpoint stays as it was")
 
 
 # ======================================================================================================================
@@ -277,6 +300,9 @@ def parse_args(cls, builtin: dict, argv: list[str] | None = None):
         help = f.metadata["help"] + f" ({'; '.join(legal)})" * bool(legal)
         group.add_argument(f"--{f.name}", type=kind, help=help.replace("%", "%%"), **options)
     given = vars(parser.parse_args(argv))
+    names = [word.partition("=")[0] for word in (sys.argv[1:] if argv is None else argv) if word.startswith("--")]
+    for name in {name for name in names if names.count(name) > 1}:
+        parser.error(f"{name} is given twice")
     args = cls(**given)
     if args.model in BUILTIN:
         args = cls(**builtin | given)
@@ -298,13 +324,18 @@ def check_args(args):
     types = typing.get_type_hints(type(args))
     for f in fields(args):
         value = getattr(args, f.name)
+        require(not isinstance(value, int) or abs(value) < 2**63, f"--{f.name} must be below 2**63, found {value}")
         if typing.get_origin(types[f.name]) is typing.Literal:
             one_of(**{f.name: (value, typing.get_args(types[f.name]))})
         for key, word in _LIMITS.items():
             limit, sign = f.metadata[key], 1 if key == "at_least" else -1
             inside = limit is None or (math.isfinite(value) and sign * value >= sign * limit)
             require(inside, f"--{f.name} must be {word} {limit}, found {value}")
+        finite = not isinstance(value, float) or math.isfinite(value)
+        require(finite, f"--{f.name} must be a finite number, found {value}")
     return args
+
+
 _LIMITS = {"at_least": "at least", "at_most": "at most"}
 
 
@@ -319,6 +350,7 @@ def _boolean(word: str) -> bool:
     return word.lower() == "true"
 
 
+@lru_cache
 def _comments(cls) -> dict[str, str]:
     """The comment that each field of a dataclass stands under."""
     comment, found = "", {}
@@ -576,6 +608,7 @@ def rollout_metrics(batch, task_rewards: list, finished: list[bool], samples: in
 # ======================================================================================================================
 
 ON_SCREEN = ("reward/mean", "loss/", "kl/", "policy/kl_old", "policy/logit_gap", "length/mean", "revise/", "eval/")
+_folder = None  # of this process's run
 FREE_TO_CHANGE = {"out", "resume", "device", "micro_batch", "rollout_rows", "save_every", "wandb"}
 
 
@@ -587,58 +620,92 @@ def from_rank_0(value):
 
 
 class RunFolder:
-    """args.json, source.py, metrics.jsonl, samples.jsonl, plot.png, report.html, checkpoint/, model/. Rank 0 writes."""
+    """args.json, source.py, metrics.jsonl, samples.jsonl, plot.png, report.html, checkpoint/, model/. Rank 0 writes.
+
+    One process at a time: its rank 0 holds a lock on .lock, which the kernel frees when it dies.
+    """
 
     def __init__(self, args, script: str):
         name = Path(script).stem
         self.path = Path(from_rank_0(args.out or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"))
-        settings = asdict(args)
-        resume = settings.get("resume", False)  # a script without steps has none of these
-        self.settings, self.total = settings, settings.get("steps", 0)
+        self.settings = settings = asdict(args)
+        self.total = settings.get("steps", 0)  # a script without steps has no --resume either
         self.first = self.tracker = None
-        files = [p.name for p in self.path.iterdir() if p.suffix != ".part"] if self.path.is_dir() else []
-        files = from_rank_0(files)
-        require(not resume or args.out, "--resume needs --out, the folder of the run to go on with")
-        if resume and "args.json" in files:
-            before = from_rank_0(json.loads((self.path / "args.json").read_text())["args"] if rank() == 0 else None)
-            for key in settings.keys() - FREE_TO_CHANGE:
-                require(
-                    before.get(key) == settings[key],
-                    f"--resume {self.path}: --{key} was {before.get(key)!r} and is now {settings[key]!r}; "
-                    "a resumed run keeps its settings",
-                )
-        else:
-            hint = ", or give --resume" if "resume" in settings else ""
-            require(not files, f"--out {self.path} exists and is not empty: choose another folder{hint}")
+        require(args.out or not settings.get("resume"), "--resume needs --out, the folder of the run to go on with")
+        wandb = not settings.get("wandb") or importlib.util.find_spec("wandb") is not None
+        require(wandb, "--wandb: the package wandb is not installed")
+        problem = None
         if rank() == 0:
-            self.path.mkdir(parents=True, exist_ok=True)
+            try:
+                self._open(Path(script))
+            except (BadInput, OSError) as error:
+                problem = str(error) if isinstance(error, BadInput) else f"--out {self.path}: {error.strerror}"
+        problem = from_rank_0(problem)
+        require(problem is None, problem)
         if ranks_of_node() < world():
             _require_shared(self.path)
         say(f"run folder: {self.path}")
-        if rank() != 0:
-            return
-        if settings.get("wandb"):
-            require(importlib.util.find_spec("wandb") is not None, "--wandb: the package wandb is not installed")
+        if rank() == 0 and settings.get("wandb"):
             import wandb
 
             self.tracker = wandb.init(project="minalign", name=self.path.name, config=settings, resume="allow")
-        about = {"args": settings, "command": " ".join(sys.argv), "world": world(), "git": _git_commit()}
-        about |= {"torch": torch.__version__, "time": time.strftime("%Y-%m-%d %H:%M:%S")}
-        write_whole(self.path / "args.json", json.dumps(about, indent=2) + "\n")
-        shutil.copy(script, self.path / "source.py")
+
+    def _open(self, script: Path) -> None:
+        """Make the folder this process's, or refuse what would mix two runs."""
+        global _folder
+        path, settings = self.path, self.settings
+        resume, hint = settings.get("resume", False), ", or give --resume" if "resume" in settings else ""
+        for locked in (False, True):  # what another process did before the lock was ours shows the second time
+            used = _is_used(path)
+            known = resume and (path / "args.json").exists()
+            require(known or not used, f"--out {path} exists and is not empty: choose another folder{hint}")
+            if not locked:
+                _lock(path)
+        _folder, source, watched = path, path / "source.py", _watch(script, settings)
+        changed = self._changes(stored(path / "args.json"), watched) if used else []
+        if changed:
+            found = f"WARNING: {', '.join(changed)} changed since the run in {path} began; it goes on with the new code"
+            if script.name in changed and source.exists():
+                source.rename(path / time.strftime("source-until-%Y%m%d-%H%M%S.py"))
+                found += ", and the old script is kept as source-until-*.py"
+            print(found, file=sys.stderr)
         for name in ("metrics.jsonl", "samples.jsonl"):
-            (self.path / name).touch()
+            (path / name).touch()
+        write_whole(source, script.read_text())
+        about = {"args": settings, "command": " ".join(sys.argv), "world": world(), "git": _git_commit()}
+        about |= {"torch": torch.__version__, "time": time.strftime("%Y-%m-%d %H:%M:%S"), "watched": watched}
+        write_whole(path / "args.json", json.dumps(about, indent=2) + "\n")
+
+    def _changes(self, before: dict, watched: dict) -> list[str]:
+        """Names of code that has changed since a run wrote `before`; other settings, data or models are refused."""
+        for key in self.settings.keys() - FREE_TO_CHANGE:
+            require(
+                before["args"].get(key) == self.settings[key],
+                f"--resume {self.path}: --{key} was {before['args'].get(key)!r} and is now {self.settings[key]!r}; "
+                "a resumed run keeps its settings",
+            )
+        changed = [key for key, digest in before.get("watched", {}).items() if watched.get(key, digest) != digest]
+        data = ", ".join(key for key in changed if not key.endswith(".py"))
+        require(not data, f"--resume {self.path}: the content of {data} is not that with which the run began")
+        return changed
 
     def cut(self, step: int) -> None:
         """Forget what was logged after `step`: the checkpoint that the run goes on from was written there."""
-        if rank() == 0:
-            for name in ("metrics.jsonl", "samples.jsonl"):
-                lines = (self.path / name).read_text().splitlines(keepends=True)
-                whole = [line for line in lines if line.endswith("\n")]  # the last one may be torn
-                write_whole(self.path / name, "".join(line for line in whole if json.loads(line)["step"] <= step))
+        if rank() != 0:
+            return
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            lines = (self.path / name).read_text(errors="replace").split("\n")[:-1]  # the last one may be torn
+            steps = [_step_of(line) for line in lines]
+            kept = [line + "\n" for line, at in zip(lines, steps) if at is not None and at <= step]
+            write_whole(self.path / name, "".join(kept))
+            gap = [at for at in range(step + 1) if at not in steps and name == "metrics.jsonl"]
+            for what, lost in (("damaged lines, taken out", steps.count(None)), ("steps that are missing", gap)):
+                if lost:
+                    print(f"{self.path / name}: {what}: {lost}")
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """One line into metrics.jsonl and one on the screen. Values must be finite or None (not known)."""
+        stop_unless_finite({name: value for name, value in metrics.items() if value is not None})
         if rank() != 0:
             return
         with (self.path / "metrics.jsonl").open("a") as file:
@@ -662,17 +729,20 @@ class RunFolder:
 
     def report(self) -> None:
         """plot.png and report.html, if report.py is there."""
-        if rank() == 0 and importlib.util.find_spec("report"):
-            import report
-
-            report.write_report(self.path)
+        self._write_page(lambda report: report.write_report(self.path))
 
     def token_page(self, name: str, title: str, answers: list[dict]) -> None:
         """A page of answers with coloured tokens, if report.py is there; see report.token_page()."""
+        self._write_page(lambda report: report.token_page(self.path / name, title, answers))
+
+    def _write_page(self, write) -> None:
         if rank() == 0 and importlib.util.find_spec("report"):
             import report
 
-            report.token_page(self.path / name, title, answers)
+            try:
+                write(report)
+            except (Exception, SystemExit) as error:  # a page must never cost the model
+                print(f"{self.path}: no plot or page could be written ({type(error).__name__}: {error})", flush=True)
 
 
 class Run(RunFolder):
@@ -682,7 +752,7 @@ class Run(RunFolder):
     for step in run.steps(models, optimizer, evaluate):    goes on from a checkpoint, or evaluates first
         run.lap("update")                                  time/update: the seconds since the last lap
         run.end_step(metrics, samples)                     logs; evaluates and saves when it is time
-    run.finish(policy, tokenizer)                          model/ and report.html; after an early end, how to go on
+    run.finish(policy, tokenizer)                          model/ and report.html; after an early end no model/
     """
 
     stop_after = None  # tests end a run after this step, as a signal would
@@ -724,29 +794,26 @@ class Run(RunFolder):
             save_checkpoint(self.path, step, self.models, self.optimizer)
 
     def finish(self, policy, tokenizer) -> None:
-        global _exit_code
-        export_model(self.path / "model", policy, tokenizer)
+        """A run has ended when it has model/. One that was stopped exports nothing and leaves with an exit code."""
+        if not self.stopped:
+            export_model(self.path / "model", policy, tokenizer)
         self.report()
         if self.stopped:
-            number = int(all_max(_signal, torch.device("cpu")))
-            _exit_code = 128 + number if number else 0
             words = sys.argv + ([] if self.settings["out"] else ["--out", str(self.path)])
             words += [] if "--resume" in words else ["--resume"]
-            say(
-                f"stopped after step {self.step + 1} of {self.total}, whose checkpoint and model are in {self.path}; "
-                f"to go on: python {shlex.join(words)}"
+            leave_stopped(
+                f"stopped after step {self.step + 1} of {self.total}: {self.path} has its checkpoint, and no model/ "
+                f"before the last step; to go on: python {shlex.join(words)}"
             )
 
     def _resume(self) -> int:
         """Load the newest checkpoint, if there is one; returns the step to go on with."""
-        newest = latest_checkpoint(self.path)
-        if newest is None:
-            self.cut(-1)
-            return 0
-        step, path = newest
-        load_checkpoint(path, self.models, self.optimizer)
-        self.cut(step)
-        say(f"resumed from {path}")
+        step, path = latest_checkpoint(self.path) or (0, None)
+        if path:
+            load_checkpoint(path, self.models, self.optimizer)
+            _remove_other_checkpoints(path)  # which the run was removing when it was killed
+            say(f"resumed from {path}")
+        self.cut(step if path else -1)
         return step
 
 
@@ -772,13 +839,89 @@ def write_whole(path: Path, text: str) -> None:
     part.replace(path)
 
 
-def _git_commit() -> str | None:
-    here = Path(__file__).resolve().parent
+def stored(path: Path, key: str = "args", kind: type = dict) -> dict:
+    """The content of a JSON file that a run has written, with something of this kind under `key`."""
     try:
-        out = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True, text=True)
-    except OSError:  # there is no git here
+        content = json.loads(path.read_text())
+        whole = isinstance(content[key], kind) and bool(content[key])
+    except (OSError, ValueError, TypeError, KeyError):
+        whole = False
+    require(whole, f"{path} is missing or damaged: expected JSON with '{key}'")
+    return content
+
+
+def unfinished(folder: Path) -> str:
+    """What to add where a model is expected in a folder that has none: perhaps it is that of a run."""
+    for run in (folder, folder.parent):
+        if (run / "args.json").exists():
+            ended = (run / "model").exists()
+            return f"; its model is {run}/model" if ended else f"; the run in {run} has not ended (--resume)"
+    return ""
+
+
+_NEW = {".lock", "args.json", "source.py", "metrics.jsonl", "samples.jsonl"}  # what a run has before it logs
+
+
+def _is_used(path: Path) -> bool:
+    """Whether a folder has anything else than what a run leaves that never logged a step."""
+    files = list(path.iterdir()) if path.is_dir() else []
+    old = [p for p in files if p.suffix == ".jsonl" and p.stat().st_size or p.name not in _NEW and p.suffix != ".part"]
+    return bool(old) or bool(files) and path / ".lock" not in files
+
+
+def _remove_unused_folder() -> None:
+    """A run that failed before it logged anything leaves no folder."""
+    if _folder and not _is_used(_folder):
+        shutil.rmtree(_folder, ignore_errors=True)
+
+
+def _lock(folder: Path) -> None:
+    """Make a folder and hold it for the life of this process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)  # stays open: closing it would free the lock
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        used = error.errno in (errno.EAGAIN, errno.EACCES)
+        require(not used, f"--out {folder}: another process is using this run folder")
+        print(f"{folder}: this file system has no locks: do not start a second run in it", file=sys.stderr)
+
+
+def _watch(script: Path, settings: dict) -> dict[str, str]:
+    """Hashes of what a resumed run must find as it was: code, and the files and models that arguments name."""
+    files = {path.name: path for path in (script, *map(script.with_name, ("common.py", "lm.py", "tasks.py")))}
+    for name, value in settings.items():
+        if isinstance(value, str) and value and name != "out":
+            files[f"--{name} {value}"] = BUILTIN.get(value, Path(value))
+    return {name: _digest(path) for name, path in files.items() if os.path.exists(path)}
+
+
+def _digest(path: Path) -> str:
+    """Of a file, or of a model in a folder: sizes and contents, of which 32 MiB at both ends stand for a large file."""
+    sha, some = hashlib.sha256(), 2**25  # a model takes a moment, and trained weights differ everywhere
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        if file == path or file.suffix in (".json", ".jinja", ".model", ".txt", ".safetensors"):
+            with file.open("rb") as content:
+                size = content.seek(0, os.SEEK_END)
+                sha.update(f"{file.relative_to(path)} {size}\n".encode())
+                for start in (0, max(some, size - some)):
+                    content.seek(start)
+                    sha.update(content.read(some))
+    return sha.hexdigest()
+
+
+def _step_of(line: str) -> int | None:
+    """The step of a logged line; None if it is damaged."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
         return None
-    return out.stdout.strip() or None
+
+
+def _git_commit() -> str | None:
+    command = ["git", "-C", Path(__file__).resolve().parent, "describe", "--always", "--dirty"]
+    with contextlib.suppress(OSError):  # there is no git here
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
 
 
 # ======================================================================================================================
@@ -786,8 +929,8 @@ def _git_commit() -> str | None:
 # ======================================================================================================================
 
 
-def _options(**more) -> StateDictOptions:
-    return StateDictOptions(ignore_frozen_params=True, strict=False, **more)  # LoRA: the frozen body is not saved again
+def _options() -> StateDictOptions:
+    return StateDictOptions(ignore_frozen_params=True, strict=False)  # LoRA: the frozen body is not saved again
 
 
 def save_checkpoint(folder: Path, step: int, model, optimizer) -> None:
@@ -797,25 +940,46 @@ def save_checkpoint(folder: Path, step: int, model, optimizer) -> None:
     """
     home = Path(folder) / "checkpoint"
     temporary, target = home / f"tmp-{step:06d}", home / f"step-{step:06d}"
+    if all_max(not _weights_are_sound(model), next(model.parameters()).device):
+        found = f"the weights after step {step} are not finite or above 1e18, and are not saved"
+        raise FloatingPointError(f"{found}: an earlier checkpoint stays as it was; a smaller --lr may help")
     if rank() == 0:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     dist.barrier()
     _begin_state(optimizer)
     model_state, optimizer_state = get_state_dict(model, optimizer, options=_options())
-    with _quiet_dcp():
+    with warnings.catch_warnings(action="ignore"):  # that one process is a short process group
         dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=temporary)
-    dist.barrier()
+    own = [*temporary.glob(f"__{rank()}_*")] + [temporary / ".metadata"] * (rank() == 0)
+    files = dict(gather([(path.name, _size_and_hash(path)) for path in own]))
     if rank() == 0:
-        sizes = {p.name: p.stat().st_size for p in temporary.iterdir()}
-        (temporary / "manifest.json").write_text(json.dumps(sizes))
-        if target.exists():
-            shutil.rmtree(target)
+        (temporary / "manifest.json").write_text(json.dumps({"step": step, "files": files}))
+        shutil.rmtree(target, ignore_errors=True)
         temporary.rename(target)
-        for old in home.iterdir():
-            if old != target:
-                shutil.rmtree(old, ignore_errors=True)
+        _remove_other_checkpoints(target)
     dist.barrier()
+
+
+def _weights_are_sound(model) -> bool:
+    """Whether no trained weight of this rank is NaN, or so large that its square overflows."""
+    parts = [p.to_local() if hasattr(p, "to_local") else p for p in model.parameters() if p.requires_grad]
+    ends = [torch.stack(torch.aminmax(part.detach())) for part in parts if part.numel()]
+    return not ends or float(torch.stack(ends).abs().max()) < 1e18
+
+
+def _size_and_hash(path: Path) -> list:
+    if not path.exists():
+        return [0, "nothing"]
+    with path.open("rb") as file:
+        return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
+
+
+def _remove_other_checkpoints(kept: Path) -> None:
+    """What runs have made beside `kept`, and nothing else."""
+    for old in kept.parent.iterdir() if rank() == 0 else []:
+        if old != kept and re.fullmatch(r"(step|tmp)-\d{6,}", old.name):
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def _begin_state(optimizer) -> None:
@@ -832,44 +996,48 @@ def _begin_state(optimizer) -> None:
 
 
 def latest_checkpoint(folder: Path) -> tuple[int, Path] | None:
-    """(step, path) of the newest checkpoint of a run folder, checked file by file; None when there is none."""
-    steps = sorted((Path(folder) / "checkpoint").glob("step-*"))
+    """(step, path) of the newest checkpoint of a run folder, every byte of it checked; None when there is none.
+
+    All ranks call it: each checks its share of the files.
+    """
+    found = (Path(folder) / "checkpoint").glob("step-*")
+    steps = {int(path.name[5:]): path for path in found if re.fullmatch(r"step-\d{6,}", path.name)}
     if not steps:
         return None
-    newest = steps[-1]
-    manifest = newest / "manifest.json"
-    require(manifest.exists(), f"checkpoint {newest} has no manifest.json: it is not whole")
-    for name, size in json.loads(manifest.read_text()).items():
-        found = (newest / name).stat().st_size if (newest / name).exists() else 0
-        require(found == size, f"checkpoint {newest} is truncated: {name} has {found} bytes, expected {size}")
-    return int(newest.name.split("-")[1]), newest
+    step, newest = max(steps.items())
+    manifest = stored(newest / "manifest.json", "files")
+    saved, files = manifest.get("step"), sorted(manifest["files"].items())
+    require(saved == step, f"checkpoint {newest} was saved after step {saved}: give the folder its name back")
+    found = [(name, _size_and_hash(newest / name), expected) for name, expected in files[rank() :: world()]]
+    wrong = gather([f"{name} is {has}, expected {expected}" for name, has, expected in found if has != expected])
+    require(not wrong, f"checkpoint {newest} is damaged: {'; '.join(wrong[:1])}")
+    return step, newest
+
+
+class _Index(pickle.Unpickler):
+    """Reads a checkpoint's .metadata, a pickle: with nothing in it but what torch writes there, it runs no code."""
+
+    known = re.compile(
+        r"torch\.distributed\.checkpoint\.(metadata\.(_MEM_FORMAT_ENCODING|[A-Z]\w+)|filesystem\._StorageInfo)|"
+        r"pathlib\.(_local\.)?PosixPath|torch\.(Size|serialization\._get_layout|bool|b?float\d+|u?int\d+)"
+    )
+
+    def find_class(self, module, name):
+        known = self.known.fullmatch(f"{module}.{name}")
+        require(known, f"the checkpoint's .metadata would run {module}.{name}, which torch does not write")
+        return super().find_class(module, name)
 
 
 def load_checkpoint(path: Path, model, optimizer) -> None:
-    """Model and optimizer as they were, on any number of ranks.
-
-    Tensors are read with weights_only, but torch keeps their index (.metadata) as a pickle: resume only what you trust.
-    """
+    """Model and optimizer as they were, on any number of ranks. No file in it can run code: see _Index."""
+    with (path / ".metadata").open("rb") as file:
+        _Index(file).load()
     model_state, optimizer_state = get_state_dict(model, optimizer, options=_options())
     state = {"model": model_state, "optimizer": optimizer_state}
-    with _quiet_dcp():
+    with warnings.catch_warnings(action="ignore"):
         dcp.load(state, checkpoint_id=path)
-    set_state_dict(
-        model,
-        optimizer,
-        model_state_dict=state["model"],
-        optim_state_dict=state["optimizer"],
-        options=_options(),
-    )
-
-
-@contextlib.contextmanager
-def _quiet_dcp():
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it warns that one process is a short process group
-        yield
+    parts = dict(model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    set_state_dict(model, optimizer, **parts, options=_options())
 
 
 def export_model(folder: Path, model, tokenizer) -> None:
@@ -890,8 +1058,14 @@ def export_model(folder: Path, model, tokenizer) -> None:
         shutil.rmtree(work, ignore_errors=True)
         skeleton.save_pretrained(work, state_dict=state)
         tokenizer.save_pretrained(work)
-        shutil.rmtree(folder, ignore_errors=True)
-        work.rename(folder)
+        for file in work.iterdir():  # safetensors gives its files to their owner alone
+            file.chmod((work / "config.json").stat().st_mode)
+        if folder.exists():  # an ended run that was resumed: the same files again, beside what was added to them
+            for file in work.iterdir():
+                file.replace(folder / file.name)
+            work.rmdir()
+        else:
+            work.rename(folder)
     dist.barrier()
 
 

@@ -202,12 +202,12 @@ def load_data(args, tokenizer, load):
     task = None
     if not args.dataset:
         require(args.task in ("auto", "chains"), f"--task {args.task} has no built-in pairs: --dataset is needed")
-        task = tasks.load_task("chains", "", args.reward_file, args.seed, args.test_rows)
+        task = tasks.load_task("chains", "", args.reward_file, args.test_rows)
         train, test = tasks.builtin().slipping_pairs(args.seed, args.test_rows)
     else:
         train, test = tasks.split_pairs(load(args.dataset), args.test_rows, "test_rows")
         if args.task != "auto":
-            task = tasks.load_task(args.task, args.test_dataset, args.reward_file, args.seed, args.test_rows)
+            task = tasks.load_task(args.task, args.test_dataset, args.reward_file, args.test_rows)
         elif args.reward_file:
             task = tasks.Task("pairs", tasks.walk(train), test, tasks.load_reward(args.reward_file))
     sides = [side for side in ("chosen", "rejected") if side in train[0]]

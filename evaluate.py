@@ -185,8 +185,7 @@ def complete(sampling, prompts: dict[int, list[int]], seed: int, draws, device) 
             common.say(f"  {min(first + size, len(numbers))} of {len(numbers)} prompts, {samples} completions each")
             last = time.time()
         if common.stop_requested(device):
-            common.say("stopped before the end: nothing is written")
-            raise SystemExit(1)
+            common.leave_stopped("stopped before the end: nothing is written")
     return mine
 
 
@@ -219,7 +218,7 @@ def measure_accuracy(args) -> None:
     """Greedy and sampled accuracy on held-out prompts, or on training prompts, whose samples make --pairs_out."""
     device, n, train = common.local_device(args.device), args.samples_per_prompt, bool(args.pairs_out)
     held_out = args.test_rows, args.test_dataset
-    task = tasks.load_task(args.task, args.dataset, args.reward_file, args.seed, *held_out, train=train)
+    task = tasks.load_task(args.task, args.dataset, args.reward_file, *held_out, train=train)
     tokenizer = lm.load_tokenizer(args.model)
     task = tasks.fit_prompts(task, tokenizer, args.max_prompt, args.long_prompts)
     if train:
@@ -284,17 +283,23 @@ def rate_reward_model(args) -> None:
 
 def load_questions(args, tokenizer) -> list[dict]:
     """Rows of --dataset with `turns` (texts) and `temperature`; the longest prompt that can come of them must fit."""
-    rows = tasks.read_rows(args.dataset)
+    rows, seen = tasks.read_rows(args.dataset), set()
     for i, row in enumerate(rows, 1):
         where = f"{args.dataset}: row {i}"
         if args.format == "alpaca_eval":
             row |= {"turns": [tasks.column(row, "instruction", where)], "temperature": args.temperature}
+            if "dataset" in row:
+                tasks.column(row, "dataset", where)
         else:
-            require("question_id" in row, f"{where}: 'question_id' is missing; expected MT-Bench's question_id, turns")
-            turns = row.get("turns")
-            texts = isinstance(turns, list) and turns and all(isinstance(turn, str) and turn for turn in turns)
-            require(texts, f"{where}: 'turns' is {turns!r}; expected a list of texts, one per turn")
-            row["temperature"] = MT_BENCH.get(row.get("category"), 0.7)
+            name, turns = row.get("question_id"), row.get("turns")
+            known = type(name) is int or (type(name) is str and name.isprintable())
+            known = known and type(name) is type(rows[0]["question_id"]) and name not in seen
+            require(known, f"{where}: 'question_id' is {name!r:.80}; expected a number, or text as in row 1, used once")
+            seen.add(name)
+            require(isinstance(turns, list) and turns, f"{where}: 'turns' is {turns!r:.80}; expected a list of texts")
+            row["turns"] = [tasks.column({"turns": turn}, "turns", where) for turn in turns]
+            category = tasks.column(row, "category", where) if row.get("category") else ""
+            row["temperature"] = MT_BENCH.get(category, 0.7)
         turns = [x for turn in row["turns"] for x in (turn, ".")][:-1]
         chat = [{"role": ("user", "assistant")[j % 2], "content": text} for j, text in enumerate(turns)]
         longest = len(common.encode_prompt(tokenizer, chat)) + (len(row["turns"]) - 1) * args.max_new_tokens
@@ -303,8 +308,17 @@ def load_questions(args, tokenizer) -> list[dict]:
     return rows
 
 
+def generator_name(args) -> str:
+    """The model's name in an answer file, and for MT-Bench the name of that file."""
+    name = (args.generator or args.model.strip("./")).replace("/", "-")
+    usable = len(name.encode()) <= 200 and name.isprintable() and name not in ("metrics", "samples")
+    require(usable, f"--generator {name!r:.80}: expected at most 200 letters that name a file of answers")
+    return name
+
+
 def answer_questions(args) -> None:
     """An answer file for a judge. A turn sees the questions and answers before it."""
+    name = generator_name(args)
     device, tokenizer = common.local_device(args.device), lm.load_tokenizer(args.model)
     questions = load_questions(args, tokenizer)
     run = common.RunFolder(args, __file__)
@@ -321,7 +335,6 @@ def answer_questions(args) -> None:
             for i, ids in common.gather(mine):
                 chats[i].append({"role": "assistant", "content": common.decode(tokenizer, [ids])[0].strip()})
                 ended.append(float(ids[-1] in lm.stop_ids(sampling.policy, tokenizer)))
-    name = (args.generator or args.model.strip("./")).replace("/", "-")
     answers = [[m["content"] for m in chat if m["role"] == "assistant"] for chat in chats]
     if args.format == "alpaca_eval":
         file, rows = "alpaca_eval.json", []
@@ -352,7 +365,7 @@ def with_sizes(args):
     sizes = {"max_prompt": args.max_prompt, "max_new_tokens": args.max_new_tokens}
     file = Path(args.model).parent / "args.json"
     if Path(args.model).is_dir() and file.is_file() and not args.format:
-        trained = json.loads(file.read_text()).get("args", {})
+        trained = common.stored(file)["args"]
         sizes = {name: size or trained.get(name, 0) for name, size in sizes.items()}
     config = lm.load_config(args.model).get_text_config()
     positions = getattr(config, "max_position_embeddings", None) or 1024
@@ -398,7 +411,9 @@ def evaluate(args) -> None:
     require(both, "--pairs and --reward_model go together: give both to rate a reward model, or none of them")
     kinds = [name for name in ("--pairs", "--format", "--pairs_out") if getattr(args, name[2:])]
     require(len(kinds) < 2, f"{' and '.join(kinds)} are two evaluations; expected one of them")
-    require(not Path(args.pairs_out or "-").exists(), f"--pairs_out {args.pairs_out} exists; expected a new file")
+    file = Path(args.pairs_out or "-")
+    new = not file.exists() and file.parent.is_dir()
+    require(new, f"--pairs_out {args.pairs_out}: expected a new file in a folder that exists")
     require(args.dataset or not args.format, f"--dataset is empty; expected questions for --format {args.format}")
     run = rate_reward_model if args.pairs else answer_questions if args.format else measure_accuracy
     run(with_sizes(args))

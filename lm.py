@@ -47,6 +47,7 @@ from common import (  # before torch: it sets how threads wait
     require,
     say,
     take,
+    unfinished,
     uniforms,
     world,
 )
@@ -70,10 +71,10 @@ def model_path(name: str) -> str:
         return str(folder)
     folder = Path(name)
     if folder.is_dir():
-        require((folder / "config.json").exists(), f"--model {name}: the folder has no config.json")
+        require((folder / "config.json").exists(), f"--model {name}: the folder has no config.json{unfinished(folder)}")
     else:
-        local = name.startswith((".", "/", "~")) or name.count("/") > 1
-        require(not local, f"--model {name}: no such folder")
+        local = name.startswith((".", "/", "~")) or name.count("/") > 1 or unfinished(folder)
+        require(not local, f"--model {name}: no such folder{unfinished(folder)}")
     return name
 
 
@@ -881,6 +882,8 @@ def generate(
             done = decode(prompts, samples, u)
             for row, completion, logprob in zip(rows, *done):
                 completions[row], logprobs[row] = completion, logprob
+            if not math.isfinite(sum(map(sum, done[1]))):
+                raise FloatingPointError("the logits of the model that answers are not finite: its weights are broken")
     return (completions, logprobs) if return_logprobs else completions
 
 
@@ -973,13 +976,13 @@ def _pick(logits: torch.Tensor, temperature: float, u: torch.Tensor | None) -> t
     Without u the largest logit, whose log-probability is 0: greedy decoding always takes it.
     """
     if u is None:
-        return logits.argmax(-1), logits.new_zeros(len(logits), dtype=torch.float32)
+        return logits.argmax(-1), logits.amax(-1).float() * 0  # not finite where a logit is not
     probability = (logits.float() / temperature).softmax(-1)
     cumulative = probability.cumsum(-1)
     total = cumulative[:, -1:]
     # Strictly below the total, so that a token of probability 0 is never chosen.
     target = torch.minimum(u[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    token = torch.searchsorted(cumulative, target, right=True)
+    token = torch.searchsorted(cumulative, target, right=True).clamp_max(logits.shape[-1] - 1)  # NaN is beyond all
     return token[:, 0], probability.gather(-1, token)[:, 0].log()
 
 

@@ -310,7 +310,7 @@ def prepare(args):
     compared = args.advantage != "group" or args.samples_per_prompt > 1
     require(compared, "--advantage group compares the samples of a prompt: --samples_per_prompt must be at least 2")
     geometry = common.split_evenly(args.prompts_per_step, args.samples_per_prompt, args.minibatches, args.micro_batch)
-    source = args.task, args.dataset, args.reward_file, args.seed, args.test_rows, args.test_dataset
+    source = args.task, args.dataset, args.reward_file, args.test_rows, args.test_dataset
     task = tasks.load_task(*source, graded=not args.reward_model)
     tokenizer = lm.load_tokenizer(args.model)
     if args.reward_model or args.reward_ref:

@@ -180,7 +180,7 @@ def prepare(args):
     require(divides, f"--pairs_per_step {args.pairs_per_step} does not divide among {common.world()} ranks")
     tokenizer = lm.load_tokenizer(args.model)
     lm.fits_context(args.model, args.max_prompt + args.max_new_tokens)
-    pairs = tasks.load_pairs(args.pairs or tasks.BUILTIN_PAIRS)
+    pairs = tasks.load_pairs(args.pairs or tasks.builtin().PAIRS)
     pairs, note = common.encode_pairs(tokenizer, pairs, args.max_prompt, args.max_new_tokens)
     train_pairs, test_pairs = tasks.split_pairs(pairs, args.test_pairs)
     enough = len(train_pairs) >= args.pairs_per_step

@@ -91,6 +91,7 @@ def draw(figures: list[list[str]], groups: dict[str, list[list[dict]]], title: s
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    plt.rcParams["text.parse_math"] = False  # names of folders may have a $
     columns, rows = min(3, len(figures)) or 1, math.ceil(len(figures) / 3) or 1
     figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 2.9 * rows), squeeze=False)
     for axis, names in zip(axes.flat, figures):

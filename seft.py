@@ -443,7 +443,7 @@ def make_round(writers, data, first: int, args, folder: Path) -> tuple[list[Answ
             file.parent.mkdir(parents=True, exist_ok=True)
             common.write_whole(file, json.dumps({"threshold": threshold, "answers": answers}))
         common.from_rank_0(None)  # the others read it only when it is there
-    made = json.loads(file.read_text())
+    made = common.stored(file, "answers", list)
     return [Answer(**a) for a in made["answers"]], made["threshold"]
 
 
@@ -633,7 +633,7 @@ def load_data(args, tokenizer) -> Data:
     name = args.task if args.task != "auto" or args.prompts or args.dataset else "chains"
     if name in ("chains", "strings", "words") or args.prompts:
         held_out = args.test_rows, args.test_dataset
-        task = tasks.load_task(name, args.prompts, args.reward_file, args.seed, *held_out, graded=False)
+        task = tasks.load_task(name, args.prompts, args.reward_file, *held_out, graded=False)
     else:
         task = tasks.Task("pairs", None, [], tasks.load_reward(args.reward_file) if args.reward_file else None)
     parts = [], []

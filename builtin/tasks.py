@@ -6,15 +6,24 @@
 """
 
 import itertools
+import json
 import os
 import re
 import zlib
 from collections.abc import Callable
-from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
-from tasks import Task, find_numbers, generator, given_gold, last_number, of_prompt, walk
+from graders import find_numbers, last_number
+from tasks import Task, generator, walk
+
+PAIRS = str(Path(__file__).resolve().parent / "pairs.jsonl")  # of the bare qrm.py, from the built-in model's own answers
+
+
+def of_prompt(seed: int, purpose: str, row: dict) -> np.random.Generator:
+    """Random numbers of a prompt, wherever it stands in a list and whichever rank has it."""
+    return generator(seed, purpose, zlib.crc32(json.dumps(row["prompt"]).encode()))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -101,12 +110,6 @@ def chain_correct(completions: list[str], rows: list[dict]) -> list[bool]:
 def chain_answered(completions: list[str]) -> list[bool]:
     """Whether one number stands after the last `=`."""
     return [len(chain_terms(text.rpartition("=")[2]) or []) == 1 for text in completions]
-
-
-def chain_step_labels(row: dict, completion: str) -> list[bool]:
-    """For each step: is the derivation exact up to its end? The last one must also be the answer."""
-    so_far = list(itertools.accumulate(chain_steps(row["prompt"], completion), lambda a, b: a and b))
-    return [*so_far[:-1], completion == chain_solution(row["prompt"])]
 
 
 def chain_credit(prompt, tokens: list[str]) -> list[float] | None:
@@ -207,13 +210,6 @@ def slipping_pairs(seed: int, test_rows: int) -> tuple[list[dict], list[dict]]:
     """2,000 training pairs and held-out ones: both answers are by one writer who slips, so that the better ones do too."""
     made = dict(slip=0.6, needless=0.1, exact=False)
     return preference_pairs(2000, seed, **made), preference_pairs(test_rows, 0, held_out=True, **made)
-
-
-def chain_pairs(n: int, seed: int, held_out: bool = False) -> list[dict]:
-    """`preference_pairs` with the labels of their steps."""
-    pairs = preference_pairs(n, seed, held_out=held_out)
-    sides = ("chosen", "rejected")
-    return [p | {f"{side}_labels": chain_step_labels(p, p[side]) for side in sides} for p in pairs]
 
 
 def unannotated(n: int, seed: int) -> list[dict]:
@@ -451,16 +447,16 @@ def word_answered(completions: list[str]) -> list[bool]:
     return [last_number(text) is not None for text in completions]
 
 
-
 def load(name: str, test_rows: int) -> Task:
     """The task of this name, without its reward."""
     if name == "chains":
-        test = chain_test_rows(test_rows)
-        made = Task(name, chain_rows, test, None, chain_correct, chain_answered, chain_step_labels)
-        return replace(made, gold=chain_gold, pairs=chain_pairs, unannotated=unannotated)
-    if name == "strings":
+        made = Task(name, chain_rows, chain_test_rows(test_rows), None, chain_correct, chain_answered)
+        made.pairs, made.unannotated = preference_pairs, unannotated
+    elif name == "strings":
         made = Task(name, string_rows, string_test_rows(test_rows), None, string_correct, string_answered)
-        return replace(made, gold=string_gold, pairs=string_pairs, unannotated=string_unannotated)
-    train, test = word_rows()
-    made = Task(name, walk(train), test[:test_rows], None, word_correct, word_answered, train=train)
-    return replace(made, gold=given_gold)
+        made.pairs, made.unannotated = string_pairs, string_unannotated
+    else:
+        train, test = word_rows()
+        made = Task(name, walk(train), test[:test_rows], None, word_correct, word_answered, train=train)
+    made.note = f"{name}: {len(made.train) or 'endless'} training rows, {len(made.test)} held-out rows"
+    return made

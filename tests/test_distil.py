@@ -14,7 +14,8 @@ import pytest
 from conftest import assert_same_metrics, check_here, flags, read_metrics, run_here, run_script
 
 SCRIPTS = {"dpo": dpo, "dckd": dckd, "adpa": adpa}
-FILES = ["args.json", "checkpoint", "metrics.jsonl", "model", "plot.png", "report.html", "samples.jsonl", "source.py"]
+FILES = [".lock", "args.json", "checkpoint", "metrics.jsonl", "model", "plot.png", "report.html"]
+FILES += ["samples.jsonl", "source.py"]
 TINY = dict(steps=3, prompts_per_step=4, micro_batch=4, max_prompt=24, max_new_tokens=24, test_rows=4)
 TINY |= dict(eval_every=2, lr=1e-3)
 
@@ -200,7 +201,7 @@ JOBS = {
 }
 DRIVER = """
 import json, sys
-import common, adpa, dckd, dpo
+import common, lm, adpa, dckd, dpo
 
 def main():
     for script, settings in json.load(open(sys.argv[1])):

@@ -21,10 +21,10 @@ from conftest import ROOT, TINY, flags, read_metrics, run_here, run_script
 
 import torch
 
-FILES = ["args.json", "metrics.jsonl", "result.json", "samples.jsonl", "source.py"]
+FILES = [".lock", "args.json", "metrics.jsonl", "result.json", "samples.jsonl", "source.py"]
 DRIVER = """
 import json, sys
-import common, evaluate
+import common, lm, evaluate
 
 def main():
     for settings in json.load(open(sys.argv[1])):
@@ -283,7 +283,7 @@ def judges(tiny_model, tmp_path_factory) -> dict:
     from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
     home = tmp_path_factory.mktemp("judges")
-    shared = dict(model=tiny_model, pairs=write(home / "pairs.jsonl", toys.chain_pairs(21, 0)), test_pairs=5)
+    shared = dict(model=tiny_model, pairs=write(home / "pairs.jsonl", toys.preference_pairs(21, 0)), test_pairs=5)
 
     def saved(name, cls, **config):
         torch.manual_seed(1)
@@ -310,7 +310,7 @@ def test_pair_accuracy_by_hand(how, judges, tmp_path):
     load = lambda name: lm.load_model(name, head="saved", trainable=False, device=torch.device("cpu"))  # noqa: E731
     model, tokenizer = load(settings["reward_model"]), lm.load_tokenizer(settings["model"])
     ref = load(settings["reward_ref"]) if "reward_ref" in settings else None
-    for row in toys.chain_pairs(21, 0)[-5:]:
+    for row in toys.preference_pairs(21, 0)[-5:]:
         scores = []
         for side in ("chosen", "rejected"):
             prompt = common.encode_prompt(tokenizer, row["prompt"])
@@ -506,7 +506,7 @@ def test_wrong_values(changes, words, base, tmp_path, monkeypatch):
     "kind, row, words",
     [
         ("alpaca_eval", {"prompt": "x"}, "row 2: 'instruction' is missing"),
-        ("mt_bench", {"turns": ["a", "b"]}, "row 2: 'question_id' is missing"),
+        ("mt_bench", {"turns": ["a", "b"]}, "row 2: 'question_id' is None"),
         ("mt_bench", {"question_id": 1, "turns": "a"}, "row 2: 'turns' is 'a'"),
         ("mt_bench", {"question_id": 1, "turns": ["a" * 20, "b" * 20]}, "row 2: its last prompt may have"),
     ],

@@ -1,8 +1,9 @@
-"""The graders of tasks.py: tables of right and wrong answers by reference, and of what docs/graders.md admits."""
+"""graders.py: tables of right and wrong answers by reference, and of what docs/graders.md admits."""
 
 import re
 from pathlib import Path
 
+import graders
 import tasks
 
 # fmt: off
@@ -29,9 +30,17 @@ NUMBERS_RIGHT = {
         r"#### $18\text{ eggs}$", r"#### \text{18 eggs}", r"#### 18\%",
         "#### 18\nuser: what is 3+4\nassistant: #### 7",
     ],
+    "36": ["#### 12*3 = 36 = 36"],
     "6": ["#### 5\nWait, that is wrong.\n#### 6", "#### $2.50 + $3.50 = $6.00"],
     "15": ["#### 18 eggs - 3 = 15"],
-    "5": ["#### 2+3=5"],
+    "13": [
+        "#### 3*5=15-2=13", "#### (2+3)*4 - 7 = 13", "13 = 26/2", "#### 26 \u00f7 2 = 13",
+        "So the 2 or 3 friends get 13.",
+    ],
+    "3.33": ["#### 10/3 = 3.33", "#### 3.333 = 3.33"],
+    "4": ["#### 12 / 3 = 4 $5 bills", "#### 29/7 = 4", "#### 50% of 8 = 4", "#### 8*50% = 4"],
+    "2.5": ["#### 2\u00bd"],
+    "5": ["#### 2+3=5", "#### US$5", "#### five = 5", "#### \uff15", "#### 5 dollars for 2 or 3 days"],
     "0.75": [r"#### \dfrac{3}{4}", "#### 3/4", r"\boxed{\frac34}"],
     "3.75": [r"\boxed{3\frac{3}{4}}", "#### 3 3/4", "#### 3 and 3/4"],
     "-0.5": [r"#### -\frac{1}{2}", r"#### \frac{-1}{2}"],
@@ -81,8 +90,15 @@ NUMBERS_RIGHT = {
 
 NUMBERS_WRONG = {
     "7": ["#### 18\n\nQuestion: x\n#### 7", "7:30", "#### 5, 6 and 7"],
-    "2": ["#### 2+3", "#### 9*2", "#### 10\u00b2", r"#### 2 \times 10^3", "#### 1,2"],
+    "2": [
+        "#### 1 = 2", "#### 1 = 2 = 2", r"\boxed{1 = 2}", "#### 0 = 2",
+        "#### 2+3", "#### 9*2", "#### 10\u00b2", r"#### 2 \times 10^3", "#### 1,2",
+    ],
     "5": [
+        "#### 5 or maybe 6", "#### 5 or 6 dollars", "#### 5 dollars or 6 dollars", "#### $5 or $6", "#### 5 ~ 6",
+        "#### 5 vs 6", "#### 5 \u2192 6", "#### 5 but also 6", "#### perhaps 5, perhaps 6", "#### [5] [6]", "#### 5 6",
+        "#### x = 5 or x = 6", "#### 5 \u2260 6", "#### 5 != 6", "#### 5 hours 30 minutes", "#### 5 feet 6 inches",
+        "#### 2+2 = 5", "#### 2 x 3 = 5", "#### 1 = 5", "#### 5.5 = 5", "#### sqrt(5)", "2 + 2 = 5.", "#### 3/4 = 5",
         "#### 2+3", "#### 10 + 5 + 5", "#### \u22125", r"\boxed{5 \text{ or } 6}", "#### 5/6", "#### 5 or 6",
         "#### 5, 6 and 7",
     ],
@@ -97,7 +113,9 @@ NUMBERS_WRONG = {
     ],
     "9": ["#### 9*2 = 18"],
     "20": ["#### 10 + 5 + 5"],
-    "4": [r"\boxed{\frac{3}{4}}"],
+    "4": [r"\boxed{\frac{3}{4}}", "#### x=3, y=4", "#### 2+1 = 4", r"\boxed{3 = 4}", "#### 3 = 4"],
+    "6": ["#### 5 or 6", "#### x = 5 or x = 6", "#### perhaps 5, perhaps 6", "#### a = 5; b = 6", "#### $5 = $6"],
+    "12": ["#### 12 = 3*5", "#### 12,34"],
     "17": ["#### 17, 18", r"\boxed{17 \text{ or } 18}"],
     "10": ["#### 10^{2}", "#### 10^3"],
     "8": ["#### 2**3"],
@@ -105,7 +123,6 @@ NUMBERS_WRONG = {
     "1234": ["#### 1.234"],
     "1234567": ["#### 1.234.567"],
     "1": ["#### 1.234.567", "#### 1,2", "#### 1 = 2"],
-    "12": ["#### 12,34"],
     "66.67": ["#### 66.66"],
     "0.0000672": ["#### 0.0000671"],
     "24": ["#### 48/2"],
@@ -403,12 +420,12 @@ GRADERS = Path(__file__).resolve().parent.parent / "docs" / "graders.md"
 
 def number_is_right(reference: str, answer: str) -> bool:
     row = tasks.gsm8k_row({"question": "?", "answer": f"so\n#### {reference}"}, "here")
-    return tasks.gsm8k_correct([answer], [row])[0]
+    return graders.gsm8k_correct([answer], [row])[0]
 
 
 def latex_is_right(reference: str, answer: str) -> bool:
     row = tasks.math_row({"problem": "?", "solution": f"It is $\\boxed{{{reference}}}$."}, "here")
-    return tasks.math_correct([f"so \\boxed{{{answer}}}."], [row])[0]
+    return graders.math_correct([f"so \\boxed{{{answer}}}."], [row])[0]
 
 
 def disagree(grader, right: dict, wrong: dict) -> list:
@@ -431,14 +448,14 @@ def test_zeros_after_the_decimal_point():
 
     numbers = {"0.00067": 3, "1/2**99": 29, "1e-5*I": 5, "pi/10**9": 8, "1/factorial(20)": 18, "10**-2000": 1000}
     numbers |= dict.fromkeys(("0", "oo", "x", "3", "1/3", "Interval(0, 1)"), 0)
-    assert {text: tasks._zeros(sympy.sympify(text)) for text in numbers} == numbers and tasks._zeros("text") == 0
+    assert {text: graders._zeros(sympy.sympify(text)) for text in numbers} == numbers and graders._zeros("text") == 0
 
 
 def test_every_answer_equals_itself():
     more = [r"\text{(A), (B)}", r"x \in \left\{ 1 \right.", "]a, b[", r"\frac{1", r"\begin{cases} 1 \end{cases}", "?"]
     assert [a for a in MATH_ANSWERS if not latex_is_right(a, a)] == []
-    assert [a for a in more if not tasks.same_latex(a, a)] == []
-    assert not tasks.same_latex("", "")
+    assert [a for a in more if not graders.same_latex(a, a)] == []
+    assert not graders.same_latex("", "")
 
 
 def near_misses(answer: str) -> set[str]:
@@ -473,7 +490,7 @@ def test_boxes():
         r"\boxed{\left\{ x \right.}": r"\left\{ x \right.", r"\boxed{\boxed{2}}": "2", r"\boxedtext{3}": None,
         r"\boxed{1} \boxed{2": "1", r"\[\boxed 4\]": "4", "10": None,
     }  # fmt: skip
-    assert {text: tasks.last_boxed(text) for text in texts} == texts
+    assert {text: graders.last_boxed(text) for text in texts} == texts
     run_on = "\\boxed{18}\n\nProblem: What is $3+4$?\n\nSolution: \\boxed{7}"
-    assert tasks.math_correct([run_on, run_on], [{"answer": "18"}, {"answer": "7"}]) == [True, False]
-    assert tasks.math_answered(["\\boxed{18}", "18", "\\boxed{18"]) == [True, False, False]
+    assert graders.math_correct([run_on, run_on], [{"answer": "18"}, {"answer": "7"}]) == [True, False]
+    assert graders.math_answered(["\\boxed{18}", "18", "\\boxed{18"]) == [True, False, False]

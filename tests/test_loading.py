@@ -156,7 +156,7 @@ def test_world_size_without_an_address():
 
 MEMORY = """
 import sys, threading, time
-import common
+import common, lm
 import torch
 
 def anonymous():  # in KiB: what belongs to this process alone and is no map of a file
@@ -211,7 +211,7 @@ def test_host_memory_of_a_load(tiny_model, letter_tokenizer, tmp_path):
 HYBRID = """
 import json, os, sys
 os.environ["LOCAL_WORLD_SIZE"] = sys.argv[2]
-import common, lco, ppo_baseline
+import common, lm, lco, ppo_baseline
 import torch
 
 def main():
@@ -263,7 +263,7 @@ os.environ["LOCAL_WORLD_SIZE"] = "1"
 home = pathlib.Path(sys.argv[2], os.environ["RANK"])
 home.mkdir()
 os.chdir(home)
-import common, ppo_baseline
+import common, lm, ppo_baseline
 
 common._require_shared = functools.partial(common._require_shared, seconds=1)
 common.launch(lambda: ppo_baseline.train(ppo_baseline.Args(**json.load(open(sys.argv[1])))), "cpu")

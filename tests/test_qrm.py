@@ -19,7 +19,7 @@ import torch
 
 CPU = torch.device("cpu")
 KINDS = {"qrm": {}, "qrm-lm": dict(head="lm"), "orm": dict(objective="orm"), "lora": dict(head="lm", lora_rank=4)}
-FILES = ["args.json", "checkpoint", "credit.html", "metrics.jsonl", "model", "plot.png", "report.html"]
+FILES = [".lock", "args.json", "checkpoint", "credit.html", "metrics.jsonl", "model", "plot.png", "report.html"]
 FILES += ["samples.jsonl", "source.py"]
 
 

@@ -172,7 +172,7 @@ def remove_manifest(checkpoint):
 
 @pytest.mark.parametrize(
     "break_it, message",
-    [(cut_file, "is truncated: "), (remove_file, "has 0 bytes, expected"), (remove_manifest, "has no manifest.json")],
+    [(cut_file, " is damaged: "), (remove_file, " is [0, 'nothing'], "), (remove_manifest, "is missing or damaged")],
 )
 def test_truncated_checkpoint(break_it, message, refused):
     """A checkpoint that is not whole is named, with what was found and expected."""

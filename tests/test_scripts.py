@@ -24,7 +24,8 @@ import torch
 
 SCRIPTS = {"ppo_baseline": ppo_baseline, "lco": lco}
 ROLLOUT = {"reward/mean", "reward/spread", "length/mean", "length/finished", "lr", "grad_norm", "loss/policy"}
-FILES = ["args.json", "checkpoint", "metrics.jsonl", "model", "plot.png", "report.html", "samples.jsonl", "source.py"]
+FILES = [".lock", "args.json", "checkpoint", "metrics.jsonl", "model", "plot.png", "report.html"]
+FILES += ["samples.jsonl", "source.py"]
 
 
 @pytest.fixture(scope="module")
@@ -531,7 +532,7 @@ def test_check_finds(model, damage, name, base, request, monkeypatch, capsys):
 def test_tasks_have_what_the_scripts_need():
     """rows, test and reward of the built-in tasks, as the scripts call them."""
     for name in ("chains", "words"):
-        task = tasks.load_task(name, "", "", 0, 4)
+        task = tasks.load_task(name, test_rows=4)
         rows = task.rows(0, 0, 3)
         assert len(rows) == 3 and len(task.test) == 4
         assert task.reward([r["prompt"] for r in rows], [r["answer"] for r in rows], rows) == [1.0] * 3

@@ -17,7 +17,8 @@ from conftest import assert_same_metrics, check_here, flags, read_metrics, run_h
 
 import torch
 
-FILES = ["args.json", "checkpoint", "metrics.jsonl", "model", "plot.png", "report.html", "samples.jsonl", "source.py"]
+FILES = [".lock", "args.json", "checkpoint", "metrics.jsonl", "model", "plot.png", "report.html"]
+FILES += ["samples.jsonl", "source.py"]
 TINY = dict(steps=4, rounds=2, prompts_per_step=4, micro_batch=4, max_prompt=18, max_new_tokens=20, test_rows=5)
 TINY |= dict(builtin_pairs=12, unannotated=16, lr=1e-3, reviser_lr=1e-3, eval_every=10, calibration=4)
 TINY |= dict(ask="==", labels=["++", "+=", "=+"], lora_rank=0, warmup_reviser_steps=2, reviser_steps=2)
@@ -251,7 +252,7 @@ JOBS = {
 }
 DRIVER = """
 import json, sys
-import common, seft
+import common, lm, seft
 
 def main():
     for settings in json.load(open(sys.argv[1])):

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import graders
 import tasks
 from builtin import tasks as toys
 from common import BadInput
@@ -74,7 +75,7 @@ def test_chains_are_a_function_of_seed_and_step_and_never_of_the_test_set():
     assert task.rows(1, 5, 64) == task.rows(1, 5, 64)
     assert task.rows(1, 5, 64)[:8] == task.rows(1, 5, 8)
     assert task.rows(1, 5, 64) != task.rows(1, 6, 64) != task.rows(2, 6, 64)
-    assert task.test == tasks.load_task(seed=7, test_rows=300).test
+    assert task.test == tasks.load_task(test_rows=300).test
     test = {row["prompt"] for row in task.test}
     assert len(test) == 300
     train = [row["prompt"] for step in range(20) for row in task.rows(0, step, 200)]
@@ -155,7 +156,7 @@ def test_exactly_two():
 
 
 def test_strings_are_a_function_of_seed_and_step_and_never_of_the_test_set():
-    task = tasks.load_task("strings", seed=3, test_rows=100)
+    task = tasks.load_task("strings", test_rows=100)
     assert task.rows(3, 5, 8) == task.rows(3, 5, 8) != task.rows(3, 6, 8)
     test = [row["prompt"] for row in task.test]
     train = [row["prompt"] for step in range(20) for row in task.rows(3, step, 50)]
@@ -211,12 +212,6 @@ def test_demonstrations_of_strings_teach_to_judge():
         assert row["completion"] == ("".join(kind.strip("#") + what for kind, what in broken) or "=+")
         right += not broken
     assert 60 < right < 200
-
-
-def test_given_answers_have_no_slips():
-    task = tasks.load_task("words")
-    assert task.gold(task.train[:2], 0) == [row["answer"] for row in task.train[:2]]
-    refused("--gold_slip 0.5", task.gold, task.train[:2], 0, 0.5)
 
 
 def test_words_splits_the_hundred_sums():
@@ -309,14 +304,14 @@ def test_no_question_answers_itself():
     ],
 )
 def test_extract_number(text, number):
-    assert tasks.extract_number(text) == number
+    assert graders.extract_number(text) == number
 
 
 def test_gsm8k_grades_numbers_and_never_substrings():
     row = {"answer": "40"}
     texts = ["40", "140", "#### 40.0", "#### 4", "-40", "40 or 41", "forty"]
-    assert tasks.gsm8k_correct(texts, [row] * 7) == [True, False, True, False, False, False, False]
-    assert tasks.gsm8k_answered(texts) == [True] * 5 + [False, False]
+    assert graders.gsm8k_correct(texts, [row] * 7) == [True, False, True, False, False, False, False]
+    assert graders.gsm8k_answered(texts) == [True] * 5 + [False, False]
 
 
 LATEX = [
@@ -336,18 +331,18 @@ LATEX = [
 
 @pytest.mark.parametrize("reference, answer, same", LATEX)
 def test_math_grades_meanings_and_never_substrings(reference, answer, same):
-    assert tasks.math_correct([f"so \\boxed{{{answer}}}."], [{"answer": reference}]) == [same]
+    assert graders.math_correct([f"so \\boxed{{{answer}}}."], [{"answer": reference}]) == [same]
 
 
 def test_math_reads_the_last_complete_box_and_works_outside_the_main_thread():
     texts = ["\\boxed{2}", "\\boxed{1}, no, \\boxed{2}", "\\boxed{2}, no, \\boxed{1}", "2", "\\boxed{2} and \\boxed{1"]
     right = []
-    thread = threading.Thread(target=lambda: right.extend(tasks.math_correct(texts, [{"answer": "2"}] * 5)))
+    thread = threading.Thread(target=lambda: right.extend(graders.math_correct(texts, [{"answer": "2"}] * 5)))
     thread.start()
     thread.join()
     assert right == [True, True, False, False, True]
-    assert tasks.math_answered(texts) == [True, True, True, False, True]
-    assert tasks.last_boxed("\\boxed{\\frac{1}{2}}") == "\\frac{1}{2}"
+    assert graders.math_answered(texts) == [True, True, True, False, True]
+    assert graders.last_boxed("\\boxed{\\frac{1}{2}}") == "\\frac{1}{2}"
 
 
 def test_math_without_its_grader_is_refused_before_anything_runs(tmp_path, monkeypatch):
@@ -371,7 +366,7 @@ def test_columns_decide_the_task(tmp_path):
     rows = [{"question": f"{answer}?", "answer": answer} for answer in (3, "4 or 5", "1,000")]
     task = tasks.load_task(dataset=write(tmp_path / "n.jsonl", rows), test_rows=1)
     assert [row["answer"] for row in task.train + task.test] == ["3", "1000"]
-    assert task.gold(task.train, 0) == ["#### 3"]
+    assert task.train[0]["solution"] == "3"
     assert f"; 1 rows of {tmp_path / 'n.jsonl'} without an answer left out: [2]" in task.note
 
     rows = [
@@ -383,7 +378,7 @@ def test_columns_decide_the_task(tmp_path):
     ]
     task = tasks.load_task(dataset=write(tmp_path / "a.jsonl", rows), test_rows=0)
     assert [row["answer"] for row in task.train] == ["2", "\\frac{1}{2}", "7", "7"] and "left out: [3]" in task.note
-    assert task.gold(task.train[2:], 0) == ["\\boxed{7}", "It is seven.\n\\boxed{7}"]
+    assert task.train[3]["solution"] == "It is seven."
 
     rows = [{"problem": f"{i}?", "solution": f"\\boxed{{{i}}}"} for i in range(4)]
     task = tasks.load_task(dataset=write(tmp_path / "m.jsonl", rows), test_rows=1)
@@ -415,10 +410,9 @@ def test_marks_blank_lines_and_broken_files(tmp_path):
     bad = {"twice.jsonl": '{"a": 1}\n\n{"a": 1, "a": 2}', "deep.jsonl": "{}\n" + deep, "deep.json": deep}
     for name, text in bad.items():
         (tmp_path / name).write_text(text)
-        refused("row 2 is not JSON (" if name.endswith("l") else "cannot be read as json (", tasks.read_rows,
-                str(tmp_path / name))  # fmt: skip
+        refused("row 2 cannot be read (" if name.endswith("l") else "cannot be read (", tasks.read_rows, str(tmp_path / name))
     (tmp_path / "c.parquet").write_bytes(b"PAR1 no parquet PAR1")
-    refused("c.parquet: it cannot be read as parquet (", tasks.read_rows, str(tmp_path / "c.parquet"))
+    refused("c.parquet cannot be read (", tasks.read_rows, str(tmp_path / "c.parquet"))
 
 
 def test_an_epoch_is_a_permutation_and_held_out_prompts_are_never_trained_on(tmp_path):
@@ -453,9 +447,8 @@ def test_hub_datasets_use_their_test_split(monkeypatch):
     task = tasks.load_task("gsm8k", test_rows=3)
     assert asked[0] == ("openai/gsm8k", "main")
     assert len(task.train) == 6 and [row["answer"] for row in task.test] == ["6", "7", "8"]
-    task = tasks.load_task(dataset="org/name", split="test", test_rows=1)
-    assert len(task.train) == 3 and asked[-1] == ("org/name", None)
-    refused("no split 'val'; expected one of train, test", tasks.load_task, dataset="org/name", split="val")
+    assert len(tasks.read_rows("org/name", "test")) == 4 and asked[-1] == ("org/name", None)
+    refused("no split 'val'; expected one of train, test", tasks.read_rows, "org/name", "val")
     refused("there is no such file, and loading it from the Hub", tasks.load_task, dataset="nobody/nothing")
 
 
@@ -486,12 +479,12 @@ def test_bad_files(tmp_path):
     refused("unknown extension '.csv'", load, dataset=str(tmp_path / "x.csv"))
     refused("has no rows", load, dataset=write(tmp_path / "empty.jsonl", []))
     (tmp_path / "bad.jsonl").write_text('{"a": 1}\n{"a": \n')
-    refused("row 2 is not JSON", load, dataset=str(tmp_path / "bad.jsonl"))
+    refused("row 2 cannot be read (", load, dataset=str(tmp_path / "bad.jsonl"))
     refused("row 2 is a int", load, dataset=write(tmp_path / "x.jsonl", [{}, 3]))
     (tmp_path / "bad.json").write_text("[1, ")
-    refused("cannot be read as json", load, dataset=str(tmp_path / "bad.json"))
+    refused("cannot be read (", load, dataset=str(tmp_path / "bad.json"))
     (tmp_path / "bad.parquet").write_text("no")
-    refused("cannot be read as parquet", load, dataset=str(tmp_path / "bad.parquet"))
+    refused("expected Parquet", load, dataset=str(tmp_path / "bad.parquet"))
 
 
 def test_bad_rows(tmp_path):
@@ -500,7 +493,7 @@ def test_bad_rows(tmp_path):
 
     refused("it has the columns text, n; expected answer+question or answer+problem or problem+solution or prompt",
             load, [{"text": "", "n": 1}])  # fmt: skip
-    refused("expected answer+problem or problem+solution for --task math", load, GSM8K, "math")
+    refused("expected answer+problem or problem+solution", load, GSM8K, "math")
     refused("row 2: 'question' is missing or empty; expected text", load, [GSM8K[0], {"answer": "#### 1"}])
     refused("row 2: 'answer' is a list; expected text", load, [GSM8K[0], {"question": "a", "answer": ["3"]}])
     for row in ({"question": "a", "answer": "it is 3"}, {"question": "a", "answer": "3 ####"},
@@ -510,7 +503,7 @@ def test_bad_rows(tmp_path):
     refused("--test_rows 10: ", load, GSM8K, test_rows=10)
     refused("--reward_file is empty", load, [{"prompt": "a"}])
     refused("each of its training prompts", load, [GSM8K[0], GSM8K[0]], test_rows=1)
-    refused("expected answer+question for --task gsm8k", load, GSM8K,
+    refused("expected answer+question", load, GSM8K,
             test_dataset=write(tmp_path / "t.jsonl", [{"prompt": "a"}]))  # fmt: skip
 
     (tmp_path / "r.py").write_text("def reward(prompts, completions, rows): return [0.0] * len(rows)")
@@ -520,7 +513,7 @@ def test_bad_rows(tmp_path):
     refused("row 1: 'prompt' has the message {'role': 'user'}", load, [{"prompt": [{"role": "user"}]}], **reward)
     turn = {"role": "user", "content": "a"}
     for more in ({"tool_calls": [1]}, {"name": "b"}, {"role": "tool"}, {"role": "human"}, {"weight": 1}):
-        refused("no tools or other keys", load, [{"prompt": [turn | more, turn]}], **reward)
+        refused("no other keys", load, [{"prompt": [turn | more, turn]}], **reward)
     for name in ("tools", "functions", "documents", "chat_template_kwargs"):
         refused(f"row 1: '{name}' would go to the chat", load, [{"prompt": [turn], name: [{"a": 1}]}], **reward)
     nothing = {"tools": None, "functions": []}
@@ -581,7 +574,8 @@ def test_a_reward_that_exits_is_an_error_with_its_text(tmp_path):
 
 def test_rewards_are_checked():
     def check(value, lengths=None):
-        return tasks.checked_reward(lambda *_: value, "r.py")(["p"] * 2, ["a", "bc"], [{}] * 2, lengths)
+        rows = [{"completion_ids": [0] * n} for n in lengths] if lengths else [{}] * 2
+        return tasks.checked_reward(lambda *_: value, "r.py")(["p"] * 2, ["a", "bc"], rows)
 
     assert check([1, np.float32(0.5)]) == [1.0, 0.5]
     assert check(np.array([1.0, 2.0])) == [1.0, 2.0]
@@ -589,11 +583,11 @@ def test_rewards_are_checked():
     for value in (True, np.bool_(True), None, "2", 1j, [1.0, [2.0]], {}):
         refused("r.py: the reward of row 2", check, [[1.0], [1.0, value]] if isinstance(value, list) else [1.0, value])
     for value in (1e39, -1e39, 10**400, 10**39, float("-inf"), np.float64(1e300), Fraction(10) ** 50):
-        refused("expected a finite number, in float32 too", check, [1.0, value])
+        refused("in float32; expected a finite number", check, [1.0, value])
     assert check([3.4e38, Fraction(1, 2)]) == [3.4e38, 0.5]
     refused("r.py: reward() returned a NoneType; expected a list", check, None)
     refused("r.py: reward() returned 1 rewards; expected one for 2 rows", check, [1.0])
-    refused("r.py: the reward of row 2 is nan; expected a finite number", check, [1.0, float("nan")])
+    refused("r.py: the reward of row 2 is nan in float32; expected", check, [1.0, float("nan")])
     refused("r.py: the reward of row 1 is inf", check, [float("inf"), 0.0])
     refused("r.py: the reward of row 2 is a str; expected a number", check, [1.0, "2"])
     refused("r.py: the reward of row 2 is a float and that of row 1 a list", check, [[1.0], 2.0])
@@ -658,23 +652,20 @@ def test_pairs_of_all_forms(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "completion, labels, credit",
+    "completion, credit",
     [
-        ("22+8=30", [True, True], [1] * 8),
-        ("12+8=20", [False, False], [0] * 8),  # the second step is right from a wrong line: never right again
-        ("22+8=31", [True, False], [1] * 6 + [0, 0]),
-        ("22+8", [False], [1, 1, 1, 1, 0]),  # a right beginning that stops too early: its end is wrong
-        ("22+8=30=30", [True, True, False], [1] * 7 + [0] * 4),
-        ("2+28=30", [False, False], [1] + [0] * 7),
-        ("", [False], [0]),
+        ("22+8=30", [1] * 8),
+        ("12+8=20", [0] * 8),
+        ("22+8=31", [1] * 6 + [0, 0]),
+        ("22+8", [1, 1, 1, 1, 0]),  # a right beginning that stops too early: its end is wrong
+        ("22+8=30=30", [1] * 7 + [0] * 4),
+        ("2+28=30", [1] + [0] * 7),
+        ("", [0]),
     ],
 )
-def test_labels_of_steps_and_credit_of_tokens(completion, labels, credit):
-    """A step is right while the derivation is exact; the last one must be the answer, and so must the last token."""
-    task = tasks.load_task(test_rows=1)
-    row = {"prompt": "7+15+8="}
-    assert toys.chain_step_labels(row, completion) == labels == task.steps(row, completion)
-    assert toys.chain_credit(row["prompt"], [*completion, "<eos>"]) == credit
+def test_credit_of_tokens(completion, credit):
+    """A token is right while the derivation is exact; the last one must end the answer."""
+    assert toys.chain_credit("7+15+8=", [*completion, "<eos>"]) == credit
 
 
 def test_credit_of_longer_tokens_and_other_prompts():
@@ -683,36 +674,6 @@ def test_credit_of_longer_tokens_and_other_prompts():
     assert toys.chain_credit("7+15+8=", ["22+", "8=3", "1", ""]) == [1, 1, 0, 0]
     for prompt in ("7=", "7+15", "What is 7+5?", [{"role": "user", "content": "7+15="}]):
         assert toys.chain_credit(prompt, ["2", "2", ""]) is None
-    assert tasks.load_task("words", test_rows=1).steps is None
-
-
-def test_pairs_with_labels():
-    pairs = toys.chain_pairs(50, 3)
-    without = [{k: pair[k] for k in ("prompt", "chosen", "rejected")} for pair in pairs]
-    assert without == toys.preference_pairs(50, 3)
-    for pair in pairs:
-        assert all(pair["chosen_labels"]) and not pair["rejected_labels"][-1]
-        for side in ("chosen", "rejected"):
-            assert len(pair[f"{side}_labels"]) == len(pair[side].split("="))
-        wrong = toys.first_wrong(pair["prompt"], pair["rejected"])
-        assert pair["rejected_labels"].index(False) == pair["rejected"][:wrong].count("=")
-    assert all(toys.chain_is_held_out(pair["prompt"]) for pair in toys.chain_pairs(5, 3, held_out=True))
-
-
-def test_answers_with_steps(tmp_path):
-    def load(rows, separator="\n"):
-        return tasks.load_answers(write(tmp_path / "x.jsonl", rows), separator)
-
-    good = {"prompt": "7+15+8=", "steps": ["22+8", "30"], "labels": [True, 0]}
-    made = {"prompt": "7+15+8=", "answer": "22+8=30", "answer_labels": [True, False]}
-    assert load([good], "=") == ([made], ["answer"])
-    assert load([good])[0][0]["answer"] == "22+8\n30"
-    pairs = toys.chain_pairs(4, 0)
-    assert load(pairs) == (pairs, ["chosen", "rejected"])
-    for bad in ({"labels": [True]}, {"steps": []}, {"steps": "22+8"}, {"labels": None}):
-        refused("row 2: expected 'steps' and 'labels' as lists of the same length", load, [good, good | bad])
-    refused("row 1: 'prompt' is missing or empty", load, [good | {"prompt": ""}])
-    refused("expected chosen+rejected", load, [{"prompt": "p", "steps": ["1"]}])
 
 
 def test_held_out_pairs_share_no_prompt_with_the_others():

@@ -81,7 +81,7 @@ def test_panels_hold_what_can_be_seen_together():
 
 
 def test_pairs_in_a_file_are_those_of_seft(tmp_path):
-    for task, made in (("chains", toys.chain_pairs), ("strings", toys.string_pairs)):
+    for task, made in (("chains", toys.preference_pairs), ("strings", toys.string_pairs)):
         done = tool("builtin_pairs.py", "--task", task, "--rows", "30", "--seed", "1", "--out", tmp_path / task)
         assert done.returncode == 0, done.stderr
         rows = tasks.load_pairs(str(tmp_path / task / "pairs.jsonl"))
