@@ -119,11 +119,11 @@ def mean(values: list[float]) -> dict[str, float]:
 
 def summary(greedy: list[dict], sampled: list[dict], n: int, ks: list[int]) -> dict[str, dict]:
     """Metrics with intervals. greedy: one row per prompt; sampled: n rows per prompt, one after the other."""
-    metrics, most = {"eval/pass@1": share([row["right"] for row in greedy])}, len(sampled)
+    metrics, most = {"eval/greedy": share([row["right"] for row in greedy])}, len(sampled)
     groups = [sampled[i : i + n] for i in range(0, most, n)]
     right = [sum(row["right"] for row in group) for group in groups]
     metrics["eval/sampled"] = share([c / n for c in right], most=most)
-    metrics |= {f"eval/sampled_pass@{k}": share([pass_at_k(n, c, k) for c in right], most=most) for k in ks if k > 1}
+    metrics |= {f"eval/pass@{k}": share([pass_at_k(n, c, k) for c in right], most=most) for k in ks if k > 1}
     if greedy[0]["answered"] is not None:
         metrics["eval/answered"] = share([row["answered"] for row in greedy])
     if greedy[0]["reward"] is not None:

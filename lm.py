@@ -1034,13 +1034,13 @@ class Sampling:
     def evaluate(self, task, seed: int) -> tuple[dict[str, float], list[dict]]:
         """Held-out metrics, greedy and sampled (with the same noise each time), and some of this rank's samples.
 
-        eval/pass@1 and eval/sampled where the task knows right from wrong, else eval/reward and eval/reward_sampled;
+        eval/greedy and eval/sampled where the task knows right from wrong, else eval/reward and eval/reward_sampled;
         eval/answered is the share of greedy completions that have an answer at all.
         """
         mine = list(range(rank(), len(task.test), world()))
         rows = [task.test[i] for i in mine]
         prompt_ids = [self.encode(row) for row in rows]
-        greedy, sampled = ("eval/pass@1", "eval/sampled") if task.correct else ("eval/reward", "eval/reward_sampled")
+        greedy, sampled = ("eval/greedy", "eval/sampled") if task.correct else ("eval/reward", "eval/reward_sampled")
         sums, samples = {"n": float(len(rows))}, []
         for name in (greedy, sampled):
             noise = uniforms(seed, EVAL, 0, mine, self.max_new_tokens) if name == sampled and mine else None

@@ -10,8 +10,8 @@ interrupted --run goes on where it was.
 
 README and docs hold results in three ways, and a test compares each with what is stored:
     <!-- results: lco -->                   the table of a study (`diagnose 2`: its second one), up to <!-- end -->
-    .96<!-- lco; PPO, clip 0.2; eval/pass@1; median -->      a number, rounded as it is written: median, min, max, start
-    benchmarks/quotes.toml                  words of a page, with {lco; PPO, clip 0.2; eval/pass@1; median} for a number
+    .96<!-- lco; PPO, clip 0.2; eval/greedy; median -->      a number, rounded as it is written: median, min, max, start
+    benchmarks/quotes.toml                  words of a page, with {lco; PPO, clip 0.2; eval/greedy; median} for a number
 """
 
 import argparse
@@ -113,7 +113,7 @@ def value(row: dict, metric: str) -> float | None:
         return row["grad_norm_max"] / row["grad_norm_median"] if row.get("grad_norm_median") else None
     if metric == "steps to 80 %":
         steps = [e["step"] for e in row["eval"]]
-        return next((e["step"] for e in row["eval"] if e["eval/pass@1"] >= 0.8), 2 * steps[-1] - steps[-2])
+        return next((e["step"] for e in row["eval"] if e["eval/greedy"] >= 0.8), 2 * steps[-1] - steps[-2])
     return row["diagnose"].get(metric) if metric.startswith("diagnose/") else row["last"].get(metric)
 
 
@@ -306,7 +306,7 @@ def before_after(name: str) -> str:
 
     for setting in study.STUDIES[name]["settings"]:
         mine, cells = [row for row in rows if row["setting"] == setting], [f"`{setting}`"]
-        for metric in ("eval/pass@1", "eval/sampled"):
+        for metric in ("eval/greedy", "eval/sampled"):
             start = statistics.median(row["eval"][0][metric] for row in mine)
             after = [row["last"][metric] for row in mine]
             spread = f"{short(statistics.median(after))} [{short(min(after))}, {short(max(after))}]"

@@ -63,7 +63,7 @@ FIGURES = {  # picture: panels (title, metric, runs)
     "entropy": [
         ("policy/entropy (nats)", "policy/entropy", ["healthy", "temperature 0.1", "rate x4"]),
         ("reward/spread", "reward/spread", ["healthy", "temperature 0.1", "rate x4"]),
-        ("eval/pass@1", "eval/pass@1", ["healthy", "temperature 0.1", "rate x4"]),
+        ("eval/greedy", "eval/greedy", ["healthy", "temperature 0.1", "rate x4"]),
     ],
 }
 COLORS = {
@@ -88,7 +88,7 @@ def run(name: str, changes: str) -> dict:
         env = os.environ | {"OMP_NUM_THREADS": "1"}
         subprocess.run([sys.executable, *shlex.split(line)], cwd=ROOT, env=env, check=True, stdout=subprocess.DEVNULL)
         metrics = [json.loads(text) for text in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
-    kept = {metric for panels in FIGURES.values() for _, metric, _ in panels} | {"eval/pass@1", "eval/sampled"}
+    kept = {metric for panels in FIGURES.values() for _, metric, _ in panels} | {"eval/greedy", "eval/sampled"}
     return {
         "run": name,
         "command": f"python {COMMON} {changes}",

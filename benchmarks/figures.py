@@ -39,7 +39,7 @@ def builtin() -> None:
     """Held-out accuracy of the bare commands over the run: median of the seeds, band from the lowest to the highest."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), sharey=True)
     rows = [r for r in rows_of("bare") if r["ok"]]
-    for axis, key, title in zip(axes, ("eval/pass@1", "eval/sampled"), ("greedy decoding", "sampled at temperature 1")):
+    for axis, key, title in zip(axes, ("eval/greedy", "eval/sampled"), ("greedy decoding", "sampled at temperature 1")):
         for name, command in (("LCO", "lco.py"), ("PPO", "ppo_baseline.py")):
             curves = [[(e["step"], e[key]) for e in r["eval"]] for r in rows if r["setting"] == f"python {command}"]
             steps = [s for s, _ in curves[0]]
@@ -60,7 +60,7 @@ def stability() -> None:
     rows = [(*r["setting"].split(", lr "), r["last"]) for r in rows_of("stability") if r["ok"]]
     rows += [(n, "2e-4", r["last"]) for n, s in AT_2E4.items() for r in rows_of("lco") if r["ok"] and r["setting"] == s]
     rates = sorted({float(lr) for _, lr, _ in rows})
-    for axis, key, title in zip(axes, ("eval/pass@1", "eval/sampled"), ("greedy decoding", "sampled at temperature 1")):
+    for axis, key, title in zip(axes, ("eval/greedy", "eval/sampled"), ("greedy decoding", "sampled at temperature 1")):
         for i, (name, color) in enumerate(zip(AT_2E4, ("#d1603d", "#7a7a7a", "#7fb2dd", "#2a9d6f", "#1f6fb4"))):
             points = {x: [last[key] for n, lr, last in rows if n == name and float(lr) == x] for x in rates}
             middle = [statistics.median(v) for v in points.values()]
@@ -97,7 +97,7 @@ def convergence() -> None:
         beside = "LCO + " if method == "PPO" else method
         names = dict.fromkeys(r["setting"] for r in rows if r["setting"].startswith((f"{method} + ", beside)))
         for name in names:
-            curves = [[e["eval/pass@1"] for e in r["eval"]] for r in rows if r["setting"] == name]
+            curves = [[e["eval/greedy"] for e in r["eval"]] for r in rows if r["setting"] == name]
             steps = next([e["step"] for e in r["eval"]] for r in rows if r["setting"] == name)
             values = list(zip(*curves))
             label = name.removeprefix(f"{method} + ")
@@ -120,7 +120,7 @@ def gamma() -> None:
     rows = [(float(r["setting"].removeprefix("gamma ")), r["last"]) for r in rows_of("gamma") if r["setting"][0] == "g"]
     gammas = sorted({g for g, _ in rows})
     curves = (
-        (axes[0], "eval/pass@1", "greedy", "#1f6fb4"),
+        (axes[0], "eval/greedy", "greedy", "#1f6fb4"),
         (axes[0], "eval/sampled", "sampled", "#d1603d"),
         (axes[1], "policy/entropy", "entropy of the student, nats a token", "#2a9d6f"),
         (axes[1], "kl/start", "KL to the student at the start, nats a token", "#7a7a7a"),
@@ -133,7 +133,7 @@ def gamma() -> None:
         axis.set_xticks(gammas, [f"{x:g}" for x in gammas])
         axis.minorticks_off()
         axis.set_xlabel("gamma")
-    for key, style in (("eval/pass@1", "--"), ("eval/sampled", ":")):
+    for key, style in (("eval/greedy", "--"), ("eval/sampled", ":")):
         teacher = statistics.median(r["last"][key] for r in rows_of("gamma") if r["setting"] == "teacher")
         axes[0].axhline(teacher, color="#555", linewidth=0.9, linestyle=style, label=f"teacher, {key[5:]}")
     clean(axes[0])

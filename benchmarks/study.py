@@ -152,10 +152,10 @@ def table(rows: list[dict], settings: dict[str, str], columns: dict[str, str]) -
     header = ["setting", "seeds", "greedy after", "sampled after", *columns, "failed"]
     lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     for name in settings:
-        mine = [r for r in rows if r["setting"] == name and ("eval/pass@1" in r["last"] or not r["ok"])]
+        mine = [r for r in rows if r["setting"] == name and ("eval/greedy" in r["last"] or not r["ok"])]
         if mine:
             good = [r for r in mine if r["ok"]]
-            greedy = spread([r["last"]["eval/pass@1"] for r in good])
+            greedy = spread([r["last"]["eval/greedy"] for r in good])
             sampled = spread([r["last"]["eval/sampled"] for r in good])
             more = [spread([r["last"][k] for r in good if k in r["last"]]) for k in columns.values()]
             cells = [name, len(mine), greedy, sampled, *more, len(mine) - len(good)]
@@ -183,11 +183,11 @@ def steps_table(rows: list[dict], settings: dict[str, str], goal: float) -> str:
         mine = [r for r in rows if r["setting"] == name and r["ok"]]
         if not mine:
             continue
-        first = [next((e["step"] for e in r["eval"] if e["eval/pass@1"] >= goal), float("inf")) for r in mine]
+        first = [next((e["step"] for e in r["eval"] if e["eval/greedy"] >= goal), float("inf")) for r in mine]
         words = [
             f"{x:.0f}" if x < float("inf") else "never" for x in (statistics.median(first), min(first), max(first))
         ]
-        ends = [[r["last"][k] for r in mine] for k in ("eval/pass@1", "eval/sampled")]
+        ends = [[r["last"][k] for r in mine] for k in ("eval/greedy", "eval/sampled")]
         spreads = [f"{statistics.median(v):.3f} [{min(v):.3f}, {max(v):.3f}]" for v in ends]
         reached = f"{sum(x < float('inf') for x in first)} of {len(mine)}"
         cells = [name, len(mine), reached, f"{words[0]} [{words[1]}, {words[2]}]", *spreads]
@@ -219,10 +219,10 @@ def rounds_table(rows: list[dict], settings: dict[str, str]) -> str:
     header = ["setting", "seeds", "greedy", "sampled", "failed"]
     lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     for name in settings:
-        mine = [r for r in rows if r["setting"] == name and ("eval/pass@1" in r["last"] or not r["ok"])]
+        mine = [r for r in rows if r["setting"] == name and ("eval/greedy" in r["last"] or not r["ok"])]
         good = [r for r in mine if r["ok"]]
         if good:
-            told = [path(good, key) for key in ("eval/pass@1", "eval/sampled")]
+            told = [path(good, key) for key in ("eval/greedy", "eval/sampled")]
             lines.append(f"| {' | '.join([name, str(len(mine)), *told, str(len(mine) - len(good))])} |")
     return "\n".join(lines) + "\n"
 

@@ -77,15 +77,15 @@ def test_a_changed_number_is_found():
     page = PAGES["docs/results/lco.md"].read_text()
     for old, new in (("0.965 [", "0.966 ["), (".730<!--", ".731<!--")):
         assert page.count(old) > 0 and claims.refresh(page.replace(old, new, 1)) == page
-    quote = "from {stability; PPO, lr 4e-4; eval/pass@1; start} to {stability; PPO, lr 4e-4; eval/pass@1; min} at worst"
+    quote = "from {stability; PPO, lr 4e-4; eval/greedy; start} to {stability; PPO, lr 4e-4; eval/greedy; min} at worst"
     assert claims.requote("It fell from .2\nto 0.3 at worst.", quote) == "It fell from .2\nto 0.2 at worst."
     with pytest.raises(SystemExit, match="0 times instead of once"):
         claims.requote("It fell from .2 to 0.2.", quote)
-    setting = "stability; PPO, lr 4e-4; eval/pass@1; min"
+    setting = "stability; PPO, lr 4e-4; eval/greedy; min"
     for written, expected in ((".1", ".2"), ("0.5", "0.2"), (".99999", ".21875"), ("7", "0")):
         assert claims.refresh(f"{written}<!-- {setting} -->") == f"{expected}<!-- {setting} -->"
     with pytest.raises(SystemExit, match="no stored run"):
-        claims.refresh("1<!-- stability; PPO, lr 7; eval/pass@1; min -->")
+        claims.refresh("1<!-- stability; PPO, lr 7; eval/greedy; min -->")
 
 
 # ---- claims.toml -----------------------------------------------------------------------------------------------------
@@ -129,7 +129,7 @@ def test_stability_has_ten_seeds():
 
 
 def row(setting: str, seed: int, end: float, **more) -> dict:
-    start = [{"step": s, "eval/pass@1": a, "eval/sampled": a} for s, a in ((0, 0.4), (5, 0.6), (10, end))]
+    start = [{"step": s, "eval/greedy": a, "eval/sampled": a} for s, a in ((0, 0.4), (5, 0.6), (10, end))]
     spikes = dict(grad_norm_max=3.0, grad_norm_median=1.5, seconds=30.0, error="", diagnose={})
     about = dict(setting=setting, seed=seed, command="", ok=True, eval=start, last=start[-1])
     return about | spikes | more
@@ -196,7 +196,7 @@ def test_metrics_of_a_run():
     good, bad = row("a", 0, 0.9), row("a", 0, 0.3)
     assert (claims.value(good, "survives"), claims.value(bad, "survives")) == (1, 0)
     assert (claims.value(good, "steps to 80 %"), claims.value(bad, "steps to 80 %")) == (10, 15)
-    assert claims.value(good, "spike") == 2 and claims.value(good, "eval/pass@1") == 0.9
+    assert claims.value(good, "spike") == 2 and claims.value(good, "eval/greedy") == 0.9
     broken = row("a", 0, 0.9, ok=False, error="FloatingPointError: not finite: {'grad_norm': nan}", last={})
     assert claims.value(broken, "eval/sampled") == 0 == claims.value(broken, "survives")
     assert claims.value(broken, "spike") is None

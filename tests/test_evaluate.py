@@ -146,12 +146,12 @@ def test_command_line(tmp_path):
     row = json.loads((tmp_path / "run" / "result.json").read_text())
     assert row["model"] == "builtin" and row["task"] == "chains" and row["prompts"] == 12 and row["seed"] == 0
     assert {"git", "command", "versions", "seconds", "confidence"} <= row.keys()
-    names = ["eval/pass@1", "eval/sampled", "eval/sampled_pass@2", "eval/sampled_pass@4", "eval/answered"]
+    names = ["eval/greedy", "eval/sampled", "eval/pass@2", "eval/pass@4", "eval/answered"]
     assert list(row["metrics"]) == [*names, "length/finished"]
     for name, metric in row["metrics"].items():
         assert 0 <= metric["low"] <= metric["value"] <= metric["high"] <= 1 and metric["low"] < metric["high"]
         assert name in screen
-    assert row["metrics"]["eval/sampled"]["value"] < row["metrics"]["eval/sampled_pass@4"]["value"]
+    assert row["metrics"]["eval/sampled"]["value"] < row["metrics"]["eval/pass@4"]["value"]
     assert len(read(tmp_path / "run" / "samples.jsonl")) == 12 * 5
     assert read_metrics(tmp_path / "run") == [{"step": 0, **values(row)}]
     again = run_script("evaluate.py", *less, expect=2).stderr
@@ -250,9 +250,9 @@ def test_metrics_by_hand(gpt2_model, letter_tokenizer, monkeypatch, tmp_path):
     told(monkeypatch, letter_tokenizer, ["1", "no idea", "7", "4"], right)
     settings = dict(model=gpt2_model, test_dataset=data, max_prompt=40, max_new_tokens=8, long_prompts="truncate")
     found = values(run(tmp_path / "run", **settings, samples_per_prompt=4, k=[1, 2, 4]))
-    assert found["eval/pass@1"] == 0.5 and found["eval/answered"] == 0.75 and found["eval/sampled"] == 7 / 16
-    assert found["eval/sampled_pass@2"] == pytest.approx((0 + 1 / 2 + 5 / 6 + 1) / 4)
-    assert found["eval/sampled_pass@4"] == 0.75 and found["length/finished"] == 1
+    assert found["eval/greedy"] == 0.5 and found["eval/answered"] == 0.75 and found["eval/sampled"] == 7 / 16
+    assert found["eval/pass@2"] == pytest.approx((0 + 1 / 2 + 5 / 6 + 1) / 4)
+    assert found["eval/pass@4"] == 0.75 and found["length/finished"] == 1
 
 
 def test_math_answers(gpt2_model, letter_tokenizer, monkeypatch, tmp_path):
@@ -262,7 +262,7 @@ def test_math_answers(gpt2_model, letter_tokenizer, monkeypatch, tmp_path):
     monkeypatch.setattr(common, "decode", lambda tokenizer, ids: ["so \\boxed{0.5}", "\\boxed{11}"])
     settings = dict(model=gpt2_model, test_dataset=write(tmp_path / "m.jsonl", rows), max_prompt=40, max_new_tokens=8)
     found = values(run(tmp_path / "run", **settings, samples_per_prompt=1, long_prompts="truncate"))
-    assert found["eval/pass@1"] == 0.5 and found["eval/answered"] == 1
+    assert found["eval/greedy"] == 0.5 and found["eval/answered"] == 1
 
 
 def test_right_from_a_reward(base, reward_file, tmp_path):

@@ -80,7 +80,7 @@ def test_run_folder(bare):
     assert (folder / "source.py").read_text() == inspect.getsource(script)
     assert [p.name for p in (folder / "checkpoint").iterdir()] == ["step-000003"]
     samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
-    assert {s["kind"] for s in samples} == {"train", "eval/pass@1", "eval/sampled"}
+    assert {s["kind"] for s in samples} == {"train", "eval/greedy", "eval/sampled"}
     assert all(s.keys() == {"step", "kind", "prompt", "completion", "reward"} for s in samples)
 
 
@@ -91,7 +91,7 @@ def test_metrics(bare):
     assert [line["step"] for line in lines] == [0, 1, 2, 3]
     assert all("/" in k for line in lines for k in line if k not in ("step", "lr", "grad_norm"))
     for line in (lines[0], lines[-1]):
-        assert 0 <= line["eval/pass@1"] <= 1 and 0 < line["eval/sampled"] <= 1
+        assert 0 <= line["eval/greedy"] <= 1 and 0 < line["eval/sampled"] <= 1
     own = {"policy/logit_gap", "lco/gap"} if script is lco else {"policy/kl_old", "policy/ratio_gap", "policy/entropy"}
     assert lines[1].keys() >= ROLLOUT | own | {"time/step"}
     step = "policy/logit_gap" if script is lco else "policy/kl_old"
@@ -106,7 +106,7 @@ def test_plot_and_report(bare):
     page = (folder / "report.html").read_text()
     assert not re.search(r"https?://|<link|<script|@import|url\(", page)
     assert re.findall(r'src="(.{15})', page) == ["data:image/png;"]
-    assert page.endswith("</html>") and "samples_per_prompt" in page and "eval/pass@1" in page
+    assert page.endswith("</html>") and "samples_per_prompt" in page and "eval/greedy" in page
 
 
 def test_exported_model_can_be_trained_on(bare, out):
@@ -386,7 +386,7 @@ def test_own_prompts_and_reward(script, column, base, tmp_path, out):
     reward = tmp_path / "mine.py"
     reward.write_text(REWARD + '    assert all("id" in row for row in rows)\n')
     lines = trained(SCRIPTS[script], base, out, dataset=str(data), reward_file=str(reward))
-    assert {"eval/reward", "eval/reward_sampled"} <= lines[0].keys() and "eval/pass@1" not in lines[0]
+    assert {"eval/reward", "eval/reward_sampled"} <= lines[0].keys() and "eval/greedy" not in lines[0]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -410,7 +410,7 @@ def test_gsm8k_columns(base, gpt2_model, tmp_path, out):
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = dict(model=gpt2_model, dataset=str(data), max_prompt=20, long_prompts="truncate")
     lines = trained(lco, base, out, **settings)
-    assert 0 <= lines[0]["eval/pass@1"] <= 1
+    assert 0 <= lines[0]["eval/greedy"] <= 1
 
 
 # ---- check.py fails when something is broken -------------------------------------------------------------------------

@@ -76,7 +76,7 @@ def test_metrics(bare):
     assert all(x is None or math.isfinite(x) for line in lines for x in line.values())
     first, made, last = read_metrics(folder / "policy")
     assert first["kl/start"] == pytest.approx(0, abs=1e-6) and last["kl/start"] > 1e-6
-    assert {"eval/pass@1", "eval/sampled"} <= first.keys() & last.keys()
+    assert {"eval/greedy", "eval/sampled"} <= first.keys() & last.keys()
     assert {"revise/fix", "revise/damage", "revise/keep_right", "revise/keep_wrong", "revise/auc"} <= made.keys()
     assert {"revise/same_major", "revise/length_ratio", "revise/threshold"} <= made.keys()
     assert sum(made[f"revise/{name}"] for name in seft.NAMES) == pytest.approx(1)
@@ -215,7 +215,7 @@ def test_prompts_are_new(base, out, tmp_path, capsys):
     data = seft.prepare(seft.Args(**base | changes))
     assert sorted(int(r["prompt"].split("+")[0]) for r in data.prompts) == list(range(13, 29))
     run = run_here(seft, **base | changes | dict(revise="never"), out=out)  # and nobody grades
-    assert "eval/pass@1" not in read_metrics(run)[0] and read_metrics(run)[1]["revise/before"] is None
+    assert "eval/greedy" not in read_metrics(run)[0] and read_metrics(run)[1]["revise/before"] is None
     assert "16 unannotated prompts" in capsys.readouterr().out
 
 

@@ -30,7 +30,7 @@ def write_run(folder: Path, lr: float, line: str, values: list[float], seed: int
     about = {"args": args, "command": "lco.py <x>", "world": 1, "torch": "2", "git": None, "time": "now"}
     (folder / "args.json").write_text(json.dumps(about))
     (folder / "source.py").write_text(f"def loss(gap):\n    {line}\n")
-    rows = [{"step": i, "reward/mean": v, "eval/pass@1": None, "time/step": 9.0} for i, v in enumerate(values)]
+    rows = [{"step": i, "reward/mean": v, "eval/greedy": None, "time/step": 9.0} for i, v in enumerate(values)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -51,7 +51,7 @@ def test_comparison_tells_what_differs_and_where_runs_ended(tmp_path):
     assert "--out" not in done.stdout
     assert "-    return gap.square()" in done.stdout and "+    return gap.abs()" in done.stdout
     assert "0.250 -> 0.600 [0.500, 0.700]" in done.stdout and "0.250 -> 0.750" in done.stdout
-    assert "eval/pass@1" not in done.stdout, "a metric without a value is left out"
+    assert "eval/greedy" not in done.stdout, "a metric without a value is left out"
     page = (tmp_path / "all.html").read_text()
     assert "0.600 [0.500, 0.700]" in page and "data:image/png" in page
     same = report_on(a, a, "--out", tmp_path / "x.html")
