@@ -4,7 +4,7 @@ They are drawn from the scripts' own losses, the built-in models, docs/credit.ht
 benchmarks/results/seft_example.json, which come from a run:
 
     python seft.py --out runs/reviser && python seft.py --out runs/policy --stage evolve --reviser runs/reviser/model
-    python benchmarks/method_figures.py seft --rounds runs/policy/rounds/round-0.json
+    python benchmarks/method_figures.py seft --rounds runs/policy/rounds/round-0.jsonl
 """
 
 import argparse
@@ -120,7 +120,7 @@ def lco_figure() -> None:
         axis.annotate("start", (0, 1), (-0.12 if A > 0 else 0.12, 0.62), ha="right" if A > 0 else "left")
         side = 1 if A > 0 else -1
         axis.text(side * 1.5, 0.12, "PPO is flat", color=ORANGE, ha="center")
-        axis.text(side * 2.0, 1.6, "LCO\npulls back", color=BLUE, ha="center")
+        axis.text(side * 1.95, 0.7, "LCO\npulls back", color=BLUE, ha="center", fontsize=9)
         axis.set_ylim(-0.1, 4)
         axis.set_xlim(-2.6, 2.6)
         axis.set_title(f"the losses, A = {A:+.1f}")
