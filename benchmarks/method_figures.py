@@ -1,10 +1,7 @@
 """One figure for each method's page, and two of the README: python benchmarks/method_figures.py [lco seft ...]
 
-They are drawn from the scripts' own losses, the built-in models, docs/credit.html (Q-RM) and, for SEFT, the answers in
-benchmarks/results/seft_example.json, which come from a run:
-
-    python seft.py --out runs/reviser && python seft.py --out runs/policy --stage evolve --reviser runs/reviser/model
-    python benchmarks/method_figures.py seft --rounds runs/policy/rounds/round-0.jsonl
+They are drawn from the scripts' own losses, the built-in models, docs/credit.html (Q-RM) and, for SEFT, two answers of
+a run of `seft.py` and `seft.py --stage evolve`, kept in benchmarks/results/seft_example.json.
 """
 
 import argparse
@@ -278,22 +275,6 @@ def qrm() -> None:
 # ---- SEFT ------------------------------------------------------------------------------------------------------------
 
 
-def examples(file: Path) -> dict:
-    """Of a round: the first short wrong answer that was mended, and the first right one that No saved from revision."""
-    made = json.loads(file.read_text())
-    tokenizer = lm.load_tokenizer("builtin")
-    short = [a for a in made["answers"] if len(a["row"]["prompt"]) <= 9 and not a["fault"]]
-    mended = next(a for a in short if a["label"] == 0 and not a["before"] and a["after"])
-    kept = next(a for a in short if a["label"] == 2 and a["before"] and a["revision"] != a["ids"])
-    keep = ("text", "chances", "label", "before", "after")
-    text = {name: tokenizer.decode(a["revision"], skip_special_tokens=True) for name, a in (("m", mended), ("k", kept))}
-    return {
-        "threshold": made["threshold"],
-        "mended": {"prompt": mended["row"]["prompt"], "revision": text["m"]} | {name: mended[name] for name in keep},
-        "kept": {"prompt": kept["row"]["prompt"], "revision": text["k"]} | {name: kept[name] for name in keep},
-    }
-
-
 def seft() -> None:
     made = json.loads(EXAMPLE.read_text())
     figure, axis = plt.subplots(figsize=(11, 4.0), constrained_layout=True)
@@ -424,10 +405,7 @@ DRAW = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help=f"which figures, of {', '.join(DRAW)}; none: all")
-    parser.add_argument("--rounds", help="take the answers of SEFT's figure from this round of a run")
     args = parser.parse_args()
-    if args.rounds:
-        EXAMPLE.write_text(json.dumps(examples(Path(args.rounds)), indent=1) + "\n")
     for name in args.names or DRAW:
         DRAW[name]()
 
