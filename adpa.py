@@ -36,7 +36,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-
 import common  # before torch: it sets how OpenMP threads wait
 import lm
 import tasks

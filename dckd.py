@@ -90,8 +90,8 @@ BUILTIN = dict(
 def dckd_loss(logits, teacher_logits, ids, better, worse, chosen_weight: float, rejected_weight: float):
     """DCKD-1 of N tokens: their share in the loss of the step, and in each of the means that are logged.
 
-    logits [N, V] of the student and of the teacher; ids [N], the tokens; better, worse [N]: what a token counts in a
-    mean over y_w and in one over y_l, 1 / tokens or 0. The gradient of a KL in the logits is pi - pi_dpo.
+    logits [N, V] of the student and of the teacher; ids [N], the tokens; better, worse [N]: the weight of each token in
+    the mean over y_w and in that over y_l, 1 / (tokens of the step) or 0. A KL has the gradient pi - pi_dpo in z.
     """
     size = min(logits.shape[1], teacher_logits.shape[1])
     full_logp = logits.log_softmax(-1)  # over all of its own rows, so that padded ones stay improbable
