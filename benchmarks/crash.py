@@ -1,6 +1,6 @@
 """Kill -9 at every file operation of a run; resumed, it must end as if nothing had happened, bit for bit.
 
-    python benchmarks/crash.py [--only lco dckd] [--every 1] [--log FILE]        # about 70 points a script, 2 s each
+    python benchmarks/crash.py [--only lco dckd] [--every 1] [--log FILE]        # 70 to 110 points a script, 4 s each
 
 Each script trains a tiny random model for two steps with a checkpoint after each. An audit hook counts what its process
 does to files below the run folder: opening for writing, renaming, removing, making folders. The process is killed
@@ -43,8 +43,9 @@ import torch.distributed as dist  # noqa: E402
 
 SMALL = {k: v for k, v in TINY.items() if k in ("prompts_per_step", "max_prompt", "test_rows", "lr", "dtype")}
 SMALL |= dict(steps=2, save_every=1, eval_every=2, micro_batch=4, max_new_tokens=24)
-SEFT = SMALL | dict(rounds=2, max_prompt=18, builtin_pairs=12, unannotated=16, calibration=4, ask="==", lora_rank=0)
-SEFT |= dict(labels=["++", "+=", "=+"], warmup_reviser_steps=1, reviser_steps=1, reviser_lr=1e-3, keep_threshold="0.3")
+SEFT = SMALL | dict(rounds=2, max_prompt=18, max_new_tokens=20, builtin_pairs=12, unannotated=16, calibration=4)
+SEFT |= dict(ask="==", lora_rank=0, labels=["++", "+=", "=+"])
+SEFT |= dict(warmup_reviser_steps=1, reviser_steps=1, reviser_lr=1e-3, keep_threshold="0.3")
 WRITES = os.O_WRONLY | os.O_RDWR
 
 
@@ -55,7 +56,7 @@ def runs_of(home: Path) -> dict:
     tokenizer = make_builtin().make_tokenizer()
     shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
     config = LlamaConfig(**shape, num_key_value_heads=2, max_position_embeddings=64, **ids_of(tokenizer))
-    model, teacher = (save_model(home / name, config, tokenizer, seed) for seed, name in enumerate(["model", "teacher"]))
+    model, teacher = (save_model(home / f"model-{seed}", config, tokenizer, seed) for seed in range(2))
     reward, pairs = home / "reward.py", home / "pairs.jsonl"
     reward.write_text(REWARD)
     pairs.write_text("".join(json.dumps(row) + "\n" for row in toys.chain_pairs(21, 0)))
@@ -76,7 +77,7 @@ def runs_of(home: Path) -> dict:
 
 
 class Killer:
-    """An audit hook that counts operations below a folder, writes them to a file, and ends the process at one of them."""
+    """An audit hook: counts operations below a folder, lists them in a file, and kills the process at one of them."""
 
     def __init__(self, folder: Path, at: int | None, listed: Path):
         self.folder, self.at, self.count, self.busy = str(folder), at, 0, False
