@@ -59,7 +59,7 @@ def runs_of(home: Path) -> dict:
     model, teacher = (save_model(home / f"model-{seed}", config, tokenizer, seed) for seed in range(2))
     reward, pairs = home / "reward.py", home / "pairs.jsonl"
     reward.write_text(REWARD)
-    pairs.write_text("".join(json.dumps(row) + "\n" for row in toys.chain_pairs(21, 0)))
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in toys.preference_pairs(21, 0)))
     rollouts = SMALL | dict(model=model, reward_file=str(reward), samples_per_prompt=4, max_new_tokens=12, save_every=1)
     by_pairs = SMALL | dict(model=model, dataset=str(pairs))
     reward_model = {k: v for k, v in SMALL.items() if k not in ("prompts_per_step", "test_rows", "lr")}

@@ -21,7 +21,9 @@ import pytest
 
 import common  # before torch: it sets how OpenMP threads wait
 import check
+import lm
 import tasks
+from builtin import tasks as toys
 
 import torch
 import torch.distributed as dist
@@ -148,9 +150,10 @@ def assert_same_metrics(a: list[dict], b: list[dict], relative: float = 1e-5, fl
 
 
 def run_here(script, stop_after: int | None = None, **settings) -> Path:
-    """script.train in this process, without the plot, which takes longer than the run; returns the run folder."""
+    """A script in this process, without the plot, which takes longer than the run; returns the run folder."""
+    entry = getattr(script, {"evaluate": "evaluate", "answers": "main"}.get(script.__name__, "train"))
     with mock.patch.object(common.RunFolder, "report"), mock.patch.object(common.Run, "stop_after", stop_after):
-        script.train(common.check_args(script.Args(**settings)))
+        entry(common.check_args(script.Args(**settings)))
     return Path(settings["out"])
 
 
@@ -253,6 +256,33 @@ def qwen_model(tmp_path_factory, letter_tokenizer) -> str:
     return save_model(
         tmp_path_factory.mktemp("models") / "qwen", Qwen3Config(**shape, **ids_of(letter_tokenizer)), letter_tokenizer
     )
+
+
+@pytest.fixture(scope="session")
+def judges(tiny_model, tmp_path_factory) -> dict:
+    """{how the score of an answer comes from its tokens: arguments of a reward model that is rated so}."""
+    from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
+
+    home = tmp_path_factory.mktemp("judges")
+    (home / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in toys.preference_pairs(21, 0)))
+    shared = dict(model=tiny_model, pairs=str(home / "pairs.jsonl"), test_pairs=5)
+
+    def saved(name, cls, **config):
+        torch.manual_seed(1)
+        model = cls.from_pretrained(tiny_model, **config)
+        for p in model.parameters():
+            p.data += 0.05 * torch.randn_like(p)
+        model.save_pretrained(home / name)
+        lm.load_tokenizer(tiny_model).save_pretrained(home / name)
+        return shared | {"reward_model": str(home / name), "micro_batch": 2}
+
+    found = {"last": saved("orm", AutoModelForTokenClassification, num_labels=1)}
+    found["mean"] = saved("qrm", AutoModelForTokenClassification, num_labels=1)
+    found["mean, LM head"] = saved("qrm-lm", AutoModelForCausalLM)
+    for name in ("qrm", "qrm-lm"):
+        file = home / name / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"reward_score": "mean"}))
+    return found | {"sum": saved("dpo", AutoModelForCausalLM) | {"reward_ref": tiny_model}}
 
 
 # ---- losses without a model ------------------------------------------------------------------------------------------

@@ -1,17 +1,13 @@
-"""One process, two ranks and two nodes give the same numbers; one rank's failure or a signal ends all of them."""
+"""Two nodes give the numbers of one; one rank's failure or a signal ends all. Two ranks: test_every_script.py."""
 
-import json
-import math
 import signal
 import socket
 import sys
 import time
 
 import lco
-import ppo_baseline
 import pytest
 from conftest import (
-    REWARD,
     ROOT,
     TINY,
     assert_same_metrics,
@@ -25,85 +21,10 @@ from conftest import (
     wait_for,
 )
 
-SCRIPTS = {"lco": lco, "ppo_baseline": ppo_baseline}
-JOBS = {  # name: (script, what it changes)
-    "ppo": ("ppo_baseline", dict(advantage="gae", kl_coef=0.1)),
-    "kld": ("lco", dict(loss="kld", advantage="group")),
-    "mse": ("lco", dict(loss="mse", advantage="gae", beta=2.0)),
-    "lora": ("lco", dict(loss="kld", advantage="group", lora_rank=4, kl_coef=0.1)),
-    "sparse": ("lco", dict(loss="mse", advantage="group", samples_per_prompt=2, steps=6)),
-}
-# A signal in one prompt of two: often on one rank alone, where both must update the policy, and often on none.
-SPARSE = REWARD.replace("reward(", "varied(") + """
-def reward(prompts, completions, rows):
-    return [x * (sum(map(ord, p)) % 2) for x, p in zip(varied(prompts, completions, rows), prompts)]
-"""
-DRIVER = """
-import json, sys
-import common, lm, lco, ppo_baseline
-import lm
-
-def main():
-    for script, settings, stop_after in json.load(open(sys.argv[1])):
-        module = {"lco": lco, "ppo_baseline": ppo_baseline}[script]
-        common.Run.stop_after = stop_after
-        module.train(module.Args(**settings))
-
-common.launch(main, "cpu")
-"""
-
 
 @pytest.fixture(scope="module")
 def base(tiny_model, reward_file) -> dict:
     return TINY | dict(model=tiny_model, reward_file=reward_file, lr=3e-4)
-
-
-@pytest.fixture(scope="module")
-def changes_of(tmp_path_factory):
-    """changes_of(name): what a job changes, its reward file included."""
-    file = tmp_path_factory.mktemp("sparse") / "reward.py"
-    file.write_text(SPARSE)
-    return lambda name: JOBS[name][1] | (dict(reward_file=str(file)) if name == "sparse" else {})
-
-
-@pytest.fixture(scope="module")
-def two_ranks(base, changes_of, tmp_path_factory):
-    """Run folders of all JOBS, of one in bfloat16 and of one that was stopped, from a single torchrun on two ranks."""
-    home = tmp_path_factory.mktemp("two_ranks")
-    jobs = [(JOBS[name][0], base | changes_of(name) | {"out": str(home / name)}, None) for name in JOBS]
-    jobs.append(("lco", base | {"out": str(home / "bfloat16"), "dtype": "bfloat16"}, None))
-    jobs.append(("ppo_baseline", base | {"out": str(home / "stopped"), "steps": 5}, 2))
-    (home / "driver.py").write_text(DRIVER)
-    (home / "jobs.json").write_text(json.dumps(jobs))
-    run_script(home / "driver.py", home / "jobs.json", ranks=2)
-    return home
-
-
-@pytest.mark.parametrize("name", JOBS)
-def test_two_ranks_are_one(name, base, changes_of, two_ranks, out):
-    """1 process = 2 ranks, to a relative 1e-5 in every metric."""
-    alone = read_metrics(run_here(SCRIPTS[JOBS[name][0]], **base | changes_of(name), out=out))
-    if name == "sparse":
-        assert len({line["policy/updates"] for line in alone[1:]} & {0.0, 1.0}) == 2
-    else:
-        assert len(alone) == 4 and alone[1]["reward/spread"] > 0.5
-    assert_same_metrics(alone, read_metrics(two_ranks / name))
-
-
-def test_bfloat16_on_two_ranks(two_ranks):
-    """bfloat16 under FSDP2 runs, and every metric is finite."""
-    lines = read_metrics(two_ranks / "bfloat16")
-    assert len(lines) == 4
-    assert all(value is None or math.isfinite(value) for line in lines for value in line.values())
-
-
-def test_two_rank_checkpoint_resumes_on_one(base, two_ranks, out):
-    """A checkpoint of 2 ranks goes on on 1 rank as if it had never been 2."""
-    settings = base | {"steps": 5}
-    whole = read_metrics(run_here(ppo_baseline, **settings, out=out))
-    assert len(read_metrics(two_ranks / "stopped")) == 3
-    parts = read_metrics(run_here(ppo_baseline, **settings, out=str(two_ranks / "stopped"), resume=True))
-    assert_same_metrics(whole, parts)
 
 
 def test_one_rank_packs(tiny_model, tmp_path):
@@ -137,8 +58,8 @@ common.launch(main, "cpu")
     assert run_script(path, tiny_model, ranks=2).stdout.count("agreed") == 2
 
 
-def test_two_nodes_are_one(base, two_ranks, tmp_path):
-    """Two torchrun agents that meet at an address give the metrics of one."""
+def test_two_nodes_are_one(base, tmp_path):
+    """Two torchrun agents that meet at an address give the metrics of one process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -147,7 +68,8 @@ def test_two_nodes_are_one(base, two_ranks, tmp_path):
     agents = [start([sys.executable, *node]) for _ in range(2)]
     for agent in agents:
         finish(agent)
-    assert_same_metrics(read_metrics(two_ranks / "kld"), read_metrics(tmp_path / "run"))
+    alone = run_here(lco, **base, out=str(tmp_path / "alone"))
+    assert_same_metrics(read_metrics(alone), read_metrics(tmp_path / "run"))
 
 
 @pytest.mark.parametrize("other", ["waits in a collective", "sleeps"])
