@@ -202,7 +202,7 @@ def rollout(spec: dict, gate: Gate) -> None:
                 model,
                 prompts,
                 max_new_tokens=max(lengths.plan),
-                noise=common.uniforms(0, common.TRAIN, 0, range(len(prompts)), max(lengths.plan)),
+                noise=lm.uniforms(0, common.TRAIN, 0, range(len(prompts)), max(lengths.plan)),
                 stop_ids=lm.stop_ids(model, tokenizer),
                 pad_id=tokenizer.pad_token_id,
             )

@@ -172,9 +172,9 @@ def test_sft_rows(base, tmp_path):
 def test_sft_rows_that_are_refused(refused, tmp_path):
     question = {"role": "user", "content": "1+1="}
     for rows, parts in (
-        ([{"messages": [question]}], ["row 1", "one answer of the assistant"]),
-        ([{"messages": [question, question]}], ["row 1", "one answer of the assistant"]),
-        ([{"question": "1+1="}], ["has the columns question", "messages, prompt+completion or chosen+rejected"]),
+        ([{"messages": [question]}], ["row 1", "expected a prompt and one assistant m"]),
+        ([{"messages": [question, question]}], ["row 1", "expected a prompt and one assistant m"]),
+        ([{"question": "1+1="}], ["has the columns question", "expected chosen+rejected or messages or co"]),
     ):
         data = written(tmp_path / "rows.jsonl", rows * 20)
         refused("dpo", [data, *parts], dataset=data, loss="sft")

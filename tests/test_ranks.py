@@ -33,7 +33,7 @@ def test_one_rank_packs(tiny_model, tmp_path):
     path.write_text("""
 import sys, torch
 from transformers import AutoModelForCausalLM
-import common
+import common, lm
 
 def main():
     device = torch.device("cpu")

@@ -112,9 +112,8 @@ def test_plot_and_report(bare):
 def test_exported_model_can_be_trained_on(bare, out):
     """model/ of one run is the --model of the next, and stands where it ended."""
     script, folder, _ = bare
-    arguments = flags(model=folder / "model", out=out, **script.BUILTIN)
-    less = flags(steps=1, prompts_per_step=8, samples_per_prompt=4, test_rows=16)
-    args = common.parse_args(script.Args, script.BUILTIN, [*arguments, *less])
+    less = dict(model=folder / "model", out=out, steps=1, prompts_per_step=8, samples_per_prompt=4, test_rows=16)
+    args = common.parse_args(script.Args, script.BUILTIN, flags(**script.BUILTIN | less))
     first = read_metrics(run_here(script, **dataclasses.asdict(args)))[0]
     last = read_metrics(folder)[-1]
     assert all(first[k] == pytest.approx(last[k], abs=0.07) for k in first if k.startswith("eval/"))

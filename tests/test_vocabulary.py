@@ -34,7 +34,8 @@ def lco_case(lengths, hidden_width, vocabulary, advantage="group"):
 
 
 def objective(policy, heads, micro, args):
-    """The objective that update() takes."""
+    """The objective that update() takes, with beta as train() sets it."""
+    micro = micro | {"beta": lco.scaled_beta(micro["advantages"], args.beta, args.negative_beta_scale)}
     sampled = lco.kld_objective if args.loss == "kld" else lco.sampled_objective
     return (lco.dense_objective if "reward" in heads else sampled)(policy, heads, micro, args)
 
