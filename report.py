@@ -87,7 +87,6 @@ def panels(metrics: list[dict]) -> list[list[str]]:
 def draw(figures: list[list[str]], groups: dict[str, list[list[dict]]], title: str = "") -> bytes:
     """A PNG with one plot per list of names. groups: {label: the metrics of its runs}."""
     import matplotlib
-
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
