@@ -417,7 +417,7 @@ import torch
 if os.environ.get("CUDNN") == "1":
     torch.backends.cuda.enable_cudnn_sdp = lambda on: None
 if os.environ.get("STEPS_ALONE"):
-    import common
+    import common, lm
     common.save_checkpoint = common.export_model = lambda *given, **more: None
     lm.Sampling.evaluate = lambda *given, **more: ({}, [])
 runpy.run_path(sys.argv[0], run_name="__main__")
