@@ -56,8 +56,8 @@ class Args:
         "gae", "GAE; the token's reward (QRM-2); the return to go; that of the answer; or less its prompt's mean"
     )
     clip: float = arg(0.2, "the eps of PPO-1", at_least=1e-6)
-    gamma: float = arg(1.0, "the discount", at_least=0)
-    lam: float = arg(0.95, "the lambda of GAE", at_least=0)
+    gamma: float = arg(1.0, "the discount", at_least=0, at_most=1)
+    lam: float = arg(0.95, "the lambda of GAE", at_least=0, at_most=1)
     vf_coef: float = arg(0.1, "the coefficient of the value loss", at_least=0)
     value_clip: float = arg(0.2, "the change of a value at which its loss goes flat; 0: no such change", at_least=0)
     critic_warmup: int = arg(0, "the number of first steps that train the critic alone", at_least=0)

@@ -228,6 +228,7 @@ TWO_THREADS = {
     qrm: dict(pairs_per_step=32, epochs=2, test_pairs=8, eval_every=4),
     dckd: LARGE | dict(prompts_per_step=32),
     adpa: LARGE | dict(prompts_per_step=32),
+    dpo: LARGE | dict(prompts_per_step=32),
     seft: LARGE | dict(stage="evolve", reviser="builtin", unannotated=96, builtin_pairs=64, calibration=8),
 }
 
