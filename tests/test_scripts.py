@@ -138,7 +138,7 @@ def test_help(script, capsys, monkeypatch):
     for field in dataclasses.fields(script.Args):
         assert f"--{field.name}" in text and " ".join(field.metadata["help"].split()) in text, field.name
     assert "optimisation: --steps" in text and "(kld, mse, lch; default: 'kld')" in text or script is not lco
-    assert "(default: 0.95; at least 0)" in text
+    assert "(default: 0.95; at least 0; at most 1)" in text
 
 
 def test_builtin_defaults_are_for_the_built_in_model():
