@@ -1,6 +1,6 @@
 """What makes runs on CPUs fast: how threads wait, memory that is kept, packed weights, a cache with room.
 
-Delete this file and only speed changes: common.py does without it. Measurements are in docs/speed.md.
+Delete this file and only speed changes: common.py and lm.py do without it. Measurements are in docs/speed.md.
 """
 
 import os

@@ -528,7 +528,7 @@ def accumulate_over(models, pieces: list):
 
 @contextlib.contextmanager
 def gathered(*models):
-    """All parameters whole on every rank meanwhile, so that ranks may run different numbers of forwards."""
+    """Inside, all parameters are whole on every rank, so that ranks may run different numbers of forward passes."""
     shards = [m for model in models for m in model.modules() if isinstance(m, FSDPModule)]
     for m in shards:
         m.set_reshard_after_forward(False, recurse=False)
