@@ -16,6 +16,7 @@ import threading
 import unicodedata
 from fractions import Fraction
 
+DIGIT = r"[\d¼½¾⅐-⅞]"
 # What writers spell differently is made alike before it is compared; docs/graders.md has the reasons.
 SPELLINGS = [
     (r"[−–‒﹣]", "-"),
@@ -44,6 +45,8 @@ SPELLINGS = [
 ]
 THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])")
 PLAIN = [  # LaTeX of a number as plain text
+    (r"</?[a-zA-Z]\w*>|<\|.*?\|>|<([-$ \d.,/]+)>", r" \1 "),  # <b>5</b>, <|im_end|>, <5>
+    (r"\.{2,}", " … "),
     (r"\\(?:text\w*|mbox|math\w*) *\{([^{}]*)\}", r" \1 "),
     (r"\\frac *(?:\{ *(-?\d+) *\}|(\d)) *(?:\{ *(\d+) *\}|(\d))", r" \1\2/\3\4"),
     (r"\\(?:cdot|times)|[×·⋅]", "*"),
@@ -64,13 +67,32 @@ NUMBER = re.compile(
     re.ASCII,
 )
 JOINED = re.compile(  # 3, 4 and 3*4 are not one number; nor are 3 or maybe 4
-    r"[-+*/^÷,;:&|<>)] *$|\b(?:and|to|x|plus|minus|times|maybe|perhaps) *$|\b(?:or|but|vs\.?)(?: \w+)? *$"
+    r"[-+*/^÷,;:&|<>)…±—] *$|\\[a-zA-Z]+ *$"
+    r"|\b(?:and|to|x|plus|minus|times|maybe|perhaps|possibly|alternatively|und|et|y) *$"
+    r"|\b(?:or(?! so\b)|oder|ou|o)(?: \w+){0,3} *$|\b(?:but|vs\.?|versus)(?: \w+)? *$"
 )
-UNIT = re.compile(r"^ *(?:hours?|hrs?|h|min|minutes?|days?|weeks?|months?|years?|feet|foot|ft|yards?|pounds?|lbs?) *$")
+EQUALS = r"(?<![!<>])(?<!\\not)=+>?"  # 3+4 => 7
+UNIT = re.compile(r"hours?|hrs?|h|min|minutes?|days?|weeks?|months?|years?|feet|foot|ft|yards?|pounds?|lbs?")
+PREPOSITIONS = "after as at because by during each every for from if in not of on per since when with within".split()
+RELATION = r"(?:(?<![-=<>])[<>]=?(?!>)|[≤≥≠±]|!=|\\(?:neq?|[lg]t|[lg]e|[lg]eq\w*|pm|mp)\b)"
+OTHER_BEFORE = re.compile(  # > 5, not 5, more than 5; "at least 5" where it is all that is said
+    rf"(?:{RELATION}|¬|(?<!\w)!|\\(?:not|neg|lnot)\b=?"
+    r"|(?:\b(?:not|never|cannot|nicht|pas|не)|n[’']t)(?: be| equal| equal to| exactly)?"
+    r"|(?<!no more )(?<!no less )(?<!no fewer )\bthan|\b(?:above|below|exceeds?|exceeding)"
+    r"|^\W*(?:at least|at most|up to|over|under|no (?:more|less|fewer) than))[ (-]*$",
+    re.IGNORECASE,
+)
+OTHER_AFTER = re.compile(  # 5+, 5+x, 5 > x, 5 or more, 5 eggs or less
+    rf"^\+(?! *[\d(])|^ *{RELATION} *[\w\\]"
+    r"|^ *(?:\w+ )?(?:or|and) (?:more|less|fewer|greater|higher|lower|larger|smaller|up|above|over)\b"
+)
+WITHDRAWN = re.compile(  # 5 is wrong, 5 isn't the answer
+    r"\d\W*\b(?:is|was)(?: wrong| incorrect|(?: not|n[’']t) (?:the answer|right|correct))\b|\d *\((?:wrong|incorrect)\b"
+)
 ASSIGNMENTS = re.compile(r"^\W*[a-zA-Z]\w* *= *[-$]*[\d.]+ *(?:[,;]|\band\b|\bor\b) *[a-zA-Z]\w* *=")  # x = 3, y = 4
 UNDONE = re.compile(r"√|\b(?:sqrt|log|ln|sin|cos|tan)(?:_\w+)? *[({\d]")
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
-ANSWER = re.compile(r"####.*\d|\\(?:boxed|fbox)\b|\b[Aa]nswer(?: is)?:? *\$?-?\d|^A:", re.M)
+ANSWER = re.compile(rf"####.*{DIGIT}|\\(?:boxed|fbox)\b|\b[Aa]nswer(?: is)?:? *\$?-?\d|^A:", re.M)
 NEXT_QUESTION = re.compile(
     r"\b(?:Q|Question|Problem|Exercise|Instruction|Input|User|Human)\b[*\d ]*:|^(?:user|human):|<\|im_start\|"
     r"|^(?=.*\d).{25,}\? *$",
@@ -109,15 +131,25 @@ def find_numbers(text: str) -> list[tuple[Fraction, int, int]]:
     return found
 
 
+def one_word_joins(between: str, behind: str) -> bool:
+    """Whether the only word between two numbers makes two answers of them: 5 hours 30 minutes, or, in any language,
+    5 oder 6 with nothing behind it; but 18 per 2 is one."""
+    word = re.fullmatch(r" *([^\W\d]+) *", between)
+    if not word:
+        return False
+    ends = not re.search(r"[^\W\d]", behind)
+    return bool(UNIT.fullmatch(word[1])) or (ends and word[1].lower() not in PREPOSITIONS)
+
+
 def one_number(line: str) -> Fraction | None:
     """The number that a line states, after its last `=`, `:` or "is"; None for several numbers or bare arithmetic."""
     exact = not re.search(r"%|\d[kK]\b", line)  # 50% of 4k
     line = respell(respell(line, SPELLINGS), PLAIN)
-    equations = itertools.pairwise(re.split(r"(?<![!<>])=", line))
-    if ASSIGNMENTS.search(line) or (exact and any(differ(*sides) for sides in equations)):
+    equations = itertools.pairwise(re.split(EQUALS, line))
+    if ASSIGNMENTS.search(line) or WITHDRAWN.search(line) or (exact and any(differ(*sides) for sides in equations)):
         return None
     aside = re.sub(r"\([^()]*\)", " ", line)  # 18 (9*2)
-    for part in reversed(re.split(r"(?<![!<>])=|≈|: |\bis\b|\bare\b", aside if re.search(r"\d", aside) else line)):
+    for part in reversed(re.split(EQUALS + r"|≈|: |\bis\b|\bare\b", aside if re.search(r"\d", aside) else line)):
         found = find_numbers(part)
         if not found or UNDONE.search(part):
             continue
@@ -125,8 +157,10 @@ def one_number(line: str) -> Fraction | None:
         pair = found[:2] if first else found[-2:]
         begin = pair[-1][1] + part[pair[-1][1] :].startswith("-")
         between, only_numbers = part[pair[0][2] : begin], not re.search("[a-zA-Z]", part)
-        if len(pair) == 1 or not (JOINED.search(between) or only_numbers or (first and UNIT.search(between))):
-            return found[0 if first else -1][0]
+        joined = JOINED.search(between) or (first and one_word_joins(between, part[pair[-1][2] :]))
+        if len(pair) == 1 or not (only_numbers or joined):
+            value, begin, end = found[0 if first else -1]
+            return None if OTHER_BEFORE.search(part[:begin]) or OTHER_AFTER.search(part[end:]) else value
         if not re.fullmatch(r"[-\d .*+/()^x]+", part):  # after 18 = 9*2 the part before counts
             return None
     return None
@@ -198,14 +232,14 @@ def extract_number(text: str) -> str | None:
     """
     text = own_answer(text)
     lines = [tail.strip().split("\n")[0] for tail in text.split("####")[1:]]
-    lines = [line for line in lines if re.search(r"\d", line) and not re.match(r"\W*(?:step|part)\b", line, re.I)]
+    lines = [line for line in lines if re.search(DIGIT, line) and not re.match(r"\W*(?:step|part)\b", line, re.I)]
     boxed = last_boxed(text)
     if lines:
-        line = next(s for s in re.split(r"(?<=[.!?]) ", lines[-1]) if re.search(r"\d", s))
-    elif boxed and re.search(r"\d", boxed):
+        line = next(s for s in re.split(r"(?<=[.!?]) ", lines[-1]) if re.search(DIGIT, s))
+    elif boxed and re.search(DIGIT, boxed):
         line = boxed
     else:
-        line = ([s for s in re.split(r"(?<=[.!?])\s|\n", text) if re.search(r"\d", s)] or [""])[-1]
+        line = ([s for s in re.split(r"(?<=[.!?])\s|\n", text) if re.search(DIGIT, s)] or [""])[-1]
     number = one_number(line)
     return None if number is None else str(number)
 
@@ -247,7 +281,7 @@ def same_latex(reference: str, answer: str) -> bool:
     how = [LatexExtractionConfig(boxed_match_priority=0)]
     parsed = [parse(f"\\boxed{{{s}}}", extraction_config=how, parsing_timeout=timeout) for s in texts]
     options = dict(allow_set_relation_comp=True, timeout_seconds=timeout)
-    if not verify(*parsed, **options):
+    if not verify(*parsed, **options) or WITHDRAWN.search(respell(texts[1], PLAIN)):
         return False
     if parsed[1][0] == sympy.EmptySet and re.search(r"\d", texts[1]):
         return False  # [2,1) is as empty as [5,3)

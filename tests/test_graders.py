@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+import pytest
+
 import graders
 import tasks
 
@@ -40,6 +42,8 @@ NUMBERS_RIGHT = {
     "3.33": ["#### 10/3 = 3.33", "#### 3.333 = 3.33"],
     "4": ["#### 12 / 3 = 4 $5 bills", "#### 29/7 = 4", "#### 50% of 8 = 4", "#### 8*50% = 4"],
     "2.5": ["#### 2\u00bd"],
+    "1/2": ["#### ½", "½", "The answer is ½.", "#### ½\n\nQuestion: 3+4?\n#### 7", r"\boxed{½}"],
+    "-1/4": ["#### -¼", "#### −¼ of it"],
     "5": ["#### 2+3=5", "#### US$5", "#### five = 5", "#### \uff15", "#### 5 dollars for 2 or 3 days"],
     "0.75": [r"#### \dfrac{3}{4}", "#### 3/4", r"\boxed{\frac34}"],
     "3.75": [r"\boxed{3\frac{3}{4}}", "#### 3 3/4", "#### 3 and 3/4"],
@@ -287,7 +291,10 @@ LATEX_WRONG = {
     "4210_5": ["4210_6"],
     "1001_2": ["1001_3", "1011_2"],
     "2A_{16}": ["2B_{16}"],
-    "5": ["12_3", "2+2 = 5", "5.0000001", "\u20135", r"5\text{ million}", r"x=5\text{ or }x=6"],
+    "5": [
+        "12_3", "2+2 = 5", "5.0000001", "\u20135", r"5\text{ million}", r"x=5\text{ or }x=6", "> 5", r"x \ge 5", r"\ne 5",
+        r"\text{not } 5", r"5 \text{ is wrong}", r"5 \text{ (wrong)}", r"5 \text{ oder } 6", r"\pm 5",
+    ],
     "10101_2": ["10101_{10}"],
     "2": [
         "1 = 2", "0 = 2", r"\frac{1}{2} = 2", r"1 \equiv 2", "1 < 2", r"\{1,2\}", "2;3", r"\text{either 2 or 3}",
@@ -413,6 +420,35 @@ LATEX_WRONG = {
     "1,000": ["1.000"],
     "[1,000)": [""],
 }
+# {} is a number: what makes something else of it, and what does not
+NOT_THE_NUMBER = {
+    "an inequality": [
+        "> {}", ">{}", "< {}", "≥ {}", "≤{}", "<= {}", ">= {}", r"\ge {}", r"\leq {}", r"\leqslant {}",
+        r"\gt {}", "x > {}", r"x \ge {}", "{} > x", "{} < x", "{} ≤ x", "(> {})", "more than {}",
+        "less than {}", "fewer than {} eggs", "greater than {}", "above {}", "it exceeds {}", "at least {}",
+        "at most {} eggs", "up to {}", "over {}", "under {}", "no more than {}", "{} or more", "{} or less",
+        "{} eggs or more", "{} and up", "{}+", "{}+ eggs", "{}+x",
+    ],
+    "a negation": [
+        "not {}", "Not {}", "NOT {}", "**not {}**", "not-{}", "isn't {}", "isn’t {}", "never {}",
+        "cannot be {}", "not equal to {}", "not exactly {}", "nicht {}", "¬{}", "!{}", r"\neg {}", r"\not= {}",
+        "≠ {}", "x ≠ {}", "x != {}", r"\ne {}", r"x \neq {}", "other than {}", "{} is wrong", "{} (wrong)",
+        "{} isn't the answer", "{} is not correct",
+    ],
+    "an alternative": [
+        "{} or 6", "{} oder 6", "{} ou 6", "{} o 6", "{} y 6", "{} und 6", "{} et 6", "{} eller 6", "{} lub 6",
+        "{} или 6", "{} 或 6", "{} eggs oder 6 eggs", "entweder {} oder 6", "{} eggs or maybe even 6 eggs",
+        "{}, alternatively 6", "{} possibly 6", "{} versus 6", r"{} \lor 6", r"{} \quad 6", "{}...6", "{} … 6",
+        "{} through 6", "{} eggs — 6 eggs", "±{}", r"\pm {}", r"{} \pm 6", "{} ± 6",
+    ],
+}
+THE_NUMBER = [
+    "=> {}", "-> {}", "--> {}", "→ {}", r"\Rightarrow {}", "2x => {}", ">> {}", "{}>>", "<{}>", "<b>{}</b>",
+    "{}</s>", "{}<|eot_id|>", "{} eggs<end_of_turn>", "{} or so", "{} is the answer", "{} is correct",
+    "{}, not 6", "{} not 6", "{} rather than 6", "{} instead of 6", "{} dollars, not including tax",
+    "Not 6, it is {}", "{} more than Tom", "she needs at least {} trips", "she can buy no more than {} eggs",
+    "{} per 6", "{} because 6", "{} incorrect answers",
+]
 # fmt: on
 MATH_ANSWERS = sorted({*LATEX_RIGHT, *LATEX_WRONG})
 GRADERS = Path(__file__).resolve().parent.parent / "docs" / "graders.md"
@@ -436,6 +472,17 @@ def disagree(grader, right: dict, wrong: dict) -> list:
 def test_numbers():
     """Run-ons, arithmetic, fractions, lists, powers, magnitudes, separators, dashes, dots and units."""
     assert disagree(number_is_right, NUMBERS_RIGHT, NUMBERS_WRONG) == []
+
+
+@pytest.mark.parametrize("number", ["5", "$5", "1,234", "-3", "2.5", "½", "3/4"])
+def test_more_than_a_number_is_not_that_number(number):
+    """An inequality, a negation and an alternative of a number are other answers, or none; words around it are not."""
+    places = "#### {}", "The answer is {}.", r"\boxed{{{}}}"
+    right = [place.format(frame.format(number)) for frame in THE_NUMBER for place in places]
+    assert [text for text in right if not number_is_right(number, text)] == []
+    for kind, frames in NOT_THE_NUMBER.items():
+        wrong = [place.format(frame.format(number)) for frame in frames for place in places]
+        assert [text for text in wrong if number_is_right(number, text)] == [], kind
 
 
 def test_latex():
