@@ -236,7 +236,7 @@ class Checks:
     def resumes(self, args) -> tuple[bool, str]:
         """Two steps at once = one step, and another from its checkpoint, to the last bit."""
         parts = f"{args.out}-parts"
-        with mock.patch.object(common.Run, "stop_after", 1):
+        with mock.patch.object(common.Run, "stop_after", 1), contextlib.suppress(SystemExit):
             self.real["train"](replace(args, out=parts))
         self.real["train"](replace(args, out=parts, resume=True))
         runs = []

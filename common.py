@@ -56,6 +56,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from huggingface_hub.constants import HF_HUB_CACHE
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -197,12 +198,11 @@ def stop_requested(device: torch.device) -> bool:
 
 
 def leave_stopped(text: str) -> None:
-    """Say it and end all ranks with 128 + the number of the signal that asked for it."""
+    """Say it and end all ranks with 128 + the number of the signal that asked for it; 128 where none did."""
     number = int(all_max(_signal, torch.device("cpu")))
     say(text)
     dist.barrier()
-    if number:  # else a test asked
-        raise SystemExit(128 + number)
+    raise SystemExit(128 + number)
 
 
 def all_sum(values: dict, device: torch.device) -> dict[str, float]:
@@ -919,7 +919,13 @@ def _watch(script: Path, settings: dict) -> dict[str, str]:
     files = {path.name: path for path in (script, *map(script.with_name, ("common.py", "lm.py", "tasks.py")))}
     for name, value in settings.items():
         if isinstance(value, str) and value and name != "out":
-            files[f"--{name} {value}"] = BUILTIN.get(value, Path(value))
+            here, on_hub = BUILTIN.get(value, Path(value)), Path(HF_HUB_CACHE, f"models--{value.replace('/', '--')}")
+            files[f"--{name} {value}"] = here if os.path.exists(here) else on_hub / "refs" / "main"  # its commit
+    if settings.get("reward_file"):
+        reward = Path(settings["reward_file"]).resolve()
+        imported = [Path(getattr(module, "__file__", None) or "") for module in list(sys.modules.values())]
+        own = [path for path in imported if reward.parent in path.parents and path.suffix == ".py" and path != reward]
+        files |= {f"{path.relative_to(reward.parent)}": path for path in own if "site-packages" not in path.parts}
     return {name: _digest(path) for name, path in files.items() if os.path.exists(path)}
 
 

@@ -71,7 +71,7 @@ class Args:
     rollout_rows: int = arg(256, "sequences that each rank generates at once", at_least=1)
 
 
-BUILTIN = dict(max_prompt=24, max_new_tokens=24, micro_batch=64)
+BUILTIN = dict(max_prompt=24, max_new_tokens=24)
 
 
 # ---- the method ------------------------------------------------------------------------------------------------------
@@ -269,9 +269,9 @@ def write(run, args, metrics: dict, samples: list[dict], task: str, prompts: int
     if common.rank() != 0:
         return
     about = json.loads((run.path / "args.json").read_text())
-    given = ("model", "dataset", "test_dataset", "reward_file", "pairs", "reward_model", "reward_ref")
-    always = ("samples_per_prompt", "max_prompt", "max_new_tokens", "temperature", "seed", "dtype")
-    row = {name: value for name, value in asdict(args).items() if name in always or (value and name in given)}
+    used = ["model", "dataset", "test_dataset", "reward_file", "samples_per_prompt", "max_prompt", "max_new_tokens"]
+    used = ["pairs", "reward_model", "reward_ref"] if args.pairs else used + ["temperature", "seed"]
+    row = {name: value for name, value in asdict(args).items() if name in [*used, "dtype"] and value != ""}
     seconds = round(time.time() - (run.path / "args.json").stat().st_mtime, 1)  # it was written at the beginning
     row |= {"task": task, "prompts": prompts, "metrics": metrics, "confidence": 0.95, "seconds": seconds}
     row |= {name: about[name] for name in ("versions", "command", "git", "time")}
@@ -292,7 +292,7 @@ def evaluate(args) -> None:
     file = Path(args.pairs_out or "-")
     new = not file.exists() and file.parent.is_dir()
     require(new, f"--pairs_out {args.pairs_out}: expected a new file in a folder that exists")
-    (rate_reward_model if args.pairs else measure_accuracy)(with_sizes(args))
+    rate_reward_model(args) if args.pairs else measure_accuracy(with_sizes(args))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; child processes inherit both
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import contextlib
 import importlib.util
 import json
 import logging
@@ -152,7 +153,8 @@ def assert_same_metrics(a: list[dict], b: list[dict], relative: float = 1e-5, fl
 def run_here(script, stop_after: int | None = None, **settings) -> Path:
     """A script in this process, without the plot, which takes longer than the run; returns the run folder."""
     entry = getattr(script, {"evaluate": "evaluate", "answers": "main"}.get(script.__name__, "train"))
-    with mock.patch.object(common.RunFolder, "report"), mock.patch.object(common.Run, "stop_after", stop_after):
+    leaves = pytest.raises(SystemExit) if stop_after else contextlib.nullcontext()
+    with mock.patch.object(common.RunFolder, "report"), mock.patch.object(common.Run, "stop_after", stop_after), leaves:
         entry(common.check_args(script.Args(**settings)))
     return Path(settings["out"])
 

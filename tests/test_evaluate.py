@@ -277,7 +277,7 @@ def test_stop(base, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("how", ["last", "mean", "mean, LM head", "sum"])
-def test_pair_accuracy_by_hand(how, judges, tmp_path):
+def test_pair_accuracy_by_hand(how, judges, tmp_path, capsys):
     """Each held-out pair alone: the mean of its tokens' scores, the last one, or the sum of log-ratios."""
     settings, margins = judges[how], []
     load = lambda name: lm.load_model(name, head="saved", trainable=False, device=torch.device("cpu"))  # noqa: E731
@@ -302,6 +302,8 @@ def test_pair_accuracy_by_hand(how, judges, tmp_path):
     found = values(run(tmp_path / "run", **settings))
     assert found["eval/pair_accuracy"] == sum(x > 0 for x in margins) / 5
     assert found["eval/margin"] == pytest.approx(sum(margins) / 5, rel=1e-4, abs=1e-6)
+    about = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert not about.keys() & {"model", "max_prompt", "samples_per_prompt"} and "sizes of" not in capsys.readouterr().out
     whole = run(tmp_path / "all", **settings | {"test_pairs": 0})
     assert whole["prompts"] == 21 and len(read(tmp_path / "all" / "samples.jsonl")) == 21
 

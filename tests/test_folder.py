@@ -7,6 +7,7 @@ import re
 import resource
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 from unittest import mock
@@ -17,6 +18,7 @@ import lco
 import lm
 import pytest
 import report
+import tasks
 from conftest import REWARD, TINY, flags, fork_script, read_metrics, run_here
 
 import torch
@@ -308,6 +310,42 @@ def test_changed_code_is_told_and_kept(base, tmp_path, capfd):
     assert f"WARNING: lco.py, --reward_file {reward} changed since the run in {run} began" in capfd.readouterr().err
     (old,) = run.glob("source-until-*.py")
     assert (run / "source.py").read_text() == old.read_text() + "# changed\n"
+
+
+def test_what_a_reward_file_imports_is_watched(tmp_path, monkeypatch):
+    """Modules beside it or below its folder, whether it is named by an absolute path or not; but no installed ones."""
+    for name in ("beside_it", "parts/below_it", "site-packages/installed_beside_it", "never_imported"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.py").write_text("x = 1\n")
+    reward = tmp_path / "with_imports.py"
+    lines = ["import beside_it, parts.below_it, sys", "sys.path.append('site-packages')", "import installed_beside_it"]
+    reward.write_text("\n".join(lines) + REWARD)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    tasks.load_reward("with_imports.py")
+    before = common._watch(Path(lco.__file__), {"reward_file": "with_imports.py"})
+    own = {"--reward_file with_imports.py", "beside_it.py", "parts/below_it.py"}
+    assert before.keys() == own | {"lco.py", "common.py", "lm.py", "tasks.py"}
+    (tmp_path / "parts" / "below_it.py").write_text("x = 2\n")
+    after = common._watch(Path(lco.__file__), {"reward_file": str(reward)})
+    assert [name for name in after if before.get(name, after[name]) != after[name]] == ["parts/below_it.py"]
+
+
+def test_another_commit_of_a_hub_model_is_refused(base, run, tmp_path, monkeypatch):
+    """A name of the Hub is compared by the commit that was fetched last."""
+    ref = tmp_path / "models--org--name" / "refs" / "main"
+    ref.parent.mkdir(parents=True)
+    ref.write_text("a" * 40)
+    monkeypatch.setattr(common, "HF_HUB_CACHE", str(tmp_path))
+    about = json.loads((run / "args.json").read_text())
+    about["args"]["model"] = "org/name"
+    about["watched"] = common._watch(Path(lco.__file__), about["args"])
+    assert "--model org/name" in about["watched"]
+    (run / "args.json").write_text(json.dumps(about))
+    ref.write_text("b" * 40)
+    settings = about["args"] | {"out": str(run), "resume": True}
+    with pytest.raises(common.BadInput, match="the content of --model org/name is not that with which"):
+        common.Run(lco.Args(**settings), lco.__file__)
 
 
 def test_changed_data_are_refused(base, tmp_path):
