@@ -13,8 +13,11 @@ import math
 import multiprocessing
 import runpy
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 from unittest import mock
 
@@ -101,6 +104,12 @@ def run_script(script, *args, ranks: int = 0, expect: int | None = 0, timeout: f
     return finish(start(command(script, *args, ranks=ranks), **env), expect, timeout)
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def wait_for(process: subprocess.Popen, text: str) -> None:
     """Read the screen of a process until a line contains `text`."""
     for line in process.stdout:
@@ -109,26 +118,46 @@ def wait_for(process: subprocess.Popen, text: str) -> None:
     raise AssertionError(f"it ended without printing {text!r}\n{process.stderr.read()}")
 
 
-# The same command in a process forked from one that has imported everything: starts at once, where Python takes 10 s.
+# The same command in a process forked from one that has imported everything: starts at once, where Python needs six
+# seconds of CPU, and torchrun those of each rank and two more.
 _forks = multiprocessing.get_context("forkserver")
 _forks.set_forkserver_preload(
     ["common", "lco", "ppo_baseline", "matplotlib.pyplot", "peft", "transformers.models.llama.modeling_llama"]
 )
 
 
-def _be(words: list[str], log: str) -> None:
-    screen = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(screen, 1)
-    os.dup2(screen, 2)
+def _be(words: list[str], logs: list[str], env: dict) -> None:
+    for number, log in enumerate(logs, 1):
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    os.environ |= {name: str(value) for name, value in env.items()}
     sys.argv = words
     runpy.run_path(words[0], run_name="__main__")
 
 
-def fork_script(script, *args, log: Path):
+def fork_script(script, *args, log: Path, errors: Path | None = None, **env):
     """A script started as by its command line, in a forked process; its screen is appended to the file `log`."""
-    process = _forks.Process(target=_be, args=([str(ROOT / script), *map(str, args)], str(log)))
+    words, logs = [str(ROOT / script), *map(str, args)], [str(log), str(errors or log)]
+    process = _forks.Process(target=_be, args=(words, logs, env))
     process.start()
     return process
+
+
+def run_forked(script, *args, ranks: int = 0, expect: int | None = 0, timeout: float = 120, **env):
+    """As run_script, in forked processes. Ranks meet as those of torchrun, but none is closed by it when one fails."""
+    meet = dict(WORLD_SIZE=ranks, LOCAL_WORLD_SIZE=ranks, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
+    envs = [meet | dict(RANK=rank, LOCAL_RANK=rank) | env for rank in range(ranks)] or [env]
+    with tempfile.TemporaryDirectory() as home:
+        out, err = Path(home, "out"), Path(home, "err")
+        processes = [fork_script(script, *args, log=out, errors=err, **mine) for mine in envs]
+        end = time.monotonic() + timeout
+        for process in processes:
+            process.join(max(0.0, end - time.monotonic()))
+            process.kill()
+            process.join()
+        out, err, codes = out.read_text(), err.read_text(), [process.exitcode for process in processes]
+    right = all(codes) if expect is None else set(codes) == {expect}
+    assert right, f"exit codes {codes}, expected {expect}\n{out[-3000:]}\n{err[-5000:]}"
+    return subprocess.CompletedProcess([script, *args], codes[0], out, err)
 
 
 # ---- what runs leave behind ------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import ppo_baseline
 import pytest
 import qrm
 import seft
-from conftest import ROOT, TINY, flags, run_here, run_script
+from conftest import ROOT, TINY, flags, run_here, run_forked
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import answers  # noqa: E402
@@ -411,7 +411,7 @@ def test_wandb_that_is_not_installed(refused, monkeypatch, out):
 
 def test_command_line(base):
     """A wrong value: one line on the screen, exit code 2, no traceback."""
-    done = run_script("lco.py", *flags(**base | {"lr": -1}), expect=2)
+    done = run_forked("lco.py", *flags(**base | {"lr": -1}), expect=2)
     assert done.stderr.strip() == "lco.py: error: --lr must be at least 0, found -1.0"
 
 
@@ -419,5 +419,5 @@ def test_failure_on_the_command_line(base, tmp_path):
     """A reward function that raises is no wrong argument: its traceback is shown, exit code 1."""
     path = tmp_path / "mine.py"
     path.write_text("def reward(prompts, completions, rows):\n    raise ValueError('the grader broke down')\n")
-    done = run_script("lco.py", *flags(**base | {"reward_file": path}), expect=1)
+    done = run_forked("lco.py", *flags(**base | {"reward_file": path}), expect=1)
     assert "ValueError: the grader broke down" in done.stderr and "mine.py" in done.stderr

@@ -1,5 +1,6 @@
 """benchmarks/departures: each patch applies to the scripts as they are, is small, and does what the study measures."""
 
+import dataclasses
 import importlib
 import importlib.util
 import itertools
@@ -12,7 +13,7 @@ from unittest import mock
 
 import common
 import pytest
-from conftest import ROOT, read_metrics
+from conftest import ROOT, read_metrics, run_here
 
 import torch
 
@@ -104,15 +105,13 @@ def test_not_centred_and_value_weight(patched):
     torch.testing.assert_close(batch["advantages"], x - 1)
 
 
-@pytest.mark.parametrize("name, settings", [("old_topk", []), ("balanced_fill", []), ("signed_means", [])])
-def test_a_patched_script_trains(name, settings, tmp_path):
-    folder = tmp_path / "scripts"
-    folder.mkdir()
+@pytest.mark.parametrize("name", ["old_topk", "balanced_fill", "signed_means"])
+def test_a_patched_script_trains(name, patched, tmp_path):
+    lco, run = patched(name), tmp_path / "run"
     words = "--loss kld --negative_beta_scale 1 --steps 1 --prompts_per_step 4 --samples_per_prompt 4 --test_rows 4"
-    command = [sys.executable, study.departed([name], folder) / "lco.py", *words.split(), "--out", tmp_path / "run"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert Path(tmp_path / "run" / "model").exists()
+    args = common.parse_args(lco.Args, lco.BUILTIN, [*words.split(), "--out", str(run)])
+    run_here(lco, **dataclasses.asdict(args))
+    assert (run / "model").exists() and (run / "source.py").read_text() == Path(lco.__file__).read_text()
 
 
 def test_labels_of_other_rules(patched):

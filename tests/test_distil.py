@@ -10,7 +10,7 @@ import lm
 import dckd
 import dpo
 import pytest
-from conftest import flags, read_metrics, run_here, run_script
+from conftest import flags, read_metrics, run_here, run_forked
 
 SCRIPTS = {"dpo": dpo, "dckd": dckd, "adpa": adpa}
 FILES = [".lock", "args.json", "checkpoint", "metrics.jsonl", "model", "plot.png", "report.html"]
@@ -43,7 +43,7 @@ def chain(tmp_path_factory):
         "adpa": dict(teacher=home / "dpo" / "model", model=home / "dckd" / "model"),
     }
     return {
-        name: (home / name, run_script(f"{name}.py", *flags(**less, **more, out=home / name)).stdout)
+        name: (home / name, run_forked(f"{name}.py", *flags(**less, **more, out=home / name)).stdout)
         for name, more in commands.items()
     }
 

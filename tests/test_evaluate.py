@@ -16,7 +16,7 @@ import pytest
 import qrm
 import tasks
 from builtin import tasks as toys
-from conftest import ROOT, TINY, flags, read_metrics, run_here, run_script
+from conftest import ROOT, TINY, flags, read_metrics, run_here, run_forked
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import answers  # noqa: E402
@@ -126,7 +126,7 @@ def test_interval_covers():
 def test_command_line(tmp_path):
     """The bare command with less to do: a run folder, a row of results, and no second run into the same folder."""
     less = flags(test_rows=12, samples_per_prompt=4, out=tmp_path / "run")
-    screen = run_script("evaluate.py", *less, "--k", "1", "2", "4").stdout
+    screen = run_forked("evaluate.py", *less, "--k", "1", "2", "4").stdout
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == FILES
     row = json.loads((tmp_path / "run" / "result.json").read_text())
     assert row["model"] == "builtin" and row["task"] == "chains" and row["prompts"] == 12 and row["seed"] == 0
@@ -139,7 +139,7 @@ def test_command_line(tmp_path):
     assert row["metrics"]["eval/sampled"]["value"] < row["metrics"]["eval/pass@4"]["value"]
     assert len(read(tmp_path / "run" / "samples.jsonl")) == 12 * 5
     assert read_metrics(tmp_path / "run") == [{"step": 0, **values(row)}]
-    again = run_script("evaluate.py", *less, expect=2).stderr
+    again = run_forked("evaluate.py", *less, expect=2).stderr
     assert "exists and is not empty" in again and "resume" not in again
 
 
@@ -175,7 +175,7 @@ def test_first_command_after_training(tmp_path):
     shutil.copytree(ROOT / "builtin" / "policy", tmp_path / "run" / "model")
     (tmp_path / "run" / "args.json").write_text(json.dumps({"args": {"max_prompt": 24, "max_new_tokens": 24}}))
     less = flags(test_rows=8, samples_per_prompt=1, out=tmp_path / "found")
-    run_script("evaluate.py", "--model", tmp_path / "run" / "model", *less)
+    run_forked("evaluate.py", "--model", tmp_path / "run" / "model", *less)
     row = json.loads((tmp_path / "found" / "result.json").read_text())
     assert (row["max_prompt"], row["max_new_tokens"]) == (24, 24)
 

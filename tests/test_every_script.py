@@ -24,7 +24,7 @@ import pytest
 import qrm
 import seft
 from builtin import tasks as toys
-from conftest import REWARD, ROOT, TINY, assert_same_metrics, check_here, read_metrics, run_here, run_script
+from conftest import REWARD, ROOT, TINY, assert_same_metrics, check_here, read_metrics, run_here, run_forked
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import answers  # noqa: E402
@@ -144,7 +144,7 @@ def two_ranks(settings_of, tmp_path_factory):
     jobs.append(("ppo_baseline", 2, settings_of("ppo", out=str(home / "stopped"))))
     (home / "driver.py").write_text(DRIVER)
     (home / "jobs.json").write_text(json.dumps(jobs))
-    run_script(home / "driver.py", home / "jobs.json", ROOT / "tests", ROOT / "benchmarks", ranks=2, timeout=600)
+    run_forked(home / "driver.py", home / "jobs.json", ROOT / "tests", ROOT / "benchmarks", ranks=2, timeout=600)
     return home
 
 

@@ -10,7 +10,7 @@ import common
 import lm
 import gpu
 import pytest
-from conftest import ROOT, TINY, flags, ids_of, run_script, save_model
+from conftest import ROOT, TINY, flags, ids_of, run_forked, save_model
 from safetensors.torch import load_file, save_file
 
 import torch
@@ -118,7 +118,7 @@ def test_refused_before_a_folder_exists(script, tiny_model, reward_file, tmp_pat
     """Exit code 2, one sentence, no run folder: the corrected command may use the same name."""
     folder = edited(tiny_model, tmp_path / "model", without("lm_head"))
     settings = TINY | dict(model=folder, reward_file=reward_file, out=tmp_path / "run")
-    done = run_script(script, *flags(**settings), expect=2)
+    done = run_forked(script, *flags(**settings), expect=2)
     last = done.stderr.splitlines()[-1]
     assert last == f"{script}: error: --model {folder}: 1 tensor(s) missing in its files, for example lm_head.weight"
     assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()

@@ -11,7 +11,7 @@ import gpu
 import lco
 import ppo_baseline
 import pytest
-from conftest import TINY, assert_same_metrics, ids_of, read_metrics, run_here, run_script
+from conftest import TINY, assert_same_metrics, ids_of, read_metrics, run_forked, run_here, run_script
 
 import torch
 import transformers
@@ -145,7 +145,7 @@ def test_one_visible_device_per_process(monkeypatch):
 
 def test_world_size_without_an_address():
     """Some schedulers set WORLD_SIZE in every job."""
-    done = run_script("lco.py", expect=2, WORLD_SIZE="8")
+    done = run_forked("lco.py", expect=2, WORLD_SIZE="8")
     assert done.stderr.splitlines()[-1] == (
         "lco.py: error: WORLD_SIZE is set but RANK and MASTER_ADDR and MASTER_PORT not: "
         "start with torchrun, or unset WORLD_SIZE"
@@ -248,7 +248,7 @@ def test_shards_within_a_node(per_node, tiny_model, reward_file, tmp_path):
     alone = read_metrics(run_here(ppo_baseline, **base, out=str(tmp_path / "alone")))
     (tmp_path / "job.json").write_text(json.dumps(base | {"out": str(tmp_path / "nodes")}))
     (tmp_path / "nodes.py").write_text(HYBRID)
-    run_script(tmp_path / "nodes.py", tmp_path / "job.json", per_node, ranks=4, timeout=240)
+    run_forked(tmp_path / "nodes.py", tmp_path / "job.json", per_node, ranks=4, timeout=240)
     assert_same_metrics(alone, read_metrics(tmp_path / "nodes"))
     resumed = base | {"steps": 3, "out": str(tmp_path / "nodes"), "resume": True}
     run_here(ppo_baseline, **resumed)
@@ -269,7 +269,7 @@ common._require_shared = functools.partial(common._require_shared, seconds=1)
 common.launch(lambda: ppo_baseline.train(ppo_baseline.Args(**json.load(open(sys.argv[1])))), "cpu")
 """)
     (tmp_path / "job.json").write_text(json.dumps(TINY | dict(model=tiny_model, reward_file=reward_file, out="run")))
-    done = run_script(tmp_path / "apart.py", tmp_path / "job.json", tmp_path, ranks=2, expect=None)
+    done = run_forked(tmp_path / "apart.py", tmp_path / "job.json", tmp_path, ranks=2, expect=None)
     assert "error: --out run: ranks [1] do not see it; with several nodes it must be on shared storage" in done.stderr
     assert "step 0" not in done.stdout
 

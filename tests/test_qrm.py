@@ -11,7 +11,7 @@ import ppo_baseline
 import pytest
 import qrm
 from builtin import tasks as toys
-from conftest import TINY, flags, read_metrics, run_here, run_script
+from conftest import TINY, flags, read_metrics, run_here, run_forked
 
 import torch
 
@@ -44,7 +44,7 @@ def reward_run(base, tmp_path_factory):
 def bare(tmp_path_factory):
     """(folder, screen) of the bare command with less to do."""
     folder = tmp_path_factory.mktemp("bare") / "run"
-    return folder, run_script("qrm.py", *flags(steps=3, test_pairs=16, out=folder)).stdout
+    return folder, run_forked("qrm.py", *flags(steps=3, test_pairs=16, out=folder)).stdout
 
 
 def test_run_folder(bare):

@@ -1,7 +1,6 @@
 """Two nodes give the numbers of one; one rank's failure or a signal ends all. Two ranks: test_every_script.py."""
 
 import signal
-import socket
 import sys
 import time
 
@@ -14,7 +13,9 @@ from conftest import (
     command,
     finish,
     flags,
+    free_port,
     read_metrics,
+    run_forked,
     run_here,
     run_script,
     start,
@@ -55,16 +56,13 @@ def main():
 
 common.launch(main, "cpu")
 """)
-    assert run_script(path, tiny_model, ranks=2).stdout.count("agreed") == 2
+    assert run_forked(path, tiny_model, ranks=2).stdout.count("agreed") == 2
 
 
 def test_two_nodes_are_one(base, tmp_path):
     """Two torchrun agents that meet at an address give the metrics of one process."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     node = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d"]
-    node += [f"--rdzv_endpoint=127.0.0.1:{port}", str(ROOT / "lco.py"), *flags(**base, out=tmp_path / "run")]
+    node += [f"--rdzv_endpoint=127.0.0.1:{free_port()}", str(ROOT / "lco.py"), *flags(**base, out=tmp_path / "run")]
     agents = [start([sys.executable, *node]) for _ in range(2)]
     for agent in agents:
         finish(agent)
@@ -90,14 +88,15 @@ def reward(prompts, completions, rows):
     return [float(len(c)) for c in completions]
 """)
     settings = base | {"reward_file": path, "out": tmp_path / "run"}
-    done = run_script("lco.py", *flags(**settings), ranks=2, expect=None, timeout=90)
+    run = run_script if other == "sleeps" else run_forked  # it is torchrun that ends a rank which sleeps
+    done = run("lco.py", *flags(**settings), ranks=2, expect=None, timeout=90)
     assert time.time() - float((tmp_path / "when").read_text()) < 20
     assert "rank 1 failed" in done.stderr and "ValueError: the grader broke down" in done.stderr
 
 
 def test_bad_input_of_all_ranks_is_one_sentence(base, out):
     """What does not divide among the ranks is named, and the job ends with an error."""
-    done = run_script("lco.py", *flags(**base | {"prompts_per_step": 3}, out=out), ranks=2, expect=None)
+    done = run_forked("lco.py", *flags(**base | {"prompts_per_step": 3}, out=out), ranks=2, expect=2)
     assert "lco.py: error: --prompts_per_step 3 does not divide among 2 ranks" in done.stderr
 
 
@@ -122,13 +121,7 @@ for port in map(int, sys.argv[1:]):  # forked, because Python needs seconds to i
     codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 assert codes == [0] * 20, codes
 """)
-    sockets = [socket.socket() for _ in range(20)]
-    for s in sockets:
-        s.bind(("127.0.0.1", 0))
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    run_script(path, *ports, ranks=2)
+    run_forked(path, *(free_port() for _ in range(20)), ranks=2)
 
 
 def test_freed_memory_serves_again(tmp_path):

@@ -10,7 +10,7 @@ import common
 import lm
 import pytest
 from builtin import tasks as toys
-from conftest import ROOT, flags, read_metrics, run_script
+from conftest import ROOT, flags, read_metrics, run_forked
 
 import torch
 
@@ -97,7 +97,7 @@ def test_one_step_on_words(tmp_path):
     """lco.py --task words: two prompts with two samples, through the command line; the exported model loads."""
     settings = dict(model=FOLDER, task="words", steps=1, prompts_per_step=2, samples_per_prompt=2, minibatches=1)
     settings |= dict(micro_batch=2, max_prompt=64, max_new_tokens=8, test_rows=2, lr=1e-6, out=tmp_path / "run")
-    run_script("lco.py", *flags(**settings), timeout=150)
+    run_forked("lco.py", *flags(**settings), timeout=150)
     lines = read_metrics(tmp_path / "run")
     assert [line["step"] for line in lines] == [0, 1]
     assert lines[1]["policy/ratio_gap"] < 1e-2 and 1 <= lines[1]["length/mean"] <= 8
@@ -111,6 +111,6 @@ def test_one_step_on_gsm8k(tmp_path):
     data = Path(os.environ["MINALIGN_GSM8K"]) / "train.jsonl"
     settings = dict(model=FOLDER, dataset=data, steps=1, prompts_per_step=2, samples_per_prompt=2, minibatches=1)
     settings |= dict(micro_batch=2, max_prompt=256, max_new_tokens=32, test_rows=1, lr=1e-6, out=tmp_path / "run")
-    run_script("lco.py", *flags(**settings), timeout=200)
+    run_forked("lco.py", *flags(**settings), timeout=200)
     assert read_metrics(tmp_path / "run")[1]["length/mean"] > 1
     shutil.rmtree(tmp_path / "run")

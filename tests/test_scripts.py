@@ -17,7 +17,7 @@ import lco
 import ppo_baseline
 import pytest
 import tasks
-from conftest import REWARD, ROOT, TINY, assert_same_metrics, flags, read_metrics, run_here, run_script
+from conftest import REWARD, ROOT, TINY, assert_same_metrics, flags, read_metrics, run_forked, run_here, run_script
 from safetensors.torch import load_file
 
 import torch
@@ -121,7 +121,7 @@ def test_exported_model_can_be_trained_on(bare, out):
 
 def test_check_on_the_command_line():
     """check.py passes for the built-in model, and says what it looked at."""
-    screen = run_script("check.py", "lco.py").stdout
+    screen = run_forked("check.py", "lco.py").stdout
     assert "all checks passed" in screen and "FAIL" not in screen
     for word in ("vocabular", "dropout", "EOS", "padding", "sampler", "KL = 0", "micro-batches", "resuming", "GiB"):
         assert word in screen, word

@@ -12,7 +12,7 @@ import lm
 import pytest
 import seft
 from builtin import tasks as toys
-from conftest import flags, read_metrics, run_here, run_script
+from conftest import flags, read_metrics, run_here, run_forked
 
 import torch
 
@@ -50,9 +50,9 @@ def bare(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bare")
     less = dict(prompts_per_step=8, builtin_pairs=32, test_rows=16)
     words = flags(**less, warmup_reviser_steps=2, reviser_steps=2, out=folder / "reviser")
-    screen = run_script("seft.py", *words).stdout
+    screen = run_forked("seft.py", *words).stdout
     words = flags(**less, steps=2, unannotated=32, calibration=8, out=folder / "policy", stage="evolve")
-    return folder, screen + run_script("seft.py", *words, "--reviser", folder / "reviser" / "model").stdout
+    return folder, screen + run_forked("seft.py", *words, "--reviser", folder / "reviser" / "model").stdout
 
 
 def test_stages(bare):

@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import common
@@ -15,13 +14,7 @@ import pytest
 import report
 import tasks
 from builtin import tasks as toys
-
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def tool(name: str, *args) -> subprocess.CompletedProcess:
-    words = [sys.executable, ROOT / "benchmarks" / name, *args]
-    return subprocess.run([str(w) for w in words], capture_output=True, text=True, timeout=120)
+from conftest import ROOT, run_forked
 
 
 def write_run(folder: Path, lr: float, line: str, values: list[float], seed: int = 0) -> Path:
@@ -35,18 +28,12 @@ def write_run(folder: Path, lr: float, line: str, values: list[float], seed: int
     return folder
 
 
-def report_on(*args) -> subprocess.CompletedProcess:
-    words = [sys.executable, ROOT / "report.py", *args]
-    return subprocess.run([str(w) for w in words], capture_output=True, text=True, timeout=120)
-
-
 def test_comparison_tells_what_differs_and_where_runs_ended(tmp_path):
     """Seeds of one setting are a group with its spread; other arguments and other code are named."""
     a = write_run(tmp_path / "a", 1e-4, "return gap.square()", [0.25, 0.5])
     again = write_run(tmp_path / "again", 1e-4, "return gap.square()", [0.35, 0.7], seed=1)
     b = write_run(tmp_path / "b", 3e-4, "return gap.abs()", [0.25, 0.75])
-    done = report_on(a, again, b, "--out", tmp_path / "all.html")
-    assert done.returncode == 0, done.stderr
+    done = run_forked("report.py", a, again, b, "--out", tmp_path / "all.html")
     assert "--lr: 0.0001 | 0.0001 | 0.0003" in done.stdout and "--seed: 0 | 1 | 0" in done.stdout
     assert "--out" not in done.stdout
     assert "-    return gap.square()" in done.stdout and "+    return gap.abs()" in done.stdout
@@ -54,7 +41,7 @@ def test_comparison_tells_what_differs_and_where_runs_ended(tmp_path):
     assert "eval/greedy" not in done.stdout, "a metric without a value is left out"
     page = (tmp_path / "all.html").read_text()
     assert "0.600 [0.500, 0.700]" in page and "data:image/png" in page
-    same = report_on(a, a, "--out", tmp_path / "x.html")
+    same = run_forked("report.py", a, a, "--out", tmp_path / "x.html")
     assert "the same arguments and the same code" in same.stdout
 
 
@@ -71,8 +58,8 @@ def test_report_of_a_run_that_still_goes_on(tmp_path):
 
 
 def test_report_refuses_what_is_no_run(tmp_path):
-    done = report_on(tmp_path)
-    assert done.returncode != 0 and "args.json is not there" in done.stderr and "Traceback" not in done.stderr
+    done = run_forked("report.py", tmp_path, expect=None)
+    assert "args.json is not there" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_panels_hold_what_can_be_seen_together():
@@ -82,8 +69,8 @@ def test_panels_hold_what_can_be_seen_together():
 
 def test_pairs_in_a_file_are_those_of_seft(tmp_path):
     for task, made in (("chains", toys.preference_pairs), ("strings", toys.string_pairs)):
-        done = tool("builtin_pairs.py", "--task", task, "--rows", "30", "--seed", "1", "--out", tmp_path / task)
-        assert done.returncode == 0, done.stderr
+        words = ("--task", task, "--rows", 30, "--seed", 1, "--out", tmp_path / task)
+        run_forked("benchmarks/builtin_pairs.py", *words)
         rows = tasks.load_pairs(str(tmp_path / task / "pairs.jsonl"))
         expected = [{k: row[k] for k in ("prompt", "chosen", "rejected")} for row in made(20, 1)]
         assert len(rows) == 30 and rows[:20] == expected
