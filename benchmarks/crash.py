@@ -1,6 +1,6 @@
 """Kill -9 at every file operation of a run; resumed, it must end as if nothing had happened, bit for bit.
 
-    python benchmarks/crash.py [--only lco dckd] [--every 1] [--log FILE]        # 70 to 110 points a script, 4 s each
+    python benchmarks/crash.py [--only lco dckd] [--every 1] [--log FILE]        # 66 to 93 points a script, 4 s each
 
 Each script trains a tiny random model for two steps with a checkpoint after each. An audit hook counts what its process
 does to files below the run folder: opening for writing, renaming, removing, making folders. The process is killed
