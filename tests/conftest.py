@@ -11,7 +11,6 @@ import json
 import logging
 import math
 import multiprocessing
-import runpy
 import signal
 import socket
 import subprocess
@@ -25,6 +24,7 @@ import pytest
 
 import common  # before torch: it sets how OpenMP threads wait
 import check
+import forked
 import lm
 import tasks
 from builtin import tasks as toys
@@ -126,18 +126,10 @@ _forks.set_forkserver_preload(
 )
 
 
-def _be(words: list[str], logs: list[str], env: dict) -> None:
-    for number, log in enumerate(logs, 1):
-        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-    os.environ |= {name: str(value) for name, value in env.items()}
-    sys.argv = words
-    runpy.run_path(words[0], run_name="__main__")
-
-
 def fork_script(script, *args, log: Path, errors: Path | None = None, **env):
     """A script started as by its command line, in a forked process; its screen is appended to the file `log`."""
     words, logs = [str(ROOT / script), *map(str, args)], [str(log), str(errors or log)]
-    process = _forks.Process(target=_be, args=(words, logs, env))
+    process = _forks.Process(target=forked.be, args=(words, logs, env))
     process.start()
     return process
 
@@ -148,6 +140,7 @@ def run_forked(script, *args, ranks: int = 0, expect: int | None = 0, timeout: f
     envs = [meet | dict(RANK=rank, LOCAL_RANK=rank) | env for rank in range(ranks)] or [env]
     with tempfile.TemporaryDirectory() as home:
         out, err = Path(home, "out"), Path(home, "err")
+        out.touch(), err.touch()
         processes = [fork_script(script, *args, log=out, errors=err, **mine) for mine in envs]
         end = time.monotonic() + timeout
         for process in processes:
