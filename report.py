@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-OF_EVERY_RUN = ("out", "resume", "device", "micro_batch", "rollout_rows", "save_every", "wandb")  # no result depends on
+OF_EVERY_RUN = "out resume device micro_batch rollout_rows save_every track keep push_to_hub".split()  # not in results
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222 }
 table { border-collapse: collapse; margin: .5em 0 } img { max-width: 100% } small { color: #888 }
