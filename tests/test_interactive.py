@@ -40,8 +40,8 @@ assert "is not empty" in str(run("first", common.BadInput))
 
 once = "import os, signal\\nasked = 0\\ndef reward(prompts, completions, rows):\\n    global asked\\n    asked += 1\\n"
 for times in (1, 2):
-    text = f"    for _ in range({times} * (asked == 1)): os.kill(os.getpid(), signal.SIGINT)\\n    return [1.0] * len(rows)"
-    open(f"{home}/ctrl_c{times}.py", "w").write(once + text)
+    press = f"    for _ in range({times} * (asked == 1)): os.kill(os.getpid(), signal.SIGINT)\\n"
+    open(f"{home}/ctrl_c{times}.py", "w").write(once + press + "    return [1.0] * len(rows)")
     run(f"stopped{times}", KeyboardInterrupt, reward_file=f"{home}/ctrl_c{times}.py", steps=2)
 assert os.path.isdir(f"{home}/stopped1/checkpoint/step-000001") and not os.path.exists(f"{home}/stopped2/checkpoint")
 assert (run("stopped1", reward_file=f"{home}/ctrl_c1.py", steps=2, resume=True) / "model").is_dir()
@@ -61,5 +61,6 @@ def test_a_program_goes_on(tmp_path):
     settings = TINY | dict(steps=1, eval_every=9, test_rows=5, prompts_per_step=2)
     words = [sys.executable, "-c", PROGRAM, json.dumps(settings), str(tmp_path)]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0 and done.stdout.endswith("the program goes on\n"), done.stdout[-2000:] + done.stderr[-3000:]
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    assert done.stdout.endswith("the program goes on\n")
     assert "next: python evaluate.py" in done.stdout and "--resume" in done.stdout

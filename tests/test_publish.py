@@ -16,7 +16,7 @@ import lm
 import publish
 import pytest
 import seft
-from conftest import TINY, read_metrics, run_here
+from conftest import TINY, read_metrics, run_here, run_script
 
 import torch
 
@@ -202,6 +202,21 @@ def test_what_best_cannot_compare(base, out):
         next(run.steps(torch.nn.Linear(1, 1), None, lambda: ({"kl/start": 0.0}, [])))
 
 
+@pytest.mark.parametrize(
+    "held_out, score",
+    [
+        ({"eval/nll": 3.0, "eval/reward": 0.2}, 0.2),
+        ({"eval/nll": 3.0, "eval/pair_accuracy": 0.4}, 0.4),
+        ({"eval/greedy": None, "eval/nll": 3.0}, -3.0),
+    ],
+)
+def test_what_best_compares(held_out, score):
+    """A grade before the accuracy on pairs, this before the NLL, of which less is better."""
+    run = mock.Mock(settings={"keep": "best"}, best=common.Run.best, BY=common.Run.BY)
+    common.Run._look_at(run, 7, held_out)
+    assert run.best == (score, -7)
+
+
 # ---- the Hub ---------------------------------------------------------------------------------------------------------
 
 
@@ -245,6 +260,35 @@ def test_a_hub_without_a_login_is_refused(hub, refused):
     hub.whoami.side_effect = OSError("Token is required, but no token found.\nmore")
     refused(["--push_to_hub me/sums: Token is required, but no token found."], push_to_hub="me/sums")
     refused(["--push_to_hub a/b/c: ", "a/b/c"], push_to_hub="a/b/c")
+
+
+RANKS = """
+import json, sys
+from unittest import mock
+
+sys.path += sys.argv[2:]
+import common, lco, lm
+import huggingface_hub
+from conftest import run_here
+
+def main():
+    scores, api = [0.1, 0.9, 0.2], mock.MagicMock()
+    lm.Sampling.evaluate = lambda *a: ({"eval/greedy": scores.pop(0)}, [])
+    api.upload_folder.side_effect = lambda **more: print(f"rank {common.rank()} of {common.world()} pushes", flush=True)
+    huggingface_hub.HfApi = lambda **more: api
+    run_here(lco, **json.load(open(sys.argv[1])))
+
+common.launch(main, "cpu")
+"""
+
+
+def test_two_ranks(base, out, tmp_path):
+    """All load the best checkpoint, one pushes, and the other waits for it."""
+    (tmp_path / "driver.py").write_text(RANKS)
+    (tmp_path / "settings.json").write_text(json.dumps(base | dict(out=out, keep="best", push_to_hub="me/sums")))
+    done = run_script(tmp_path / "driver.py", tmp_path / "settings.json", Path(__file__).parent, ranks=2)
+    assert done.stdout.count("pushes") == 1 and "rank 0 of 2 pushes" in done.stdout
+    assert "eval/greedy 0.100 -> 0.900; model/ is that of step 1" in done.stdout and saved(out) == [1, 2]
 
 
 def write_run(folder: Path, **settings) -> Path:
