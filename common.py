@@ -797,7 +797,7 @@ class Run(RunFolder):
                 _store.set("pushed", "") if rank() == 0 else _store.wait(["pushed"], timedelta(days=1))
         else:
             words = sys.argv + ([] if self.settings["out"] else ["--out", str(self.path)])
-            words += [] if "--resume" in words else ["--resume"]
+            words += [] if any(word.startswith("--resume") for word in words) else ["--resume"]
             leave_stopped(
                 f"stopped after step {self.step + 1} of {self.total}: {self.path} has its checkpoint, and no model/ "
                 f"before the last step; to go on: python {shlex.join(words)}"
