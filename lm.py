@@ -330,6 +330,7 @@ def reference(models):
         with adapters_off(models["policy"]) as policy:
             yield policy
 
+
 # ---- 2. refusing -----------------------------------------------------------------------------------------------------
 
 
@@ -449,6 +450,7 @@ def _is_attention(layer) -> bool:
 
     return type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
 
+
 # ---- 3. sharding -----------------------------------------------------------------------------------------------------
 
 
@@ -533,6 +535,7 @@ def gathered(*models):
         for m in shards:
             m.set_reshard_after_forward(m not in models, recurse=False)
             m.reshard()
+
 
 # ---- 4. reading ------------------------------------------------------------------------------------------------------
 
@@ -667,6 +670,7 @@ def _read(model, forward, batch: dict) -> torch.Tensor:
     at = torch.cat([n[:, None] - 1, start[:, None] + column], 1).clamp_max(S - 1)
     # Not states[group[:, None], at], whose backward pass adds up a row that is read twice in the order threads arrive.
     return F.embedding(S * group[:, None] + at, states.flatten(0, 1))
+
 
 # ---- 5. vocabulary ---------------------------------------------------------------------------------------------------
 
@@ -807,6 +811,7 @@ def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     except (TypeError, RuntimeError):
         total += torch.mm(a, b, out_dtype=total.dtype)
+
 
 # ---- 6. rollout ------------------------------------------------------------------------------------------------------
 
@@ -1119,6 +1124,7 @@ def sampler_gap(policy, temperature: float, batch: dict, sampled: list[list[floa
         limit = 0.2 * sums["open"] / sums["n"] + 0.005
     _stop_if_apart(gap, limit, "the training forward")
     return gap
+
 
 # ---- 7. rewards ------------------------------------------------------------------------------------------------------
 
