@@ -586,7 +586,7 @@ class Data:
 
 def load_data(args, tokenizer) -> Data:
     """Pairs, unannotated prompts and the task. No prompt is twice among them, in the pairs or in the test set."""
-    if args.prompts or not args.dataset or args.task in ("chains", "strings", "words"):
+    if args.prompts or not args.dataset or args.task.startswith(("chains", "strings", "words", "gym:")):
         held_out = dict(test_rows=args.test_rows, test_dataset=args.test_dataset, graded=False)
         task = tasks.load_task(args.task, args.prompts, args.reward_file, **held_out)
     else:
