@@ -210,6 +210,8 @@ def gamma() -> None:
         ticks(axis, gammas)
         axis.set_xlabel("gamma")
     axes[1].set_yscale("log")
+    axes[1].set_yticks([0.03, 0.1, 0.3, 1], ["0.03", "0.1", "0.3", "1"])
+    axes[1].minorticks_off()
     for key, color in (("eval/greedy", BLUE), ("eval/sampled", ORANGE)):
         teacher = statistics.median(r["last"][key] for r in rows_of("gamma") if r["setting"] == "teacher")
         label = f"the teacher, {key[5:]}"
