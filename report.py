@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 OF_EVERY_RUN = ("out", "resume", "device", "micro_batch", "rollout_rows", "save_every", "wandb")  # no result depends on
-HEADS = {"answer": "first answer", "chances": "chances of Major, Minor, No", "dropped": "dropped as"}  # SEFT's samples
+HEADS = dict(answer="first answer", chances="chances of Major, Minor, No", completion="revision", dropped="dropped as")
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222 }
 table { border-collapse: collapse; margin: .5em 0 } img { max-width: 100% } small { color: #888 }
@@ -152,7 +152,7 @@ def samples_table(rows: list[dict], later: list[dict] = ()) -> str:
     """Rows of samples.jsonl, or later ones beside them. Grades are before their answers, as marks if all are 0 or 1."""
     rows, first = [*rows, *later], len(rows)
     shown = [{name: text_of(value) for name, value in row.items()} for row in rows]
-    for answer, grade in (("answer", "before"), ("completion", "reward")):
+    for answer, grade in (("answer", "before"), ("completion", "reward"), ("completion", "right")):
         marks = {0: "✗ ", 1: "✓ "} if {row.get(grade) for row in rows} <= {0, 1, None} else {}
         for row, new in zip(rows, shown):
             if new.pop(grade, ""):
@@ -161,7 +161,8 @@ def samples_table(rows: list[dict], later: list[dict] = ()) -> str:
         ab = [(a, b) for a, b in zip(shown, shown[first:]) if a["prompt"] == b["prompt"]]
         shown = [p[1] | {"step": "", "completion": ""} | {f"step {x['step']}": x["completion"] for x in p} for p in ab]
     names = [name for name in dict.fromkeys(n for row in shown for n in row) if any(row.get(name) for row in shown)]
-    return table([HEADS.get(name, name) for name in names], [[r.get(n, "") for n in names] for r in shown])
+    heads = HEADS if "answer" in names else {}  # a revision
+    return table([heads.get(name, name) for name in names], [[r.get(n, "") for n in names] for r in shown])
 
 
 def held_out(run: Stored) -> list[list[str]]:

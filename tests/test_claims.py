@@ -252,7 +252,7 @@ def test_times():
 
 
 def test_pictures(lines, tmp_path):
-    """The stored picture of each group has its claims, what they are compared with, and as many verdicts of each kind."""
+    """The stored picture of each group has its claims, what they are compared with, and its verdicts."""
     for source in dict.fromkeys(line.claim.source for line in lines):
         mine = claims.drawn([line for line in lines if line.claim.source == source])
         stored = (claims.figures.IMAGES / f"{claims.picture(source)}.svg").read_text()
@@ -266,7 +266,7 @@ def test_pictures(lines, tmp_path):
 
 
 def test_a_picture_points_in_the_claimed_direction(monkeypatch, tmp_path):
-    """Where less is better a lower number is to the right of 0; steps are drawn on a scale of their own, and written."""
+    """Where less is better a lower number is right of 0; steps are drawn on a scale of their own, and written."""
     drawn = []
     monkeypatch.setattr(claims.figures, "save", lambda figure, name, folder: drawn.append(figure))
     less = claims.Claim("a", "s", "Less.", study="made", ours=["a"], against={"B": ["b"]}, better="lower")

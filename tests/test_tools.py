@@ -117,19 +117,24 @@ def test_answers_to_the_same_prompts_stand_side_by_side(tmp_path):
     run = write_run(tmp_path / "run", 1e-4, "return gap", [0.25, 0.5])
     row = {"kind": "eval/greedy", "prompt": "1+1=", "reward": 0.0}
     ended = row | {"step": 1, "completion": "2", "reward": 1.0}
-    sampled = {"step": 1, "kind": "train", "prompt": [{"role": "user", "content": "<b>"}], "completion": "x", "reward": -1.81}
+    sampled = {"step": 1, "kind": "train", "completion": "x", "reward": -1.81}
+    sampled["prompt"] = [{"role": "user", "content": "<b>"}]
     write_samples(run, [row | {"step": 0, "completion": "<3>"}, sampled, ended])
     report.write_report(run)
     shown = rows_of(run / "report.html", "Before and after")
     assert shown[0] == ["kind", "prompt", "step 0", "step 1"]
     assert shown[1] == ["eval/greedy", "1+1=", "wrong: ✗ <3>", "right: ✓ 2"]
-    assert rows_of(run / "report.html", "Samples")[1] == ["1", "train", "user: <b>", "[-1.81] x"]
+    assert rows_of(run / "report.html", "Samples")[1] == ["1", "train", "[-1.81] x", "user: <b>"]
 
     pair = {"kind": "eval", "prompt": "1+1=", "chosen": "2", "rejected": "3"}
     write_samples(run, [pair | {"step": step, "completion": f"{step}"} for step in (0, 1)])
     report.write_report(run)
-    shown = rows_of(run / "report.html", "Before and after")
-    assert shown[:2] == [["kind", "prompt", "chosen", "rejected", "step 0", "step 1"], ["eval", "1+1=", "2", "3", "0", "1"]]
+    header, shown = rows_of(run / "report.html", "Before and after")[:2]
+    assert header == ["kind", "prompt", "chosen", "rejected", "step 0", "step 1"]
+    assert shown == ["eval", "1+1=", "2", "3", "0", "1"]
+    write_samples(run, [{"step": 0, "kind": "eval/greedy", "prompt": "1+1=", "completion": "3", "right": False}])
+    report.write_report(run)
+    assert rows_of(run / "report.html", "Before and after")[1] == ["eval/greedy", "1+1=", "wrong: ✗ 3"], "of evaluate.py"
     write_samples(run, [pair | {"step": 0, "completion": "a"}, pair | {"step": 1, "prompt": "2+2=", "completion": "b"}])
     report.write_report(run)
     assert rows_of(run / "report.html", "Before and after") == [[]], "answers to two prompts are not compared"
@@ -142,7 +147,7 @@ def test_a_revision_is_shown_from_its_first_answer_to_its_fate(tmp_path):
     write_samples(run, [kept, row | {"chances": [0.5, 0.3, 0.2], "completion": "3", "dropped": "same", "reward": None}])
     report.write_report(run)
     shown = rows_of(run / "report.html", "Samples")
-    assert shown[0][3:] == ["first answer", "label", "chances of Major, Minor, No", "completion", "dropped as"]
+    assert shown[0][3:] == ["first answer", "label", "chances of Major, Minor, No", "revision", "dropped as"]
     assert shown[1][3:] == ["wrong: ✗ 3", "Major", "0.50 0.30 0.20", "right: ✓ 2", ""]
     assert shown[2][3:] == ["wrong: ✗ 3", "Major", "0.50 0.30 0.20", "3", "same"]
 
