@@ -134,7 +134,8 @@ def test_answers_to_the_same_prompts_stand_side_by_side(tmp_path):
     assert shown == ["eval", "1+1=", "2", "3", "0", "1"]
     write_samples(run, [{"step": 0, "kind": "eval/greedy", "prompt": "1+1=", "completion": "3", "right": False}])
     report.write_report(run)
-    assert rows_of(run / "report.html", "Before and after")[1] == ["eval/greedy", "1+1=", "wrong: ✗ 3"], "of evaluate.py"
+    shown = rows_of(run / "report.html", "Before and after")[1]
+    assert shown == ["eval/greedy", "1+1=", "wrong: ✗ 3"], "of evaluate.py"
     write_samples(run, [pair | {"step": 0, "completion": "a"}, pair | {"step": 1, "prompt": "2+2=", "completion": "b"}])
     report.write_report(run)
     assert rows_of(run / "report.html", "Before and after") == [[]], "answers to two prompts are not compared"
