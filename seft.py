@@ -506,8 +506,8 @@ def revision_metrics(answers: list[Answer]) -> dict[str, float | None]:
 def sample_of(a: Answer, kind: str, tokenizer) -> dict:
     """A row of samples.jsonl."""
     label, text = "" if a.label is None else NAMES[a.label].capitalize(), common.decode(tokenizer, [a.target])[0]
-    about = {"kind": f"{kind} {label}".strip(), "prompt": a.row["prompt"], "answer": a.text, "label": label}
-    return about | {"chances": a.chances, "completion": text, "dropped": a.fault, "reward": a.after or 0.0}
+    about = {"kind": kind, "prompt": a.row["prompt"], "answer": a.text, "before": a.before, "label": label}
+    return about | {"chances": a.chances, "completion": text, "dropped": a.fault, "reward": a.after}
 
 
 # ---- evaluation ------------------------------------------------------------------------------------------------------
@@ -588,7 +588,7 @@ class Data:
 
 def load_data(args, tokenizer) -> Data:
     """Pairs, unannotated prompts and the task. No prompt is twice among them, in the pairs or in the test set."""
-    if args.prompts or not args.dataset or args.task in ("chains", "strings", "words"):
+    if args.prompts or not args.dataset or args.task.startswith(("chains", "strings", "words", "gym:")):
         held_out = dict(test_rows=args.test_rows, test_dataset=args.test_dataset, graded=False)
         task = tasks.load_task(args.task, args.prompts, args.reward_file, **held_out)
     else:

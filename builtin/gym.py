@@ -67,13 +67,19 @@ def load(task: str, test_rows: int) -> Task:
     def held_out(row: dict) -> bool:
         return zlib.crc32(row["prompt"][0]["content"].encode()) % 10 == 0
 
-    def rows(seed: int, step: int, n: int) -> list[dict]:
-        rng, made = generator(seed, "gym", step), []
+    def training(rng, n: int) -> list[dict]:
+        made = []
         while len(made) < n:
             one = row(int(rng.integers(SIZE)))
             if not held_out(one):
                 made.append(one)
         return made
+
+    def rows(seed: int, step: int, n: int) -> list[dict]:
+        return training(generator(seed, "gym", step), n)
+
+    def unannotated(n: int, seed: int) -> list[dict]:
+        return [{"prompt": one["prompt"]} for one in training(generator(seed, "gym unannotated"), n)]
 
     def correct(completions: list[str], rows: list[dict]) -> list[bool]:
         return [is_right(dataset, entry(r["entry"]), text) for text, r in zip(completions, rows, strict=True)]
@@ -86,4 +92,5 @@ def load(task: str, test_rows: int) -> Task:
         if len(test) == test_rows:
             break
     require(bool(test), f"--task {task}: none of {40 * test_rows} prompts is held out; expected a family with more prompts")
-    return Task(task, rows, list(test.values()), None, correct, note=f"{task}: {SIZE:,} entries, {len(test)} held-out rows")
+    note = f"{task}: {SIZE:,} entries, {len(test)} held-out rows"
+    return Task(task, rows, list(test.values()), None, correct, unannotated=unannotated, note=note)
