@@ -418,8 +418,7 @@ def prepare(args):
     require(by_token, "--advantage token needs --reward_file or --reward_model: one reward for each token")
     compared = args.advantage != "group" or args.samples_per_prompt > 1
     require(compared, "--advantage group compares the samples of a prompt: --samples_per_prompt must be at least 2")
-    longer = args.critic_warmup <= args.steps
-    require(longer, f"--critic_warmup {args.critic_warmup} is above --steps {args.steps}; expected at most that")
+    require(args.critic_warmup <= args.steps, f"--critic_warmup {args.critic_warmup} is above --steps {args.steps}")
     geometry = common.split_evenly(args.prompts_per_step, args.samples_per_prompt, args.minibatches, args.micro_batch)
     source = args.task, args.dataset, args.reward_file, args.test_rows, args.test_dataset
     task = tasks.load_task(*source, graded=not args.reward_model)
