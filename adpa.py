@@ -52,7 +52,7 @@ class Args:
     teacher: str = arg("builtin-aligned", "the aligned teacher pi_dpo: a Hub name or a folder")
     ref_teacher: str = arg("", "the reference teacher pi_ref; empty: what --teacher was aligned from, by its config")
     dataset: str = arg("", "the data: a Hub name or a .jsonl, .json or .parquet file; empty: the built-in task")
-    task: tasks.Name = arg("auto", "what the data are; auto: their columns decide")
+    task: str = arg("auto", "the task: built-in, a kind of data (auto: by its columns), or gym:NAME of reasoning-gym")
     test_dataset: str = arg("", "the held-out rows; empty: the test split of the Hub, or the last rows of --dataset")
     test_rows: int = arg(256, "held-out prompts per evaluation", at_least=1)
     reward_file: str = arg("", "a Python file with reward(prompts, completions, rows) -> numbers, one per completion")
@@ -92,7 +92,9 @@ class Args:
     rollout_rows: int = arg(256, "sequences that each rank generates at once", at_least=1)
     eval_every: int = arg(20, "steps between evaluations; there is one before and one after training", at_least=1)
     save_every: int = arg(50, "steps between checkpoints; there is one after the last step", at_least=1)
-    wandb: bool = arg(False, "also log to Weights & Biases")
+    keep: Literal["last", "best", "all"] = arg("last", "checkpoints that stay; best: also the best one, as model/")
+    track: Literal["none", "wandb", "trackio", "tensorboard"] = arg("none", "a tracker that gets metrics and samples")
+    push_to_hub: str = arg("", "the Hub repository that gets model/ at the end; private if it is new")
 
 
 # What the bare command changes: a small model takes large steps.
@@ -334,13 +336,13 @@ def evaluate(sampling, task, pairs, args):
     """Held-out accuracy if there is a grader; of held-out pairs the NLL, and whether the better one is more likely."""
     policy, tokenizer = sampling.policy, sampling.tokenizer
     device = next(policy.parameters()).device
+    sides = [side for side in ("chosen", "rejected") if side in pairs[0]]
     if task:
         metrics, samples = sampling.evaluate(task, args.seed)
     else:
         texts = common.decode(tokenizer, sampling.complete([row["prompt_ids"] for row in pairs[:4]], 1, None))
-        metrics, samples = {}, [{"kind": "eval", "completion": text, "reward": 0.0} for text in texts]
-        samples = [sample | {"prompt": row["prompt"]} for sample, row in zip(samples, pairs)]
-    sides = [side for side in ("chosen", "rejected") if side in pairs[0]]
+        metrics, samples = {}, [{key: row[key] for key in ("prompt", *sides)} for row in pairs[:4]]
+        samples = [{"kind": "eval", "completion": text} | row for text, row in zip(texts, samples)]
     sums = dict.fromkeys(("rows", "tokens", "nll", "right"), 0.0)
     per_token = lambda micro: {"x": lm.policy_logprobs(policy, micro, args.temperature)[0]}  # noqa: E731
     with lm.gathered(policy):  # ranks may have different numbers of pairs

@@ -65,7 +65,7 @@ class Args:
     model: str = arg("builtin", "the model: a Hub name, a folder, or builtin, which comes with this repository")
     dataset: str = arg("", "the data: a Hub name or a .jsonl, .json or .parquet file; empty: the built-in task")
     prompts: str = arg("", "the unannotated prompts: a Hub name or file; empty: made by --task")
-    task: tasks.Name = arg("auto", "what the data are; auto: their columns decide")
+    task: str = arg("auto", "the task: built-in, a kind of data (auto: by its columns), or gym:NAME of reasoning-gym")
     test_dataset: str = arg("", "the held-out rows; empty: the test split of the Hub, or the last rows of --dataset")
     test_rows: int = arg(256, "held-out prompts per evaluation", at_least=1)
     reward_file: str = arg("", "a Python file with reward(prompts, completions, rows) -> numbers, one per completion")
@@ -110,7 +110,9 @@ class Args:
     rollout_rows: int = arg(256, "sequences that each rank generates at once", at_least=1)
     eval_every: int = arg(20, "steps between evaluations; there is one before and one after training", at_least=1)
     save_every: int = arg(50, "steps between checkpoints; there is one after the last step", at_least=1)
-    wandb: bool = arg(False, "also log to Weights & Biases")
+    keep: Literal["last", "best", "all"] = arg("last", "checkpoints that stay; best: also the best one, as model/")
+    track: Literal["none", "wandb", "trackio", "tensorboard"] = arg("none", "a tracker that gets metrics and samples")
+    push_to_hub: str = arg("", "the Hub repository that gets model/ at the end; private if it is new")
 
 
 # What the bare command changes. No answer of a built-in task has ++, +=, =+ or == in it. These models know little but
@@ -252,8 +254,8 @@ def train_reviser(args) -> None:
 
         # ---- 3. log; evaluate and save when it is time
         run.end_step(metrics, evaluate=step + 1 == end)
-    run.finish(models["reviser"], data.tokenizer)
-    common.say(f"next: the arguments of this run with --stage evolve --reviser {run.path / 'model'} and another --out")
+    use = f"the arguments of this run with --stage evolve --reviser {run.path / 'model'} and another --out"
+    run.finish(models["reviser"], data.tokenizer, then=use)
 
 
 def evolve(args) -> None:
@@ -504,8 +506,8 @@ def revision_metrics(answers: list[Answer]) -> dict[str, float | None]:
 def sample_of(a: Answer, kind: str, tokenizer) -> dict:
     """A row of samples.jsonl."""
     label, text = "" if a.label is None else NAMES[a.label].capitalize(), common.decode(tokenizer, [a.target])[0]
-    about = {"kind": f"{kind} {label}".strip(), "prompt": a.row["prompt"], "answer": a.text, "label": label}
-    return about | {"chances": a.chances, "completion": text, "dropped": a.fault, "reward": a.after or 0.0}
+    about = {"kind": kind, "prompt": a.row["prompt"], "answer": a.text, "before": a.before, "label": label}
+    return about | {"chances": a.chances, "completion": text, "dropped": a.fault, "reward": a.after}
 
 
 # ---- evaluation ------------------------------------------------------------------------------------------------------
@@ -586,7 +588,7 @@ class Data:
 
 def load_data(args, tokenizer) -> Data:
     """Pairs, unannotated prompts and the task. No prompt is twice among them, in the pairs or in the test set."""
-    if args.prompts or not args.dataset or args.task in ("chains", "strings", "words"):
+    if args.prompts or not args.dataset or args.task.startswith(("chains", "strings", "words", "gym:")):
         held_out = dict(test_rows=args.test_rows, test_dataset=args.test_dataset, graded=False)
         task = tasks.load_task(args.task, args.prompts, args.reward_file, **held_out)
     else:
@@ -629,6 +631,8 @@ def prepare(args) -> Data:
     world, n = common.world(), args.prompts_per_step
     require(n % world == 0, f"--prompts_per_step {n} does not divide among {world} ranks")
     require(len(args.labels) == 3, f"--labels takes three strings (major, minor, no), found {len(args.labels)}")
+    one = args.stage == "evolve" or args.keep != "best"
+    require(one, "--keep best: --stage reviser trains three models, whose evaluations are not compared")
     if args.stage == "evolve":
         t = args.keep_threshold
         known = t == "auto" or (t.replace(".", "", 1).isdigit() and float(t) <= 1)
