@@ -37,15 +37,17 @@ STAND_INS = [  # with --short: what a reader brings, and what takes its place
     (r"\bQwen/\S+|\bBIG\b", "builtin"),
     (r"\bSMALL\b", "builtin-small"),
     (r"\bPAIRS\b|(?<= )pairs\.jsonl", "builtin/pairs.jsonl"),
-    (r"\bopenai/gsm8k", "runs/files/train.jsonl"),
+    (r"\bopenai/gsm8k", "train.jsonl"),
     (r"\bFOLDER\b", "runs/files"),
-    (r"(?<= )(train|test|question|alpaca_eval)(\.jsonl?)\b", r"runs/files/\1\2"),
+    (r"(?<= )(train|test)\.jsonl", r"runs/files/\1.jsonl --max_prompt 100"),
+    (r"(?<= )(question\.jsonl|alpaca_eval\.json)\b", r"runs/files/\1"),
 ]
 STEPS = {"steps": 2, "eval_every": 2, "prompts_per_step": 4}
-SHORT = dict.fromkeys(("lco", "ppo_baseline", "dpo", "dckd", "adpa"), STEPS | {"test_rows": 8}) | {
+SMALL = STEPS | {"test_rows": 8, "max_prompt": 100, "max_new_tokens": 24}
+SHORT = dict.fromkeys(("lco", "ppo_baseline", "dpo", "dckd", "adpa"), SMALL) | {
     '"$@"': STEPS,
     "qrm": {"steps": 2, "eval_every": 2, "pairs_per_step": 4},
-    "seft": STEPS | {"warmup_reviser_steps": 2, "reviser_steps": 2, "builtin_pairs": 300, "test_rows": 8},
+    "seft": SMALL | {"warmup_reviser_steps": 2, "reviser_steps": 2, "builtin_pairs": 300},
     "evaluate": {"test_rows": 8},
     "answers": {"max_new_tokens": 16},
 }
