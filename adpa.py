@@ -1,9 +1,9 @@
 """ADPA: advantage-guided distillation. The teacher's advantage over the vocabulary, on states that the student reached.
 
 Gao et al. 2025, "Advantage-Guided Distillation for Preference Alignment in Small Language Models" (ICLR 2025,
-arXiv:2502.17927). Given are preference pairs, each a prompt x with a better answer y_w; a large model before and after
-its preference training, pi_ref and pi_dpo; and a small model pi, the student. A state s is a prompt with the tokens
-written so far. What that training changed shows, in any state, which next tokens a are better than others:
+arXiv:2502.17927). Given are preference pairs, each a prompt x with a better answer y_w; a large model before (pi_ref)
+and after (pi_dpo) its preference training; and a small model pi, the student. A state s is a prompt with the tokens
+written so far. The change from pi_ref to pi_dpo shows, in any state, which next tokens a are better than others:
 
     A(s, a) = log pi_dpo(a|s) - log pi_ref(a|s)                                                                 (ADPA-1)
 

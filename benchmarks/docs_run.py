@@ -42,10 +42,8 @@ STAND_INS = [  # with --short: what a reader brings, and what takes its place
     (r"(?<= )(train|test)\.jsonl", r"runs/files/\1.jsonl --max_prompt 100"),
     (r"(?<= )(question\.jsonl|alpaca_eval\.json)\b", r"runs/files/\1"),
 ]
-STEPS = {"steps": 2, "eval_every": 2, "prompts_per_step": 4}
-SMALL = STEPS | {"test_rows": 8, "max_prompt": 100, "max_new_tokens": 24}
-SHORT = dict.fromkeys(("lco", "ppo_baseline", "dpo", "dckd", "adpa"), SMALL) | {
-    '"$@"': STEPS,
+SMALL = dict(steps=2, eval_every=2, prompts_per_step=4, test_rows=8, max_prompt=100, max_new_tokens=24)
+SHORT = dict.fromkeys(("lco", "ppo_baseline", "dpo", "dckd", "adpa", '"$@"'), SMALL) | {
     "qrm": {"steps": 2, "eval_every": 2, "pairs_per_step": 4},
     "seft": SMALL | {"warmup_reviser_steps": 2, "reviser_steps": 2, "builtin_pairs": 300},
     "evaluate": {"test_rows": 8},
@@ -58,11 +56,10 @@ def write_files(folder: Path) -> None:
     """Stand-ins for a reader's files: rows with the columns of each, in the alphabet of the built-in model."""
     folder.mkdir(parents=True, exist_ok=True)
     sums = [{"question": f"{i}+{i % 7 + 2}=", "answer": f"#### {i + i % 7 + 2}"} for i in range(10, 40)]
+    question = [{"question_id": 1, "category": "math", "turns": ["What is 2+9?", "And 2+8?"]}]
     right, wrong = ({"solution": f"It is {n}.", "is_correct": n == 11} for n in (11, 12))
-    rows = {"train": sums, "test": sums[:8]} | {
-        "question": [{"question_id": 1, "category": "math", "turns": ["What is 2+9?", "And 2+8?"]}],
-        "example_model_solutions": [{"question": f"What is {i}-9?", "a": right, "b": wrong} for i in range(200)],
-    }
+    solutions = [{"question": f"What is {i}-9?", "a": right, "b": wrong} for i in range(200)]
+    rows = dict(train=sums, test=sums[:8], question=question, example_model_solutions=solutions)
     for name, lines in rows.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "alpaca_eval.json").write_text(json.dumps([{"instruction": "What is 2+9?", "dataset": "made up"}]))
@@ -70,8 +67,7 @@ def write_files(folder: Path) -> None:
 
 def commands(text: str) -> list[str]:
     """The shell commands of a page: lines of indented blocks, each joined with the lines that it needs."""
-    blocks = re.findall(r"(?m)(?<=\n\n)(?:    .*\n)+", text)
-    found, lines = [], [line[4:] for line in "".join(blocks).splitlines()]
+    found, lines = [], [x[4:] for x in "".join(re.findall(r"(?<=\n\n)(?:    .*\n)+", text)).splitlines()]
     while lines:
         command = lines.pop(0)
         while lines and subprocess.run(["bash", "-nc", command], stderr=subprocess.PIPE).stderr or command[-1] == "\\":
@@ -99,12 +95,13 @@ class Shell:
     FLAGS = {"bash": ["--norc", "--noprofile", "-i"], "zsh": ["-f", "-i"]}
 
     def __init__(self, name: str, folder: Path, log: Path):
+        self.options, self.log = (name, folder, log), log
         env = os.environ | {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
         options = dict(stdin=-1, stdout=-1, stderr=subprocess.DEVNULL, text=True, bufsize=1, start_new_session=True)
-        self.process, self.log = subprocess.Popen([name, *self.FLAGS[name]], cwd=folder, env=env, **options), log
+        self.process = subprocess.Popen([name, *self.FLAGS[name]], cwd=folder, env=env, **options)
 
     def run(self, command: str, limit: float) -> int:
-        """Its exit code; 124 if it ran past the limit, which also ends the shell."""
+        """Its exit code; 124 if it ran past the limit, and then the next command meets a new shell."""
         end = time.monotonic() + limit
         self.process.stdin.write(f'{{\n{command}\n}} </dev/null >"{self.log}" 2>&1\necho "ended $?"\n')
         while select.select([self.process.stdout], [], [], max(0, end - time.monotonic()))[0]:
@@ -112,6 +109,7 @@ class Shell:
             if not line or line.startswith("ended "):
                 return int(line[6:]) if line else 1
         os.killpg(self.process.pid, signal.SIGKILL)
+        self.__init__(*self.options)
         return 124
 
 
@@ -142,8 +140,7 @@ def main() -> int:
             print(f"| {name} | `{shown}` | {codes[-1]} | {time.monotonic() - began:.0f} |", flush=True)
             if codes[-1] and not reasons:
                 print(shell.log.read_text()[-2000:], file=sys.stderr, flush=True)
-        shell.process.stdin.close()
-        shell.process.wait()
+        shell.process.communicate()
     ran, seconds = [code for code in codes if isinstance(code, int)], time.monotonic() - start
     print(f"\n{args.shell}: {len(codes)} commands, {len(ran)} run, {sum(map(bool, ran))} failed, {seconds:.0f} s")
     return any(ran)
