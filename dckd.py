@@ -42,7 +42,7 @@ class Args:
     model: str = arg("builtin", "the model: a Hub name, a folder, or builtin, which comes with this repository")
     teacher: str = arg("builtin-aligned", "the aligned teacher pi_dpo: a Hub name or a folder")
     dataset: str = arg("", "the data: a Hub name or a .jsonl, .json or .parquet file; empty: the built-in task")
-    task: tasks.Name = arg("auto", "what the data are; auto: their columns decide")
+    task: str = arg("auto", "the task: built-in, a kind of data (auto: by its columns), or gym:NAME of reasoning-gym")
     test_dataset: str = arg("", "the held-out rows; empty: the test split of the Hub, or the last rows of --dataset")
     test_rows: int = arg(256, "held-out prompts per evaluation", at_least=1)
     reward_file: str = arg("", "a Python file with reward(prompts, completions, rows) -> numbers, one per completion")

@@ -65,7 +65,7 @@ class Args:
     model: str = arg("builtin", "the model: a Hub name, a folder, or builtin, which comes with this repository")
     dataset: str = arg("", "the data: a Hub name or a .jsonl, .json or .parquet file; empty: the built-in task")
     prompts: str = arg("", "the unannotated prompts: a Hub name or file; empty: made by --task")
-    task: tasks.Name = arg("auto", "what the data are; auto: their columns decide")
+    task: str = arg("auto", "the task: built-in, a kind of data (auto: by its columns), or gym:NAME of reasoning-gym")
     test_dataset: str = arg("", "the held-out rows; empty: the test split of the Hub, or the last rows of --dataset")
     test_rows: int = arg(256, "held-out prompts per evaluation", at_least=1)
     reward_file: str = arg("", "a Python file with reward(prompts, completions, rows) -> numbers, one per completion")
@@ -586,7 +586,7 @@ class Data:
 
 def load_data(args, tokenizer) -> Data:
     """Pairs, unannotated prompts and the task. No unannotated prompt is repeated, or in the pairs or the test set."""
-    if args.prompts or not args.dataset or args.task in ("chains", "strings", "words"):
+    if args.prompts or not args.dataset or args.task.startswith(("chains", "strings", "words", "gym:")):
         held_out = dict(test_rows=args.test_rows, test_dataset=args.test_dataset, graded=False)
         task = tasks.load_task(args.task, args.prompts, args.reward_file, **held_out)
     else:

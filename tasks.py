@@ -32,14 +32,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from importlib.machinery import PathFinder
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
 from common import BadInput, changed, encode_prompt, require
 
 
-Name = Literal["auto", "chains", "strings", "words", "gsm8k", "math", "prompts"]  # of a task
+KINDS = ("auto", "chains", "strings", "words", "gsm8k", "math", "prompts")  # of a task; or gym:NAME
 
 
 @dataclass
@@ -412,12 +411,14 @@ def load_task(
     allows prompts that nobody can grade; then Task.reward is None. `train` False allows a task without training rows,
     such as a `test_dataset` alone.
     """
+    gym = task.startswith("gym:")
+    require(task in KINDS or gym, f"--task must be one of {', '.join(KINDS)}, or gym:NAME, found {task!r}")
     reward = load_reward(reward_file) if reward_file else None
     dataset = dataset or (test_dataset if not train else "")
-    if task in ("chains", "strings", "words") or (task == "auto" and not dataset):
+    if gym or task in ("chains", "strings", "words") or (task == "auto" and not dataset):
         task, found = task.replace("auto", "chains"), f"--dataset {dataset or test_dataset}"
         require(not dataset and not test_dataset, f"{found}: --task {task} makes its own rows; expected one of both")
-        made = builtin().load(task, test_rows)
+        made = optional("builtin.gym" if gym else "builtin.tasks").load(task, test_rows)
     else:
         made = task_of_data(task, dataset, test_rows, test_dataset, train)
     found = f"--reward_file is empty; expected one, because {dataset} has prompts and nothing to grade by"

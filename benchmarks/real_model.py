@@ -22,6 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import convert_gguf  # noqa: E402  (this folder is on the path)
+import drop_layers  # noqa: E402
 
 
 def write_pairs(file: Path) -> None:
@@ -37,21 +38,6 @@ def write_pairs(file: Path) -> None:
         rows += [{"prompt": row["prompt"], "chosen": answer(right), "rejected": answer(n)} for n in wrong]
     order = tasks.generator(0, "word pairs").permutation(len(rows))
     file.write_text("".join(json.dumps(rows[i]) + "\n" for i in order))
-
-
-def write_student(model: str, layers: int, folder: Path) -> None:
-    """The first layers of a model, and everything around them."""
-    import lm
-
-    from transformers import AutoModelForCausalLM
-
-    whole = AutoModelForCausalLM.from_pretrained(lm.model_path(model))
-    whole.model.layers = whole.model.layers[:layers]
-    whole.config.num_hidden_layers = layers
-    if getattr(whole.config, "layer_types", None):
-        whole.config.layer_types = whole.config.layer_types[:layers]
-    whole.save_pretrained(folder)
-    lm.load_tokenizer(model).save_pretrained(folder)
 
 
 def commands(model: str, out: Path, steps: int | None) -> dict[str, str]:
@@ -81,7 +67,7 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     write_pairs(out / "pairs.jsonl")
     if not (out / "student" / "config.json").exists():
-        write_student(model, args.layers, out / "student")
+        drop_layers.drop(model, out / "student", set(range(args.layers, 30)))
     for name, command in commands(model, out, args.steps).items():
         line = f"{command} --out {out / name} --resume"
         print(f"python {line}", flush=True)

@@ -94,6 +94,8 @@ def run(study: str, name: str, command: str, seed: int, threads: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         out = kept(study, name, seed) if name in prepare else Path(folder) / "run"
         shutil.rmtree(out, ignore_errors=True)
+        Path(f"{out}.jsonl").unlink(missing_ok=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
         line = full_command(study, name, command).removeprefix("python ")
         line = line.format(**{other: kept(study, other, seed) for other in prepare}) + f" --seed {seed} --out {out}"
         started, screen = time.time(), Path(folder) / "stderr"
@@ -111,6 +113,7 @@ def run(study: str, name: str, command: str, seed: int, threads: int) -> dict:
             process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=stderr, env=env)
             _, status, usage = os.wait4(process.pid, 0)  # tells CPU time: other work cannot change that
             process.returncode = os.waitstatus_to_exitcode(status)
+        shutil.rmtree(out / "checkpoint", ignore_errors=True)  # what others build on is out/model
         ok, errors = process.returncode == 0, screen.read_text().strip().splitlines()
         lines = sorted(out.rglob("metrics.jsonl"), key=lambda file: file.stat().st_mtime)[-1:]  # of its last stage
         metrics = [json.loads(text) for file in lines for text in file.read_text().splitlines()]

@@ -1,0 +1,96 @@
+"""--task gym:NAME: prompts and graders from the package reasoning-gym, a hundred families that a program can check.
+
+    --task gym:chain_sum                              as the package has it
+    --task gym:chain_sum:min_terms=2,max_terms=2      with other settings of its config
+
+The family's own scorer decides, on what stands in the last <answer>...</answer>, else on the whole completion. Where
+the right answer is a number, a completion that states this number in its last sentence is right, too. Scorers that give
+part of the credit for an answer which contains the right one give none here.
+"""
+
+import functools
+import json
+import zlib
+from dataclasses import fields
+
+from common import BadInput, require
+from graders import extract_number, gsm8k_reference
+from tasks import Task, generator, one_line
+
+SIZE = 10**6  # entries of a family; each is a function of its number
+ASK = "\n\nGive the final answer between <answer> and </answer>."
+
+
+def create(task: str):
+    """The procedural dataset that gym:NAME:key=value,... describes."""
+    found, (name, _, settings) = f"--task {task}", task.removeprefix("gym:").partition(":")
+    try:
+        from reasoning_gym import factory
+    except ModuleNotFoundError as error:
+        raise BadInput(f"{found}: its prompts are from reasoning-gym; expected it (pip install reasoning-gym)") from error
+    known = sorted(factory.DATASETS)
+    require(name in known, f"{found}: reasoning-gym has no family '{name}'; expected one of {', '.join(known)}")
+    keys, config = [f.name for f in fields(factory.DATASETS[name][1]) if f.name not in ("seed", "size")], {}
+    for setting in filter(None, settings.split(",")):
+        key, _, value = setting.partition("=")
+        require(key in keys, f"{found}: {name} has no setting '{key}'; expected one of {', '.join(keys)}")
+        try:
+            config[key] = json.loads(value)
+        except ValueError:
+            config[key] = value
+    try:
+        return factory.create_dataset(name, seed=0, size=SIZE, **config)
+    except Exception as error:  # each family checks its settings in its own way
+        raise BadInput(f"{found}: reasoning-gym refuses it ({one_line(error)}); expected other settings") from error
+
+
+def is_right(dataset, entry: dict, completion: str) -> bool:
+    from reasoning_gym.utils import extract_answer
+
+    text = completion.rpartition("</think>")[2]
+    answer = extract_answer(text) or text.strip()
+    if dataset.score_answer(answer, entry) == 1:
+        return True
+    number = gsm8k_reference(entry["answer"] or "")
+    return number is not None and extract_number(answer) == number
+
+
+def load(task: str, test_rows: int) -> Task:
+    """The task without its reward. A tenth of all prompts, by a hash, is held out for every seed and every script."""
+    dataset = create(task)
+    entry = functools.lru_cache(4096)(dataset.__getitem__)
+
+    def row(i: int) -> dict:
+        prompt = [{"role": "user", "content": entry(i)["question"] + ASK}]
+        return {"prompt": prompt, "answer": entry(i)["answer"], "entry": i}
+
+    def held_out(row: dict) -> bool:
+        return zlib.crc32(row["prompt"][0]["content"].encode()) % 10 == 0
+
+    def training(rng, n: int) -> list[dict]:
+        made = []
+        while len(made) < n:
+            one = row(int(rng.integers(SIZE)))
+            if not held_out(one):
+                made.append(one)
+        return made
+
+    def rows(seed: int, step: int, n: int) -> list[dict]:
+        return training(generator(seed, "gym", step), n)
+
+    def unannotated(n: int, seed: int) -> list[dict]:
+        return [{"prompt": one["prompt"]} for one in training(generator(seed, "gym unannotated"), n)]
+
+    def correct(completions: list[str], rows: list[dict]) -> list[bool]:
+        return [is_right(dataset, entry(r["entry"]), text) for text, r in zip(completions, rows, strict=True)]
+
+    rng, test = generator(0, "gym test"), {}
+    for _ in range(40 * test_rows):  # a family may have fewer different prompts
+        one = row(int(rng.integers(SIZE)))
+        if held_out(one):
+            test[one["prompt"][0]["content"]] = one
+        if len(test) == test_rows:
+            break
+    require(bool(test), f"--task {task}: none of {40 * test_rows} prompts is held out; expected a family with more prompts")
+    note = f"{task}: {SIZE:,} entries, {len(test)} held-out rows"
+    return Task(task, rows, list(test.values()), None, correct, unannotated=unannotated, note=note)

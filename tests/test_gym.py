@@ -1,0 +1,105 @@
+"""builtin/gym.py: rows and graders of reasoning-gym, with a stand-in of the package, and with itself where it is installed."""
+
+import dataclasses
+import sys
+import types
+
+import pytest
+
+import tasks
+from builtin import gym
+from common import BadInput
+
+
+@dataclasses.dataclass
+class SumConfig:
+    seed: int = 0
+    size: int = 500
+    largest: int = 99
+    sign: str = "+"
+
+    def validate(self):
+        assert self.largest > 0, "largest must be positive"
+
+
+class Sums:
+    def __init__(self, config):
+        self.config = config
+
+    def __getitem__(self, i: int) -> dict:
+        a, b = i % (self.config.largest + 1), i // 7 % (self.config.largest + 1)
+        return {"question": f"{a} {self.config.sign} {b} =", "answer": str(a + b), "metadata": {}}
+
+    def score_answer(self, answer, entry) -> float:
+        return 1.0 if answer == entry["answer"] else 0.5 if entry["answer"] in answer else 0.0
+
+
+def extract_answer(text: str) -> str | None:
+    return text.split("<answer>")[-1].split("</answer>")[0].strip() if "<answer>" in text else None
+
+
+@pytest.fixture
+def package(monkeypatch):
+    def create_dataset(name, **config):
+        config = SumConfig(**config)
+        config.validate()
+        return Sums(config)
+
+    factory = types.SimpleNamespace(DATASETS={"sums": (Sums, SumConfig)}, create_dataset=create_dataset)
+    package = types.ModuleType("reasoning_gym")
+    package.factory = factory
+    monkeypatch.setitem(sys.modules, "reasoning_gym", package)
+    monkeypatch.setitem(sys.modules, "reasoning_gym.utils", types.SimpleNamespace(extract_answer=extract_answer))
+
+
+def text(row: dict) -> str:
+    return row["prompt"][0]["content"]
+
+
+def test_rows_are_a_function_of_seed_and_step_and_never_held_out(package):
+    task = tasks.load_task("gym:sums", test_rows=32)
+    rows = [task.rows(0, step, 64) for step in range(4)]
+    assert rows[1] == task.rows(0, 1, 64) != task.rows(1, 1, 64) and rows[1] != rows[2]
+    assert len(task.test) == len({text(row) for row in task.test}) == 32
+    assert not {text(row) for row in task.test} & {text(row) for step in rows for row in step}
+    assert task.test == tasks.load_task("gym:sums", test_rows=32).test and "32 held-out" in task.note
+
+
+def test_settings_reach_the_family(package):
+    task = tasks.load_task("gym:sums:largest=3,sign=plus", test_rows=256)
+    assert all(text(row).startswith(tuple("0123")) and " plus " in text(row) for row in task.rows(0, 0, 8))
+    assert 0 < len(task.test) < 16  # a family of 16 prompts
+
+
+@pytest.mark.parametrize("completion, right", [
+    ("12", True), ("<answer>12</answer>", True), ("5 + 7 = 12.", True), ("so <answer>The answer is 12.</answer>", True),
+    ("<think>12</think> 13", False), ("<think>13</think> 12", True), ("<answer>13</answer> 12", False), ("120", False),
+    ("12 or 13", False), ("", False), ("The sum 5 + 7 is hard", False),
+])  # fmt: skip
+def test_an_answer_is_right_by_the_scorer_or_by_its_number(package, completion, right):
+    assert gym.is_right(gym.create("gym:sums"), {"answer": "12"}, completion) is right
+
+
+@pytest.mark.parametrize("task, words", [
+    ("gym:products", "no family 'products'; expected one of sums"), ("gym:", "no family ''"),
+    ("gym:sums:size=3", "no setting 'size'; expected one of largest, sign"), ("gym:sums:largest=-1", "must be positive"),
+    ("gym:sums:largest", "refuses it"), ("gyms", "--task must be one of auto"),
+])  # fmt: skip
+def test_what_cannot_be_made_is_refused(package, task, words):
+    with pytest.raises(BadInput, match=words):
+        tasks.load_task(task)
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
+    with pytest.raises(BadInput, match="pip install reasoning-gym"):
+        tasks.load_task("gym:chain_sum")
+
+
+def test_with_the_package():
+    pytest.importorskip("reasoning_gym")
+    task = tasks.load_task("gym:chain_sum:min_terms=2,max_terms=2", test_rows=16)
+    rows = task.rows(3, 0, 8)
+    assert task.correct([row["answer"] for row in rows], rows) == [True] * 8
+    assert task.correct([f"It is {row['answer']}." for row in rows], rows) == [True] * 8
+    assert task.reward([""] * 8, ["1234567"] * 8, rows) == [0.0] * 8
