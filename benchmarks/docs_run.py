@@ -45,7 +45,7 @@ STAND_INS = [  # with --short: what a reader brings, and what takes its place
 SMALL = dict(steps=2, eval_every=2, prompts_per_step=4, test_rows=8, max_prompt=100, max_new_tokens=24)
 SHORT = dict.fromkeys(("lco", "ppo_baseline", "dpo", "dckd", "adpa", '"$@"'), SMALL) | {
     "qrm": {"steps": 2, "eval_every": 2, "pairs_per_step": 4},
-    "seft": SMALL | {"warmup_reviser_steps": 2, "reviser_steps": 2, "builtin_pairs": 300},
+    "seft": dict(steps=2, warmup_reviser_steps=2, reviser_steps=2, builtin_pairs=300, prompts_per_step=4, test_rows=8),
     "evaluate": {"test_rows": 8},
     "answers": {"max_new_tokens": 16},
 }
