@@ -14,7 +14,7 @@ kept. Then it learns the better answers, and in the states that it reached by it
 
 NLL is -log pi per token. ADPA+ is the same with a student that dckd.py has trained. The advantage term is linear in pi,
 so its optimum is the one token with the largest A, often noise from the tail of pi_dpo. For that reason there is
---adv_topk, and the entropy is logged. Two objectives of ours limit the distance; they replace -sum_a pi A in ADPA-2:
+--adv_topk, and the entropy is logged. Two objectives beyond the paper limit the distance; they replace -sum_a pi A:
 
     --objective kl    KL(q || pi), q = softmax(log pi' + A / beta), optimum of E_pi[A] - beta KL(pi || pi')     (ADPA-3)
     --objective opd   KL(pi || q), q = pi_ref exp(lambda A) / Z, where lambda = 1 gives q = pi_dpo              (ADPA-4)
