@@ -340,13 +340,13 @@ def evaluate(sampling, task, pairs, args):
     """Held-out accuracy if there is a grader; the NLL of better answers, and how often they are more likely."""
     policy, tokenizer = sampling.policy, sampling.tokenizer
     device = next(policy.parameters()).device
+    sides = [side for side in ("chosen", "rejected") if side in pairs[0]]
     if task:
         metrics, samples = sampling.evaluate(task, args.seed)
     else:
         texts = common.decode(tokenizer, sampling.complete([row["prompt_ids"] for row in pairs[:4]], 1, None))
-        metrics, samples = {}, [{"kind": "eval", "completion": text, "reward": 0.0} for text in texts]
-        samples = [sample | {"prompt": row["prompt"]} for sample, row in zip(samples, pairs)]
-    sides = [side for side in ("chosen", "rejected") if side in pairs[0]]
+        metrics, samples = {}, [{key: row[key] for key in ("prompt", *sides)} for row in pairs[:4]]
+        samples = [{"kind": "eval", "completion": text} | row for text, row in zip(texts, samples)]
     sums = dict.fromkeys(("rows", "tokens", "nll", "right"), 0.0)
     per_token = lambda micro: {"x": lm.policy_logprobs(policy, micro, args.temperature)[0]}  # noqa: E731
     with lm.gathered(policy):  # ranks may have different numbers of pairs

@@ -243,7 +243,7 @@ def show_credit(run, models, pairs, tokenizer, args, device) -> None:
             if not args.pairs:
                 columns["still right"] = tasks.builtin().chain_credit(pair["prompt"], tokens)
             shown.append({"prompt": pair["prompt"], "kind": side, "tokens": tokens, "scores": columns})
-    run.token_page("credit.html", "Held-out answers, token by token", shown)
+    run.token_page("credit.html", f"{run.path.name} · qrm.py: held-out answers, token by token", shown)
 
 
 if __name__ == "__main__":

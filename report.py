@@ -3,62 +3,76 @@
     python report.py RUN                    plot.png and report.html in the folder of the run
     python report.py RUN --follow           the same while it trains, again every 15 seconds
     python report.py RUN RUN [RUN ...]      compare.html: what differs, curves over each other, where they ended
+    python report.py RUN RUN --chain        chain.html: the parts of one work, such as teacher and student, in order
 
-Runs that differ in nothing but the seed are a group: its curve is the median over them, its band reaches from the
-lowest to the highest. Without this file the scripts make no plots and pages, and train as before.
+Runs that differ in nothing but the seed are a group: a median, and a band from the lowest to the highest of them.
+Without this file the scripts make no plots and pages, and train as before.
 """
 
 import argparse
 import base64
 import difflib
+import fcntl
 import io
 import json
-import math
 import statistics
-import sys
 import time
-from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+from typing import NamedTuple
 
 OF_EVERY_RUN = ("out", "resume", "device", "micro_batch", "rollout_rows", "save_every", "wandb")  # no result depends on
+HEADS = dict(answer="first answer", chances="chances of Major, Minor, No", completion="revision", dropped="dropped as")
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222 }
 table { border-collapse: collapse; margin: .5em 0 } img { max-width: 100% } small { color: #888 }
-td, th { text-align: left; vertical-align: top; padding: .25em .7em; border-bottom: 1px solid #ddd;
-         white-space: pre-wrap; font-size: 13px } code, pre { background: #f4f4f4; padding: .1em .3em }
-h3 { font: 600 15px monospace; margin: 1.4em 0 .2em; white-space: pre-wrap }
-.tokens * { border: 0; font: 16px/1.5 monospace } .tokens th { text-align: right; color: #666 }
-.tokens span { padding: .12em .08em; border: 1px solid #eee }
+td, th { text-align: left; vertical-align: top; padding: .25em .7em; border-bottom: 1px solid #ddd; font-size: 13px;
+         white-space: pre-wrap } .right { background: #dcecfb } .wrong { background: #fdebdc }
+h3 { font: 600 15px monospace; margin: 1.4em 0 .2em; white-space: pre-wrap } code, pre { background: #f4f4f4 }
+.tokens * { border: 0; font: 16px/1.5 monospace } .tokens span { padding: .12em .08em; border: 1px solid #eee }
 """
+LOOK = {  # of plots; names of folders may have a $
+    "text.parse_math": False, "font.size": 8, "axes.titlesize": 10, "axes.titlelocation": "left", "axes.grid": True,
+    "grid.alpha": 0.25, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
+}  # fmt: skip
+COLORS, DASHES = ["#0072b2", "#d55e00", "#009e73", "#aa4499", "#777777"], ["-", "--", "-.", ":"]
 
 
-@dataclass
-class Stored:
+class Stored(NamedTuple):
     """What a run folder holds."""
 
     folder: Path
     about: dict  # args.json: arguments, command, versions
     metrics: list[dict]  # one line per step
-    samples: list[dict]  # rows {step, kind, prompt, completion, reward}
+    samples: list[dict]  # rows {step, kind, prompt, completion}, with a reward where something grades
     source: list[str]  # lines of the script that made it
-    ended: bool
+    state: str  # ended, training or stopped, and at which step
+    title: str  # folder and script, so that tabs of a browser differ
 
 
-def read(folder: Path) -> Stored:
-    """The run in a folder. A last line that is still being written is left out."""
-
-    def lines(name: str) -> list[dict]:
-        text = (folder / name).read_text() if (folder / name).exists() else ""
-        return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-
-    for name in ("args.json", "metrics.jsonl", "source.py"):
+def read(folder: Path, own: bool = False) -> Stored:
+    """The run in a folder; a last line that is still being written is left out. own: read by the run itself."""
+    rows = lambda name: list(map(json.loads, (folder / name).read_text().split("\n")[:-1]))  # noqa: E731
+    for name in ("args.json", "metrics.jsonl", "samples.jsonl", "source.py"):
         if not (folder / name).exists():
-            sys.exit(f"report.py: error: {folder / name} is not there; expected the folder of a run")
+            raise SystemExit(f"report.py: error: {folder / name} is not there; expected the folder of a run")
     about, source = json.loads((folder / "args.json").read_text()), (folder / "source.py").read_text()
-    metrics = lines("metrics.jsonl")
-    ended = bool(metrics) and metrics[-1]["step"] >= about["args"].get("steps", 0)
-    return Stored(folder, about, metrics, lines("samples.jsonl"), source.splitlines(), ended)
+    metrics, steps = rows("metrics.jsonl"), about["args"].get("steps", 0)
+    step = metrics[-1]["step"] if metrics else 0
+    state = "ended" if step >= steps else "training" if not own and is_locked(folder) else "stopped"
+    state, script = f"{state}: step {step} of {steps}", Path(about["command"].split()[0]).name
+    title = f"{'/'.join(folder.resolve().parts[-2:])} · {script}"
+    return Stored(folder, about, metrics, rows("samples.jsonl"), source.splitlines(), state, title)
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a process trains in a folder. Not for that process itself, whose lock ends when the file is closed."""
+    try:
+        with (folder / ".lock").open() as file:
+            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return isinstance(error, BlockingIOError)
+    return False
 
 
 def points(metrics: list[dict], name: str) -> dict[int, float]:
@@ -84,43 +98,31 @@ def panels(metrics: list[dict]) -> list[list[str]]:
     return out
 
 
-def draw(figures: list[list[str]], groups: dict[str, list[list[dict]]], title: str = "") -> bytes:
-    """A PNG with one plot per list of names. groups: {label: the metrics of its runs}."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams["text.parse_math"] = False  # names of folders may have a $
-    columns, rows = min(3, len(figures)) or 1, math.ceil(len(figures) / 3) or 1
-    figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 2.9 * rows), squeeze=False)
-    for axis, names in zip(axes.flat, figures):
-        for name in names:
-            for label, runs in groups.items():
-                curves = [points(metrics, name) for metrics in runs]
-                steps = sorted(set().union(*curves))
-                if not steps:
-                    continue
-                at = [[curve[s] for curve in curves if s in curve] for s in steps]
-                middle = [statistics.median(values) for values in at]
-                marker = {"marker": "o", "markersize": 3.5} if len(steps) < 12 else {}
-                text = name if len(groups) == 1 else label  # groups are compared one metric a plot
-                (line,) = axis.plot(steps, middle, label=text, linewidth=1.6, **marker)
-                if len(curves) > 1:
-                    axis.fill_between(steps, list(map(min, at)), list(map(max, at)), color=line.get_color(), alpha=0.15)
-        axis.set_title(names[0] if len(names) == 1 else names[0].split("/")[0], fontsize=10, loc="left")
-        axis.set_xlabel("step", fontsize=8)
-        axis.tick_params(labelsize=8)
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(fontsize=7.5, frameon=False)
-    for axis in list(axes.flat)[len(figures) :]:
-        axis.axis("off")
-    figure.suptitle(title, fontsize=11, x=0.01, ha="left")
-    figure.tight_layout()
-    out = io.BytesIO()
-    figure.savefig(out, dpi=130)
-    plt.close(figure)
-    return out.getvalue()
+def draw(figures: list[list[str]], groups: dict[str, list[list[dict]]], file: Path | None = None) -> str:
+    """An image for a page with one plot per list of names, also as a file. groups: {label: the metrics of its runs}."""
+    import matplotlib.figure
+    columns, rows, out = min(3, len(figures)) or 1, -(-len(figures) // 3) or 1, io.BytesIO()
+    with matplotlib.rc_context(LOOK):
+        figure = matplotlib.figure.Figure((4.2 * columns, 2.9 * rows), layout="tight")
+        for place, names in enumerate(figures, 1):
+            axis = figure.add_subplot(rows, columns, place, xlabel="step")
+            axis.set_prop_cycle(color=COLORS * len(DASHES), linestyle=DASHES * len(COLORS))
+            axis.set_title(names[0] if len(names) == 1 else names[0].split("/")[0])
+            for name in names:
+                for label, runs in groups.items():
+                    curves = [points(metrics, name) for metrics in runs]
+                    at = {s: [curve[s] for curve in curves if s in curve] for s in sorted(set().union(*curves))}
+                    text = name if len(groups) == 1 else label  # groups are compared one metric a plot
+                    middle, low, high = ([*map(of, at.values())] for of in (statistics.median, min, max))
+                    (line,) = axis.plot([*at], middle, label=text, marker="o" if len(at) < 12 else None, ms=3.5)
+                    axis.fill_between([*at], low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+            if len(axis.lines) > 1:
+                axis.legend()
+        figure.suptitle(next(iter(groups)) if file else "", fontsize=11, x=0.01, ha="left")
+        figure.savefig(out, dpi=130)
+    if file:
+        file.write_bytes(out.getvalue())
+    return f'<img alt="learning curves" src="data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}">'
 
 
 def write_page(path: Path, title: str, body: str, refresh: bool = False) -> None:
@@ -133,51 +135,78 @@ def write_page(path: Path, title: str, body: str, refresh: bool = False) -> None
 
 
 def table(header: list, rows: list[list]) -> str:
-    head = "".join(f"<th>{escape(str(h))}</th>" for h in header)
-    body = "".join("<tr>" + "".join(f"<td>{escape(str(c))}</td>" for c in row) + "</tr>" for row in rows)
-    return f"<table><tr>{head}</tr>{body}</table>"
+    marks = {"✓": ' class="right"', "✗": ' class="wrong"'}
+    cell = lambda text, kind="td": f"<{kind}{marks.get(text[:1], '')}>{escape(text)}</{kind}>"  # noqa: E731
+    lines = ["".join(cell(str(text)) for text in row) for row in rows]
+    head = "".join(cell(text, "th") for text in header)
+    return f"<table><tr>{'</tr><tr>'.join([head, *lines])}</tr></table>" if rows else ""
 
 
-def image(png: bytes) -> str:
-    return f'<img alt="learning curves" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+def text_of(value) -> str:
+    if isinstance(value, list):
+        return "".join(f"{x['role']}: {x['content']}\n" if isinstance(x, dict) else f"{x:.2f} " for x in value).strip()
+    return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def text_of(prompt: str | list[dict]) -> str:
-    return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
+def samples_table(rows: list[dict], later: list[dict] = ()) -> str:
+    """Rows of samples.jsonl, or later ones beside them. Grades are before their answers, as marks if all are 0 or 1."""
+    rows, first = [*rows, *later], len(rows)
+    shown = [{name: text_of(value) for name, value in row.items()} for row in rows]
+    for answer, grade in (("answer", "before"), ("completion", "reward"), ("completion", "right")):
+        marks = {0: "✗ ", 1: "✓ "} if {row.get(grade) for row in rows} <= {0, 1, None} else {}
+        for row, new in zip(rows, shown):
+            if new.pop(grade, ""):
+                new[answer] = marks.get(row[grade], f"[{row[grade]:.3g}] ") + new[answer]
+    if later:
+        ab = [(a, b) for a, b in zip(shown, shown[first:]) if a["prompt"] == b["prompt"]]
+        shown = [p[1] | {"step": "", "completion": ""} | {f"step {x['step']}": x["completion"] for x in p} for p in ab]
+    names = [name for name in dict.fromkeys(n for row in shown for n in row) if any(row.get(name) for row in shown)]
+    heads = HEADS if "answer" in names else {}  # a revision
+    return table([heads.get(name, name) for name in names], [[r.get(n, "") for n in names] for r in shown])
 
 
-def write_report(folder: Path) -> Stored:
-    """plot.png, and report.html: held-out metrics before and after, curves, samples and settings."""
-    run = read(Path(folder))
-    png = draw(panels(run.metrics), {run.folder.name: [run.metrics]}, run.folder.name)
-    (run.folder / "plot.png").write_bytes(png)
-    evaluated = [m for m in run.metrics if any(k.startswith("eval/") for k in m)] or [{}]
-    first, last = evaluated[0], evaluated[-1]
-    number = lambda x: "–" if x is None else f"{x:.4f}"  # noqa: E731
-    ends = [[k, number(first[k]), number(last.get(k))] for k in first if k.startswith("eval/")]
-    steps = sorted({s["step"] for s in run.samples})
-    shown = [s for s in run.samples if s["step"] in (steps[0], steps[len(steps) // 2], steps[-1])]
-    reward = lambda s: f"{s['reward']:.3g}" if "reward" in s else ""  # noqa: E731
-    rows = [[s["step"], s["kind"], text_of(s["prompt"]), s["completion"], reward(s)] for s in shown]
-    about, steps = run.about, [f"step {m.get('step')}" for m in (first, last)]
+def held_out(run: Stored) -> list[list[str]]:
+    """[[metric, its first value, its last value], ...]"""
+    curves = {name: points(run.metrics, name) for line in run.metrics for name in line if name.startswith("eval/")}
+    return [[name, *(f"{curve[i]:.4f}" for i in (min(curve), max(curve)))] for name, curve in curves.items() if curve]
+
+
+def body_of(run: Stored) -> str:
+    """Metrics and answers before and after, curves, samples and settings. The curves are plot.png, too."""
+    held, other = ([s for s in run.samples if s["kind"].startswith("eval") == x] for x in (True, False))
+    first, last = ([s for s in held if s["step"] == held[i]["step"]] for i in (0, -1))
+    at, tokens = list(dict.fromkeys(s["step"] for s in other)), run.folder / "credit.html"
     sections = {
-        "Before and after": table(["held-out metric", *steps], ends),
-        "Curves": image(png),
-        "Samples": table(["step", "kind", "prompt", "completion", "reward"], rows),
-        "Settings": table(["argument", "value"], [[k, v] for k, v in about["args"].items()]),
+        "Before and after": table(["held out", "first", "last"], held_out(run)) + samples_table(first[:60], last[:60]),
+        "Curves": draw(panels(run.metrics), {run.title: [run.metrics]}, run.folder / "plot.png"),
+        "Token by token": tokens.read_text().partition("</h1>")[2].removesuffix("</html>") if tokens.exists() else "",
+        "Samples": samples_table([s for s in other if s["step"] in (at[0], at[len(at) // 2], at[-1])]),
+        "Settings": table(["argument", "value"], [*run.about["args"].items()]),
     }
-    body = "".join(f"<h2>{name}</h2>{part}" for name, part in sections.items())
-    made = f"world size {about['world']}, torch {about['torch']}, git {about['git']}, {about['time']}"
-    body = f"<p><code>{escape(about['command'])}</code></p>{body}<p>{escape(made)}</p>"
-    write_page(run.folder / "report.html", run.folder.name, body, refresh=not run.ended)
+    made = "world size {world}, torch {torch}, git {git}, {time}".format(**run.about)
+    body = "".join(f"<h2>{name}</h2>{part}" for name, part in sections.items() if part)
+    return f"<p><code>{escape(run.about['command'])}</code></p><p>{run.state}</p>{body}<p>{escape(made)}</p>"
+
+
+def write_report(folder: Path, own: bool = True) -> Stored:
+    """plot.png and report.html. own: the run itself writes them."""
+    run = read(Path(folder), own)
+    write_page(run.folder / "report.html", run.title, body_of(run), refresh=run.state.startswith("training"))
     return run
 
 
-def token_page(path: Path, title: str, answers: list[dict], note: str = "") -> None:
-    """One page of answers whose tokens are coloured by numbers, one colouring under the other.
+def chain(runs: list[Stored], out: Path) -> str:
+    """chain.html: held-out metrics of all parts, and their reports one below the other."""
+    body = table(["part", "held out", "first", "last"], [[run.title, *row] for run in runs for row in held_out(run)])
+    body += "".join(f"<h1>{i}. {escape(run.title)}</h1>{body_of(run)}" for i, run in enumerate(runs, 1))
+    write_page(out, " → ".join(run.title for run in runs), body)
+    return str(out)
 
-    answers: rows {prompt, kind, tokens: [str], scores: {name: [float]}}. Each colouring is standardised over the page:
-    blue is above its mean, red below, white at it. The number itself shows on hovering.
+
+def token_page(path: Path, title: str, answers: list[dict], note: str = "") -> None:
+    """Answers with their tokens coloured by numbers, one colouring under the other; the number shows on hovering.
+
+    answers: rows {prompt, kind, tokens: [str], scores: {name: [float]}}. A colouring is standardised over the page.
     """
     scale = {}
     for name in dict.fromkeys(name for answer in answers for name in answer["scores"]):
@@ -192,68 +221,65 @@ def token_page(path: Path, title: str, answers: list[dict], note: str = "") -> N
 
     body = ""
     for answer in answers:
-        kind = escape(answer["kind"])
-        body += f'<h3 class="{kind}">{escape(text_of(answer["prompt"]))} <small>{kind}</small></h3>'
-        body += '<table class="tokens">'
+        kind, lines = escape(answer["kind"]), ""
         for name, scores in answer["scores"].items():
             spans = "".join(span(token, x, name) for token, x in zip(answer["tokens"], scores))
-            body += f"<tr><th>{escape(name)}</th><td>{spans}</td></tr>"
-        body += "</table>"
-    how = """<p>Each line is the same answer, its tokens coloured by one kind of score:
-<span style="background:rgb(105,180,255)">above</span> or <span style="background:rgb(255,120,105)">below</span> the
-mean of that line over this page. Hover for the number. """
+            lines += f"<tr><th>{escape(name)}</th><td>{spans}</td></tr>"
+        body += f'<h3 class="{kind}">{escape(text_of(answer["prompt"]))} <small>{kind}</small></h3>'
+        body += f'<table class="tokens">{lines}</table>'
+    how = """<p>Each line is one answer, coloured by a score: <span style="background:rgb(105,180,255)">above</span> or
+<span style="background:rgb(255,120,105)">below</span> its mean over this page. Hover for the number. """
     write_page(path, title, f"{how}{escape(note)}</p>{body}")
 
 
 def compare(runs: list[Stored], out: Path) -> str:
     """compare.html; returns what the screen shows."""
     settings = [{k: v for k, v in run.about["args"].items() if k not in OF_EVERY_RUN} for run in runs]
-    names = sorted(set.intersection(*map(set, settings)))
-    differ = [name for name in names if any(s[name] != settings[0][name] for s in settings)]
+    differ = [n for n in sorted(set.intersection(*map(set, settings))) if any(s[n] != settings[0][n] for s in settings)]
     versions = [run.source for i, run in enumerate(runs) if run.source not in [r.source for r in runs[:i]]]
     together = {}
     for run, own in zip(runs, settings):
-        key = json.dumps([own | {"seed": None}, versions.index(run.source)])
-        together.setdefault(key, []).append(run)
+        together.setdefault(json.dumps([own | {"seed": None}, versions.index(run.source)]), []).append(run)
     groups = {f"{m[0].folder}" + f" and {len(m) - 1} more" * (len(m) > 1): m for m in together.values()}
     lines = [f"{label}: {', '.join(str(run.folder) for run in members)}" for label, members in groups.items()]
     lines += [f"--{name}: {' | '.join(str(s[name]) for s in settings)}" for name in differ]
     for number, other in enumerate(versions[1:], 2):
         lines += difflib.unified_diff(versions[0], other, "code 1", f"code {number}", lineterm="", n=1)
-    same = [] if differ or versions[1:] else ["the same arguments and the same code"]
+    lines += [] if differ or versions[1:] else ["the same arguments and the same code"]
 
     figures = panels([m for run in runs for m in run.metrics])
     found = {label: [run.metrics for run in members] for label, members in groups.items()}
     shown = [name for names in figures for name in names if all(points(m[0], name) for m in found.values())]
     ends = [["metric", *groups]]
     for name in shown:
-        row = [name]
+        ends.append([name])
         for members in found.values():
             last = [[*curve.values()][-1] for curve in (points(metrics, name) for metrics in members) if curve]
             spread = f" [{min(last):.3f}, {max(last):.3f}]" * (len(last) > 1)
-            row.append(f"{[*points(members[0], name).values()][0]:.3f} -> {statistics.median(last):.3f}{spread}")
-        ends.append(row)
-    body = f"<pre>{escape(chr(10).join([*lines, *same]))}</pre>{table(ends[0], ends[1:])}"
-    write_page(out, "Runs compared", body + image(draw([[name] for name in shown], found)))
+            ends[-1].append(f"{[*points(members[0], name).values()][0]:.3f} -> {statistics.median(last):.3f}{spread}")
+    body = f"<pre>{escape(chr(10).join(lines))}</pre>{table(ends[0], ends[1:])}"
+    write_page(out, f"Compared: {', '.join(groups)}", body + draw([[name] for name in shown], found))
     width = [max(len(row[i]) for row in ends) + 2 for i in range(len(ends[0]))]
     ends = ["".join(cell.ljust(w) for cell, w in zip(row, width)).rstrip() for row in ends]
-    return "\n".join([*lines, *same, "", *ends, "", str(out)])
+    return "\n".join([*lines, "", *ends, "", str(out)])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="folders of runs")
     parser.add_argument("--follow", action="store_true", help="write the page of one run again until the run ends")
-    parser.add_argument("--out", type=Path, default=Path("compare.html"), help="the page of a comparison")
+    parser.add_argument("--chain", action="store_true", help="reports of several runs on one page, not a comparison")
+    parser.add_argument("--out", type=Path, help="the page of several runs, if not compare.html or chain.html")
     args = parser.parse_args()
-    if len(args.runs) > 1:
-        print(compare([read(folder) for folder in args.runs], args.out))
+    if args.chain or len(args.runs) > 1:
+        several = chain if args.chain else compare
+        print(several([read(folder) for folder in args.runs], args.out or Path(f"{several.__name__}.html")))
         return
-    run = write_report(args.runs[0])
+    run = write_report(args.runs[0], own=False)
     print(run.folder / "report.html", flush=True)
-    while args.follow and not run.ended:
+    while args.follow and not run.state.startswith("ended"):
         time.sleep(15)
-        run = write_report(args.runs[0])
+        run = write_report(args.runs[0], own=False)
 
 
 if __name__ == "__main__":

@@ -504,8 +504,8 @@ def revision_metrics(answers: list[Answer]) -> dict[str, float | None]:
 def sample_of(a: Answer, kind: str, tokenizer) -> dict:
     """A row of samples.jsonl."""
     label, text = "" if a.label is None else NAMES[a.label].capitalize(), common.decode(tokenizer, [a.target])[0]
-    about = {"kind": f"{kind} {label}".strip(), "prompt": a.row["prompt"], "answer": a.text, "label": label}
-    return about | {"chances": a.chances, "completion": text, "dropped": a.fault, "reward": a.after or 0.0}
+    about = {"kind": kind, "prompt": a.row["prompt"], "answer": a.text, "before": a.before, "label": label}
+    return about | {"chances": a.chances, "completion": text, "dropped": a.fault, "reward": a.after}
 
 
 # ---- evaluation ------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ import json
 import re
 import statistics
 import sys
+import textwrap
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -212,13 +213,15 @@ def summary(lines: list[Line]) -> str:
 def page(lines: list[Line]) -> str:
     """docs/claims.md, whole."""
     text = ["# Claims", "", PREFACE.strip(), "", "## Summary", "", summary(lines).strip(), ""]
-    text += ["One line per comparison.", "", "![differences with their intervals](images/claims.png)", ""]
+    text += ["The pictures below have one line per comparison: right of 0 is what was claimed.", ""]
     if study.stored("rates") and study.stored("epochs"):
-        text += ["![accuracy against learning rate and passes over a rollout](images/limits.png)", ""]
+        text += ["![accuracy against learning rate and passes over a rollout](images/limits.svg)", ""]
     for source in dict.fromkeys(line.claim.source for line in lines):
         text += [f"## {source}", ""]
         mine = [line for line in lines if line.claim.source == source]
         measured = [line for line in mine if line.name]
+        if drawn(mine):
+            text += [f"![each claim in words, its differences and their intervals](images/{picture(source)}.svg)", ""]
         if measured:
             header = ["claim", "against", "metric", "ours", "theirs", "difference", "seeds", "verdict"]
             text += [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
@@ -261,7 +264,7 @@ def page(lines: list[Line]) -> str:
 
 PREFACE = """
 What the abstracts of the papers and our own docs claim, and what the stored runs of this repository say to it. This
-page and its figure are written by `python benchmarks/claims.py` from
+page and its figures are written by `python benchmarks/claims.py` from
 `benchmarks/claims.toml` and `benchmarks/results/`; a test fails when they differ. Everything here is the built-in task
 and its model of 0.7 million parameters: a verdict says nothing about another scale.
 
@@ -376,33 +379,68 @@ def refresh(text: str, page: str = "") -> str:
     return INLINE.sub(lambda m: rounded(stored_number(m["parts"]), m["number"]) + m["mark"], text)
 
 
-# ---- figure ----------------------------------------------------------------------------------------------------------
+# ---- pictures --------------------------------------------------------------------------------------------------------
+
+
+def picture(source: str) -> str:
+    """The name of the picture of one group of claims."""
+    words = source.lower().partition("(")[0].removesuffix(".md")
+    return "claims-" + re.sub("[^a-z]+", "-", words).strip("-")
+
+
+def drawn(lines: list[Line]) -> list[Line]:
+    return [line for line in lines if line.low == line.low]
+
+
+MARKS = {  # verdict and note: (symbol, filled, color, words)
+    "": ("o", True, figures.BLUE, "reproduced"),
+    "within the seeds": ("o", False, figures.GREY, "within the seeds"),
+    "the opposite holds": ("X", True, figures.ORANGE, "the opposite holds"),
+}
+UNITS = {"spike": "times the median", "steps to 80 %": "steps"}  # of metrics that are no shares
 
 
 def draw(lines: list[Line], path: Path) -> None:
-    """Each measured comparison: the difference in the claimed direction, in units of what the interval spans."""
-    import matplotlib
+    """A table: each claim in words, what it is compared with, the difference in the claimed direction, the verdict.
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    shown = [line for line in lines if line.low == line.low and line.claim.metric.startswith(("eval/", "survives"))]
-    figure, axis = plt.subplots(figsize=(9, 0.23 * len(shown) + 1))
-    for y, line in enumerate(reversed(shown)):
-        sign = 1 if line.claim.better == "higher" else -1
-        ends = sorted((sign * line.low, sign * line.high))
-        color = "#2a9d6f" if line.verdict.startswith("rep") else "#d1603d" if "opposite" in line.note else "#999999"
-        axis.plot(ends, [y, y], color=color, linewidth=2.2, solid_capstyle="butt")
-        axis.plot([sign * (line.ours - line.theirs)], [y], "o", color=color, markersize=4)
-    axis.set_yticks(range(len(shown)), [f"{x.claim.id} · {x.name}" for x in reversed(shown)], fontsize=7)
-    axis.axvline(0, color="#444", linewidth=0.8)
-    axis.set_ylim(-0.7, len(shown) - 0.3)
-    axis.set_xlabel("difference of accuracy (or of the share that survives) in the claimed direction, interval of 95 %")
-    axis.grid(axis="x", alpha=0.25)
-    axis.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130, metadata={"Software": None})
-    plt.close(figure)
+    Shares and accuracies have the scale of the axis; another metric is drawn in units of its farthest end, and written.
+    """
+    lines = drawn(lines)
+    far = max([0.1, *(abs(x) for line in lines if line.claim.metric not in UNITS for x in (line.low, line.high))])
+    height, places, rules = 0.0, [], []  # in lines of text: of the table so far, of each comparison, between claims
+    for claim in {line.claim.id: line.claim for line in lines}.values():
+        mine, words = [line for line in lines if line.claim is claim], textwrap.wrap(claim.text, 84)
+        places += [(line, height + i, words if i == 0 else []) for i, line in enumerate(mine)]
+        height += max(len(mine), len(words)) + 0.7
+        rules.append(height - 0.85)
+    inches = 0.19 * (height + 1.2)
+    figure = figures.plt.figure(figsize=(11, inches + 0.6), layout="none")
+    axis = figure.add_axes([0.62, 0.6 / (inches + 0.6), 0.25, inches / (inches + 0.6)])
+    across = dict(transform=axis.get_yaxis_transform(), va="center", fontsize=8.5)
+    for x, text, side in ((-2.4, "claim", "left"), (-0.03, "against", "right"), (1.04, "verdict here", "left")):
+        axis.text(x, -1.3, text, ha=side, weight="bold", **across)
+    ends = [0.1]
+    for line, y, words in places:
+        sign, unit = 1 if line.claim.better == "higher" else -1, UNITS.get(line.claim.metric)
+        scale = sign * (far / max(abs(line.low), abs(line.high), 1e-9) if unit else 1)
+        low, middle, high = sorted(scale * x for x in (line.low, line.ours - line.theirs, line.high))
+        symbol, filled, color, verdict = MARKS[line.note]
+        for i, part in enumerate(words):
+            axis.text(-2.4, y + i, part, **across)
+        axis.text(-0.03, y, line.name, ha="right", **across)
+        axis.plot([low, high], [y, y], color=color, solid_capstyle="butt", linewidth=2.4 if filled else 1.4)
+        axis.plot([middle], [y], symbol, color=color, markerfacecolor=color if filled else "white", markersize=5.5)
+        size = f", {line.ours - line.theirs:+.1f} {unit}" if unit else ""
+        axis.text(1.04, y, verdict + size, color=color, **across)
+        ends.append(-low)
+    for y in (-0.75, *rules[:-1]):
+        axis.plot([-2.4, 1.6], [y, y], transform=across["transform"], color="#cccccc", linewidth=0.6, clip_on=False)
+    axis.axvline(0, color=figures.BLACK, linewidth=0.9)
+    axis.set(xlim=(-1.08 * max(ends), 1.05 * far), ylim=(height - 0.4, -1.8), yticks=[])
+    axis.locator_params(axis="x", nbins=6)
+    axis.spines["left"].set_visible(False)
+    axis.set_xlabel("difference in the claimed direction, with its interval of 95 %", fontsize=8.5)
+    figures.save(figure, path.stem, path.parent)
 
 
 # ---- commands --------------------------------------------------------------------------------------------------------
@@ -451,7 +489,10 @@ def write() -> list[Line]:
     """Everything that follows from the stored runs."""
     lines = [line for claim in load_claims() for line in judge(claim)]
     (ROOT / "docs" / "claims.md").write_text(page(lines))
-    draw(lines, ROOT / "docs" / "images" / "claims.png")
+    for source in dict.fromkeys(line.claim.source for line in lines):
+        mine = [line for line in lines if line.claim.source == source]
+        if drawn(mine):
+            draw(mine, figures.IMAGES / f"{picture(source)}.svg")
     figures.draw_all()
     for name in study.STUDIES:
         if study.stored(name):

@@ -1,7 +1,7 @@
 """Does a reward model know which token was wrong? On the built-in task the truth is known, token by token.
 
     python benchmarks/study.py qrm        # first: it trains the reward models, in runs/study
-    python benchmarks/credit.py           # benchmarks/results/credit.md, docs/images/credit.png, docs/credit.html
+    python benchmarks/credit.py           # benchmarks/results/credit.md, docs/images/credit.svg, docs/credit.html
 
 Answers are sampled by the built-in policy to held-out prompts. A token is right while the derivation up to it is exact.
     rank         Spearman's rank correlation between a token's score and whether it is right, over all tokens
@@ -15,11 +15,11 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import common  # noqa: E402  (before torch: it sets how OpenMP threads wait)
+import figures  # noqa: E402
 import lm
-import matplotlib  # noqa: E402
 import ppo_baseline  # noqa: E402
 import report  # noqa: E402
 from builtin import tasks as toys  # noqa: E402
@@ -27,9 +27,6 @@ from builtin import tasks as toys  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
 
 STUDY = ROOT / "runs" / "study"
 MODELS = {  # folder of the study -> (name, objective)
@@ -162,18 +159,7 @@ def main() -> None:
     record = {MODELS[k][0]: {"seeds": v, "around": np.mean(curves[k], 0).tolist()} for k, v in results.items()}
     (ROOT / "benchmarks" / "results" / "credit.json").write_text(json.dumps(record, indent=1, default=float) + "\n")
     print(text)
-
-    figure, axis = plt.subplots(figsize=(6.4, 3.4))
-    for name, color in zip(MODELS, ("#1f6fb4", "#7fb2dd", "#d1603d", "#2a9d6f", "#7a7a7a")):
-        axis.plot(AROUND, np.mean(curves[name], 0), marker="o", markersize=3.5, color=color, label=MODELS[name][0])
-    axis.axvline(0, color="#999", linewidth=1, linestyle=":")
-    axis.set_xlabel("tokens after the first wrong one")
-    axis.set_title("mean score of a token (standard deviations), wrong answers", fontsize=10, loc="left")
-    axis.grid(alpha=0.25)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=8)
-    figure.tight_layout()
-    figure.savefig(ROOT / "docs" / "images" / "credit.png", dpi=140)
+    figures.credit()
 
 
 if __name__ == "__main__":

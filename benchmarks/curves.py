@@ -13,14 +13,12 @@ import tempfile
 import time
 from pathlib import Path
 
-import matplotlib
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+from figures import BLUE, GREEN, GREY, ORANGE, PURPLE, name_lines, plt, save  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "curves.jsonl"
-IMAGES = ROOT / "docs" / "images"
 COMMON = "ppo_baseline.py --advantage group --prompts_per_step 16 --steps 24 --eval_every 4 --test_rows 64"
 RUNS = {  # name: what it changes; {constant} and {ones} are reward files
     "healthy": "--kl_coef 1e-6 --kl_estimator k3",
@@ -39,37 +37,42 @@ REWARDS = {
     "constant": "def reward(prompts, completions, rows):\n    return [0.0 for _ in completions]\n",
     "ones": "def reward(prompts, completions, rows):\n    return [text.count('1') for text in completions]\n",
 }
+KL, REWARD, SPREAD = "distance from the start, kl/ref", "reward, reward/mean", "prompts that teach, reward/spread"
+SAMPLED = "held-out accuracy, eval/sampled"
 FIGURES = {  # picture: panels (title, metric, runs)
     "kl": [
-        ("kl/ref of one run, two estimators", "kl/ref", ["tiny steps, k1", "tiny steps, k3"]),
-        ("kl/ref", "kl/ref", ["healthy", "rate x4", "wrong reward"]),
-        ("eval/sampled", "eval/sampled", ["healthy", "rate x4", "wrong reward"]),
+        ("one run, its kl/ref by two estimators", "kl/ref", ["tiny steps, k1", "tiny steps, k3"]),
+        (KL, "kl/ref", ["healthy", "rate x4", "wrong reward"]),
+        (SAMPLED, "eval/sampled", ["healthy", "rate x4", "wrong reward"]),
     ],
     "penalty": [
-        ("kl/ref", "kl/ref", ["healthy", "penalty 0.3"]),
-        ("reward/mean", "reward/mean", ["healthy", "penalty 0.3"]),
-        ("eval/sampled", "eval/sampled", ["healthy", "penalty 0.3"]),
+        (KL, "kl/ref", ["healthy", "penalty 0.3"]),
+        (REWARD, "reward/mean", ["healthy", "penalty 0.3"]),
+        (SAMPLED, "eval/sampled", ["healthy", "penalty 0.3"]),
     ],
     "flat": [
-        ("reward/mean", "reward/mean", ["healthy", "constant reward", "rate x0.001"]),
-        ("reward/spread", "reward/spread", ["healthy", "constant reward", "rate x0.001"]),
-        ("grad_norm", "grad_norm", ["healthy", "constant reward", "rate x0.001"]),
+        (REWARD, "reward/mean", ["healthy", "constant reward", "rate x0.001"]),
+        (SPREAD, "reward/spread", ["healthy", "constant reward", "rate x0.001"]),
+        ("size of the gradient, grad_norm", "grad_norm", ["healthy", "constant reward", "rate x0.001"]),
     ],
     "clip": [
-        ("policy/clip_fraction", "policy/clip_fraction", ["one update", "healthy", "four passes"]),
-        ("policy/ratio_gap", "policy/ratio_gap", ["one update", "healthy", "four passes"]),
-        ("eval/sampled", "eval/sampled", ["one update", "healthy", "four passes"]),
+        ("clipped tokens, policy/clip_fraction", "policy/clip_fraction", ["one update", "healthy", "four passes"]),
+        ("|ratio − 1|, policy/ratio_gap", "policy/ratio_gap", ["one update", "healthy", "four passes"]),
+        (SAMPLED, "eval/sampled", ["one update", "healthy", "four passes"]),
     ],
     "entropy": [
-        ("policy/entropy (nats)", "policy/entropy", ["healthy", "temperature 0.1", "rate x4"]),
-        ("reward/spread", "reward/spread", ["healthy", "temperature 0.1", "rate x4"]),
-        ("eval/greedy", "eval/greedy", ["healthy", "temperature 0.1", "rate x4"]),
+        ("nats per token, policy/entropy", "policy/entropy", ["healthy", "temperature 0.1", "rate x4"]),
+        (SPREAD, "reward/spread", ["healthy", "temperature 0.1", "rate x4"]),
+        ("held-out accuracy, eval/greedy", "eval/greedy", ["healthy", "temperature 0.1", "rate x4"]),
     ],
 }
-COLORS = {
-    "healthy": "#1f6fb4", "tiny steps, k1": "#d1603d", "tiny steps, k3": "#1f6fb4", "penalty 0.3": "#2a9d6f",
-    "wrong reward": "#d1603d", "rate x4": "#7a4fa3", "constant reward": "#7a7a7a", "rate x0.001": "#c9a227",
-    "one update": "#2a9d6f", "four passes": "#d1603d", "temperature 0.1": "#d1603d",
+HEALTHY = dict(color=BLUE, linestyle="-", linewidth=2.4)  # in every picture the same
+LOOK = {
+    "healthy": HEALTHY, "tiny steps, k3": HEALTHY, "tiny steps, k1": dict(color=ORANGE, linestyle="--"),
+    "penalty 0.3": dict(color=GREEN, linestyle="--"), "wrong reward": dict(color=ORANGE, linestyle="--"),
+    "rate x4": dict(color=PURPLE, linestyle="-."), "constant reward": dict(color=ORANGE, linestyle="--"),
+    "rate x0.001": dict(color=GREY, linestyle=":"), "one update": dict(color=GREEN, linestyle="-."),
+    "four passes": dict(color=ORANGE, linestyle="--"), "temperature 0.1": dict(color=ORANGE, linestyle="--"),
 }  # fmt: skip
 
 
@@ -98,23 +101,17 @@ def run(name: str, changes: str) -> dict:
 
 
 def draw(name: str, panels: list) -> None:
-    """One picture of panels side by side."""
+    """One picture of panels side by side. Runs whose end is the same number have their names apart."""
     rows = stored()
-    figure, axes = plt.subplots(1, len(panels), figsize=(3.9 * len(panels), 2.9))
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.3 * len(panels), 2.8))
     for axis, (title, metric, runs) in zip(axes, panels):
         for each in runs:
             points = [(m["step"], m[metric]) for m in rows[each]["metrics"] if metric in m]
-            style = {"marker": "o", "markersize": 3} if metric.startswith("eval/") else {}
-            axis.plot(*zip(*points), label=each, color=COLORS[each], linewidth=1.7, **style)
-        axis.set_title(title, fontsize=10, loc="left")
-        axis.set_xlabel("step", fontsize=8)
-        axis.tick_params(labelsize=8)
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(fontsize=7.5, frameon=False)
-    figure.tight_layout()
-    figure.savefig(IMAGES / f"curves-{name}.png", dpi=120, metadata={"Software": None})
-    plt.close(figure)
+            axis.plot(*zip(*points), label=each, marker="o" if metric.startswith("eval/") else None, **LOOK[each])
+        axis.set_title(title)
+        axis.set_xlabel("step")
+        name_lines(axis)
+    save(figure, f"curves-{name}")
 
 
 def main() -> None:

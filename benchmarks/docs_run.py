@@ -26,10 +26,10 @@ SKIPPED = [  # what is found in a command, and why it is not run
     (r"--nproc_per_node=8|--nnodes", "several GPUs"),
     (r"^python benchmarks/gpu\.py", "a GPU"),
     (r"\bQwen/|\bopenai/", "the Hub"),
-    (r"\b(BIG|SMALL|PAIRS|FOLDER)\b", "a name in capitals is the reader's"),
+    (r" (BIG|SMALL|PAIRS|FOLDER|MODEL)\b", "a name in capitals is the reader's"),
     (r"--\w*dataset (?!runs/|builtin/)\S+\.jsonl?\b", "a file of the reader"),
     (r"benchmarks/(study|real_model|real_seft)\.py", "hours"),
-    (r"\bpytest( tests/test_house|$)", "minutes; tests are run by themselves"),
+    (r"\bpytest( tests/test_house|$)|docs_run\.py", "minutes; run by itself"),
     (r"-m venv", "it leaves the environment of this run"),
 ]
 STAND_INS = [  # with --short: what a reader brings, and what takes its place
@@ -39,6 +39,7 @@ STAND_INS = [  # with --short: what a reader brings, and what takes its place
     (r"\bPAIRS\b|(?<= )pairs\.jsonl", "builtin/pairs.jsonl"),
     (r"\bopenai/gsm8k", "train.jsonl"),
     (r"\bFOLDER\b", "runs/files"),
+    (r" MODEL\b", " runs/smollm2-model"),
     (r"(?<= )(train|test)\.jsonl", r"runs/files/\1.jsonl --max_prompt 100"),
     (r"(?<= )(question\.jsonl|alpaca_eval\.json)\b", r"runs/files/\1"),
 ]
@@ -124,8 +125,7 @@ def main() -> int:
     folder, start, codes = args.folder.resolve(), time.monotonic(), []
     pages = [folder / "README.md", folder / "docs" / "first-steps.md", *sorted(folder.glob("docs/**/*.md"))]
     pages += [folder / "benchmarks" / "README.md", folder / "AGENTS.md"]
-    if args.short:
-        write_files(folder / "runs" / "files")
+    write_files(folder / "runs" / "files")
     print("| page | command | exit code | seconds |\n|---|---|---|---|")
     for page in dict.fromkeys(page for page in pages if args.only in str(page)):
         name, todo = page.relative_to(folder).as_posix(), commands(page.read_text())
@@ -141,8 +141,8 @@ def main() -> int:
             if codes[-1] and not reasons:
                 print(shell.log.read_text()[-2000:], file=sys.stderr, flush=True)
         shell.process.communicate()
-    ran, seconds = [code for code in codes if isinstance(code, int)], time.monotonic() - start
-    print(f"\n{args.shell}: {len(codes)} commands, {len(ran)} run, {sum(map(bool, ran))} failed, {seconds:.0f} s")
+    ran, took = [code for code in codes if isinstance(code, int)], f"{time.monotonic() - start:.0f} s"
+    print(f"\n{args.shell}: {len(codes)} commands, {len(ran)} run, {sum(map(bool, ran))} failed, {took}")
     return any(ran)
 
 

@@ -16,7 +16,7 @@ lengths, micro-batches, number of threads and fp32. How threads wait and whether
 common.py sees to both, TRL and Hugging Face run as they start (--kept: TRL with memory kept too).
 Each comparison is a line of benchmarks/results/speed.jsonl; one that is there already is measured again only if other
 work disturbed it and none does now. The tables are in benchmarks/results/speed.md, the figure is
-docs/images/speed-growth.png.
+docs/images/speed-growth.svg.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "speed.jsonl"
-FIGURE = ROOT / "docs" / "images" / "speed-growth.png"
+IMAGES = ROOT / "docs" / "images"
 SMOKE = ROOT / "runs" / "speed" / "smoke.jsonl"
 LAST_WITH_PPO = "1.12.0"  # trl.experimental.ppo was removed after it
 WORDS = "time people way day man thing woman life child world school state family student group country problem hand"
@@ -616,34 +616,40 @@ def slope(points) -> float:
     return sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y)) / sum((a - mean_x) ** 2 for a in x)
 
 
-def growth_figure(rows: list[dict], file: Path) -> str:
-    """One log-log panel a sweep; returns the table of slopes."""
-    import matplotlib
+GROWS = {  # a sweep: what its axis shows
+    "batch": "rows of a batch", "length": "tokens of an answer", "vocabulary": "entries of the vocabulary",
+    "size": "parameters, in millions", "ranks": "ranks on two cores",
+}  # fmt: skip
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+
+def growth_figure(rows: list[dict], folder: Path) -> str:
+    """speed-growth.svg, one log-log panel a sweep; returns the table of slopes."""
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
+    from figures import BLUE, ORANGE, name_lines, plt, save, ticks
 
     sweeps = [name for name in (*SWEEPS, "ranks") if len(points_of(rows, name, "decode")) > 1]
-    figure, axes = plt.subplots(1, len(sweeps), figsize=(3.3 * len(sweeps), 3), squeeze=False)
+    figure, axes = plt.subplots(2, 3, figsize=(10.5, 5.2), sharey=True)
     lines = []
-    for axis, sweep in zip(axes[0], sweeps):
-        for lap, label in (("decode", "rollout"), ("update", "update")):
+    for axis, sweep in zip(axes.flat, sweeps):
+        for lap, name, look in (
+            ("decode", "rollout", dict(color=BLUE, marker="o")),
+            ("update", "update", dict(color=ORANGE, marker="s", linestyle="--")),
+        ):
             points = points_of(rows, sweep, lap)
-            axis.loglog(*zip(*points), marker="o", markersize=3.5, label=f"{label}: slope {slope(points):.2f}")
+            places = [x / 1e6 if sweep == "size" else x for x, _ in points]
+            axis.plot(places, [y * 1e6 for _, y in points], label=f"{name}\nslope {slope(points):.2f}", **look)
             ends = f"{points[0][1] * 1e6:.0f} to {points[-1][1] * 1e6:.0f}"
-            lines.append([sweep, label, f"{points[0][0]} to {points[-1][0]}", ends, f"{slope(points):.2f}"])
-        axis.set_xticks(
-            [x for x, _ in points], [f"{x / 1e6:.1f}M" if x >= 1e5 else f"{x:g}" for x, _ in points], fontsize=7
-        )
-        axis.xaxis.minorticks_off()
-        axis.set_title({"size": "parameters"}.get(sweep, sweep), fontsize=10, loc="left")
-        axis.grid(alpha=0.25, which="both")
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(fontsize=7.5, frameon=False)
-    axes[0][0].set_ylabel("seconds a token", fontsize=9)
-    figure.tight_layout()
-    figure.savefig(file, dpi=130)
-    plt.close(figure)
+            lines.append([sweep, name, f"{points[0][0]} to {points[-1][0]}", ends, f"{slope(points):.2f}"])
+        axis.set_yscale("log")
+        ticks(axis, places, [f"{x:.1f}" if sweep == "size" else f"{x:g}" for x in places])
+        axis.set_xlabel(GROWS[sweep])
+    figure.supylabel("microseconds per token", fontsize=10)
+    axes[0, 0].set_yticks([30, 100, 300, 1000], ["30", "100", "300", "1000"])
+    for axis in axes.flat[: len(sweeps)]:
+        name_lines(axis, points=22)
+    for axis in axes.flat[len(sweeps) :]:
+        axis.axis("off")
+    save(figure, "speed-growth", folder)
     return table("against | of | from | microseconds a token | slope", lines)
 
 
@@ -668,9 +674,8 @@ def tables(args) -> None:
             versions = {k: v for row in rows for k, v in row["versions"].items()}
             text.append(f"\n{rows[-1]['cpu']}; {', '.join(f'{k} {v}' for k, v in versions.items())}\n")
     if by_part.get("growth"):
-        image = args.results.with_name("speed-growth.png") if args.smoke else FIGURE
-        text += ["\n## growth\n\n", growth_figure(by_part["growth"], image)]
-        text.append("\n![seconds a token](../../docs/images/speed-growth.png)\n")
+        text += ["\n## growth\n\n", growth_figure(by_part["growth"], args.results.parent if args.smoke else IMAGES)]
+        text.append("\n![microseconds per token](../../docs/images/speed-growth.svg)\n")
     args.results.with_suffix(".md").write_text("".join(text))
 
 

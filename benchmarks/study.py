@@ -88,6 +88,20 @@ def full_command(study: str, name: str, command: str) -> str:
     return f"python {command} {'' if prepared else STUDIES[study]['arguments']}".strip()
 
 
+def read_samples(out: Path, n: int) -> list[list[str]]:
+    """[prompt, greedy answer before, and after] of the first n held-out prompts that both have."""
+    files = sorted(out.rglob("samples.jsonl"), key=lambda file: file.stat().st_mtime)[-1:]
+    rows = [json.loads(text) for file in files for text in file.read_text().splitlines()] if n else []
+    rows = [r for r in rows if r["kind"] == "eval/greedy"]
+    prompts = {json.dumps(r["prompt"]): r for r in rows}
+    both = []
+    for prompt in list(prompts)[:n]:
+        mine = [r["completion"] for r in rows if json.dumps(r["prompt"]) == prompt]
+        last = prompts[prompt]["prompt"]
+        both.append([last if isinstance(last, str) else last[-1]["content"], mine[0], mine[-1]])
+    return both
+
+
 def run(study: str, name: str, command: str, seed: int, threads: int) -> dict:
     """One run in a folder of its own, thrown away unless others build on it; what it logged is kept."""
     prepare = STUDIES[study].get("prepare", {})
@@ -119,6 +133,7 @@ def run(study: str, name: str, command: str, seed: int, threads: int) -> dict:
         metrics = [json.loads(text) for file in lines for text in file.read_text().splitlines()]
         rounds = [file.read_text().splitlines() for file in sorted(out.glob("rounds/*.jsonl"))]
         edits = [edits_of(list(map(json.loads, lines))) for lines in rounds]
+        shown = read_samples(out, STUDIES[study].get("samples", 0))
     evaluated = [m for m in metrics if any(k.startswith("eval/") for k in m)]
     held_out = [{k: v for k, v in m.items() if k == "step" or k.startswith("eval/")} for m in evaluated]
     return {
@@ -140,12 +155,13 @@ def run(study: str, name: str, command: str, seed: int, threads: int) -> dict:
             {k: v for k, v in m.items() if k == "step" or k.startswith(("revise/", "drop/"))} | more
             for m, more in zip([m for m in metrics if "revise/after" in m], edits)
         ],
+        "samples": shown,
         "grad_norm_max": max((m["grad_norm"] for m in metrics if "grad_norm" in m), default=None),
         "grad_norm_median": statistics.median([m["grad_norm"] for m in metrics if "grad_norm" in m] or [0]),
     }
 
 
-def table(rows: list[dict], settings: dict[str, str], columns: dict[str, str]) -> str:
+def table(rows: list[dict], settings: dict[str, str], columns: dict[str, str], titles: dict[str, str]) -> str:
     """Markdown: a line for each setting, median [lowest, highest] over seeds; columns: {title: another metric}."""
 
     def spread(values: list[float]) -> str:
@@ -161,7 +177,7 @@ def table(rows: list[dict], settings: dict[str, str], columns: dict[str, str]) -
             greedy = spread([r["last"]["eval/greedy"] for r in good])
             sampled = spread([r["last"]["eval/sampled"] for r in good])
             more = [spread([r["last"][k] for r in good if k in r["last"]]) for k in columns.values()]
-            cells = [name, len(mine), greedy, sampled, *more, len(mine) - len(good)]
+            cells = [titles.get(name, name), len(mine), greedy, sampled, *more, len(mine) - len(good)]
             lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines) + "\n"
 
@@ -294,6 +310,17 @@ def revisers_table(rows: list[dict], names: dict[str, str], titles: dict[str, st
     return "\n".join(lines) + "\n"
 
 
+def samples_table(rows: list[dict], settings: dict[str, str]) -> str:
+    """Markdown: greedy answers to held-out prompts before and after training, with the first seed that has them."""
+    lines = ["| setting | prompt | before | after |", "|---|---|---|---|"]
+    for name in settings:
+        mine = sorted((r for r in rows if r["setting"] == name and r.get("samples")), key=lambda r: r["seed"])[:1]
+        for texts in (texts for r in mine for texts in r["samples"]):
+            cells = [" ".join(text.replace("|", "\\|").split()) for text in texts]
+            lines.append(f"| {' | '.join([name, *cells])} |")
+    return "\n".join(lines) + "\n"
+
+
 def stored(name: str) -> list[dict]:
     """The rows of a study that are there."""
     file = RESULTS / f"{name}.jsonl"
@@ -303,14 +330,16 @@ def stored(name: str) -> list[dict]:
 def tables(name: str) -> list[str]:
     """The tables of a study, from its stored rows."""
     study, rows = STUDIES[name], stored(name)
-    prepare, settings = study.get("prepare", {}), study["settings"]
+    prepare, settings, titles = study.get("prepare", {}), study["settings"], study.get("titles", {})
     if "goal" in study:
-        return [pairs_table(rows, prepare, study.get("titles", {})), steps_table(rows, settings, study["goal"])]
-    more = [diagnose_table(rows, settings)] if name == "diagnose" else []
-    if any(r.get("rounds") for r in rows):
-        more = [make(rows, settings) for make in (rounds_table, revision_table, labels_table)]
-        return more if name in SHARED else [*more, revisers_table(rows, prepare, study.get("titles", {}))]
-    return [table(rows, prepare | settings, study.get("columns", {})), *more]
+        made = [pairs_table(rows, prepare, titles), steps_table(rows, settings, study["goal"])]
+    elif any(r.get("rounds") for r in rows):
+        made = [make(rows, settings) for make in (rounds_table, revision_table, labels_table)]
+        made += [] if name in SHARED else [revisers_table(rows, prepare, titles)]
+    else:
+        made = [table(rows, prepare | settings, study.get("columns", {}), titles)]
+        made += [diagnose_table(rows, settings)] if name == "diagnose" else []
+    return made + ([samples_table(rows, settings)] if "samples" in study else [])
 
 
 def needed(study: dict, wanted: list[str]) -> list[str]:

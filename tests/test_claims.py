@@ -252,6 +252,34 @@ def test_times():
             assert re.search(rf"\| {name} \| \d+ \| 0 \| not known \|", text)
 
 
-def test_figure(lines, tmp_path):
-    claims.draw(lines, tmp_path / "claims.png")
-    assert (tmp_path / "claims.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+def test_pictures(lines, tmp_path):
+    """The stored picture of each group has its claims, what they are compared with, and its verdicts."""
+    for source in dict.fromkeys(line.claim.source for line in lines):
+        mine = claims.drawn([line for line in lines if line.claim.source == source])
+        stored = (claims.figures.IMAGES / f"{claims.picture(source)}.svg").read_text()
+        words = re.findall(r"<!-- (.*?) -->", stored)
+        for claim in (line.claim for line in mine):
+            assert all(part in words for part in claims.textwrap.wrap(claim.text, 84)), claim.id
+        verdicts = [word.partition(",")[0] for word in words]
+        assert all(words.count(line.name) >= [x.name for x in mine].count(line.name) for line in mine)
+        for note, (_, _, _, verdict) in claims.MARKS.items():
+            assert verdicts.count(verdict) == sum(line.note == note for line in mine), (source, verdict)
+
+
+def test_a_picture_points_in_the_claimed_direction(monkeypatch, tmp_path):
+    """Where less is better a lower number is right of 0; steps are drawn on a scale of their own, and written."""
+    drawn = []
+    monkeypatch.setattr(claims.figures, "save", lambda figure, name, folder: drawn.append(figure))
+    less = claims.Claim("a", "s", "Less.", study="made", ours=["a"], against={"B": ["b"]}, better="lower")
+    steps = claims.Claim("b", "s", "Steps.", study="made", ours=["a"], against={"B": ["b"]}, metric="steps to 80 %")
+    lines = [
+        claims.Line(less, "B", "reproduced at this scale", 0.2, 0.5, -0.4, -0.2),
+        claims.Line(steps, "C", "not", 10.0, 30.0, -25.0, -15.0, "the opposite holds"),
+    ]
+    claims.draw(lines, tmp_path / "made.svg")
+    (axis,) = drawn[0].axes
+    shown = [list(line.get_xdata()) for line in axis.lines]
+    assert any(x == pytest.approx([0.2, 0.4]) for x in shown) and any(x == pytest.approx([0.3]) for x in shown)
+    assert any(x == pytest.approx([-0.4, -0.24]) for x in shown), "15 of 25 steps, on the scale of 0.4"
+    texts = [text.get_text() for text in axis.texts]
+    assert "reproduced" in texts and "the opposite holds, -20.0 steps" in texts

@@ -142,7 +142,9 @@ def test_own_pairs(base, tmp_path, out):
     lines = read_metrics(run_here(dckd, **settings_of("dckd", base, dataset=data), out=out))
     assert "eval/pair_accuracy" in lines[0] and "eval/sampled" not in lines[0] and "eval/reward" not in lines[0]
     samples = [json.loads(x) for x in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
-    assert samples[0]["prompt"] == "11+1="
+    first = {key: samples[0][key] for key in ("prompt", "chosen", "rejected")}
+    assert first == {"prompt": "11+1=", "chosen": "12", "rejected": "11"}
+    assert all("reward" not in sample for sample in samples), "nobody graded"
     reward = tmp_path / "reward.py"
     reward.write_text("def reward(prompts, completions, rows):\n    return [float(len(c)) for c in completions]\n")
     changes = dict(dataset=data, reward_file=str(reward))

@@ -1,8 +1,10 @@
 """The tools beside the scripts: pages of runs, and built-in pairs as a file."""
 
+import html
 import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -32,7 +34,19 @@ def write_run(folder: Path, lr: float, line: str, values: list[float], seed: int
     (folder / "source.py").write_text(f"def loss(gap):\n    {line}\n")
     rows = [{"step": i, "reward/mean": v, "eval/greedy": None, "time/step": 9.0} for i, v in enumerate(values)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_samples(folder, [])
     return folder
+
+
+def write_samples(folder: Path, rows: list[dict]) -> None:
+    (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def rows_of(page: Path, heading: str) -> list[list[str]]:
+    """The cells of the tables below a heading; the class of a cell stands before its text."""
+    part = page.read_text().partition(f"<h2>{heading}</h2>")[2].partition("<h2>")[0]
+    cells = [re.findall(r"<t[hd](?: class=\"(\w+)\")?>(.*?)</t[hd]>", row) for row in part.split("</tr>")]
+    return [[f"{kind}: {html.unescape(text)}" if kind else html.unescape(text) for kind, text in row] for row in cells]
 
 
 def report_on(*args) -> subprocess.CompletedProcess:
@@ -58,16 +72,114 @@ def test_comparison_tells_what_differs_and_where_runs_ended(tmp_path):
     assert "the same arguments and the same code" in same.stdout
 
 
-def test_report_of_a_run_that_still_goes_on(tmp_path):
-    """A torn last line is left out; the page asks to be loaded again until the run has ended."""
-    run = write_run(tmp_path / "run", 1e-4, "return gap", [0.25, 0.5])
-    (run / "metrics.jsonl").write_text('{"step": 0, "reward/mean": 0.25}\n{"step": 1, "rew')
+def test_report_of_a_run_that_still_goes_on(tmp_path, monkeypatch):
+    """While a process holds the lock the page is loaded again; then the run has ended, or was stopped. A torn last line
+    is left out, and the report of the run itself does not touch the lock."""
+    run, page = write_run(tmp_path / "run", 1e-4, "return gap", [0.25, 0.5, 0.5]), tmp_path / "run" / "report.html"
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(lines[:2]) + lines[2][:10])
+    hold = "import common, pathlib, sys, time; lock = common._lock(pathlib.Path(sys.argv[1])); print(); time.sleep(60)"
+    holder = subprocess.Popen([sys.executable, "-c", hold, run], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline()
+        report.write_report(run, own=False)
+        assert 'http-equiv="refresh"' in page.read_text() and "<p>training: step 1 of 2</p>" in page.read_text()
+    finally:
+        holder.kill()
+        holder.wait()
+    report.write_report(run, own=False)
+    assert "refresh" not in page.read_text() and "<p>stopped: step 1 of 2</p>" in page.read_text()
+    (run / "metrics.jsonl").write_text("".join(lines))
+    monkeypatch.setattr(report, "is_locked", None)  # a call would fail
     report.write_report(run)
-    assert 'http-equiv="refresh"' in (run / "report.html").read_text()
-    (run / "metrics.jsonl").write_text('{"step": 0, "reward/mean": 0.25}\n{"step": 1, "reward/mean": 0.5}\n')
+    assert "<p>ended: step 2 of 2</p>" in page.read_text() and "lco.py &lt;x&gt;" in page.read_text()
+
+
+def test_following_ends_with_the_run(tmp_path, monkeypatch, capsys):
+    """--follow writes the page anew until the last step, also past a stop: the run may go on."""
+    run = write_run(tmp_path / "run", 1e-4, "return gap", [0.25, 0.5, 0.75])
+    lines, written = (run / "metrics.jsonl").read_text().splitlines(keepends=True), []
+
+    def another_step(seconds):
+        written.append((run / "report.html").read_text())
+        (run / "metrics.jsonl").write_text("".join(lines[: len(written) + 1]))
+
+    (run / "metrics.jsonl").write_text(lines[0])
+    monkeypatch.setattr(report.time, "sleep", another_step)
+    monkeypatch.setattr(sys, "argv", ["report.py", str(run), "--follow"])
+    report.main()
+    assert ["step 0 of 2" in written[0], "step 1 of 2" in written[1], len(written)] == [True, True, 2]
+    assert "ended: step 2 of 2" in (run / "report.html").read_text() and "report.html" in capsys.readouterr().out
+
+
+def test_answers_to_the_same_prompts_stand_side_by_side(tmp_path):
+    """Before and after, with marks for right and wrong; other rewards as numbers; nothing where nobody graded."""
+    run = write_run(tmp_path / "run", 1e-4, "return gap", [0.25, 0.5])
+    row = {"kind": "eval/greedy", "prompt": "1+1=", "reward": 0.0}
+    ended = row | {"step": 1, "completion": "2", "reward": 1.0}
+    sampled = {"step": 1, "kind": "train", "completion": "x", "reward": -1.81}
+    sampled["prompt"] = [{"role": "user", "content": "<b>"}]
+    write_samples(run, [row | {"step": 0, "completion": "<3>"}, sampled, ended])
+    report.write_report(run)
+    shown = rows_of(run / "report.html", "Before and after")
+    assert shown[0] == ["kind", "prompt", "step 0", "step 1"]
+    assert shown[1] == ["eval/greedy", "1+1=", "wrong: ✗ <3>", "right: ✓ 2"]
+    assert rows_of(run / "report.html", "Samples")[1] == ["1", "train", "[-1.81] x", "user: <b>"]
+
+    pair = {"kind": "eval", "prompt": "1+1=", "chosen": "2", "rejected": "3"}
+    write_samples(run, [pair | {"step": step, "completion": f"{step}"} for step in (0, 1)])
+    report.write_report(run)
+    header, shown = rows_of(run / "report.html", "Before and after")[:2]
+    assert header == ["kind", "prompt", "chosen", "rejected", "step 0", "step 1"]
+    assert shown == ["eval", "1+1=", "2", "3", "0", "1"]
+    write_samples(run, [{"step": 0, "kind": "eval/greedy", "prompt": "1+1=", "completion": "3", "right": False}])
+    report.write_report(run)
+    shown = rows_of(run / "report.html", "Before and after")[1]
+    assert shown == ["eval/greedy", "1+1=", "wrong: ✗ 3"], "of evaluate.py"
+    write_samples(run, [pair | {"step": 0, "completion": "a"}, pair | {"step": 1, "prompt": "2+2=", "completion": "b"}])
+    report.write_report(run)
+    assert rows_of(run / "report.html", "Before and after") == [[]], "answers to two prompts are not compared"
+
+
+def test_a_revision_is_shown_from_its_first_answer_to_its_fate(tmp_path):
+    run = write_run(tmp_path / "run", 1e-4, "return gap", [0.25, 0.5])
+    row = {"step": 1, "kind": "round 0", "prompt": "1+1=", "answer": "3", "before": 0.0, "label": "Major"}
+    kept = row | {"chances": [0.5, 0.3, 0.2], "completion": "2", "dropped": None, "reward": 1.0}
+    write_samples(run, [kept, row | {"chances": [0.5, 0.3, 0.2], "completion": "3", "dropped": "same", "reward": None}])
+    report.write_report(run)
+    shown = rows_of(run / "report.html", "Samples")
+    assert shown[0][3:] == ["first answer", "label", "chances of Major, Minor, No", "revision", "dropped as"]
+    assert shown[1][3:] == ["wrong: ✗ 3", "Major", "0.50 0.30 0.20", "right: ✓ 2", ""]
+    assert shown[2][3:] == ["wrong: ✗ 3", "Major", "0.50 0.30 0.20", "3", "same"]
+
+
+def test_report_has_the_coloured_tokens(tmp_path):
+    run = write_run(tmp_path / "run", 1e-4, "return gap", [0.25, 0.5])
+    answer = {"prompt": "1+1=", "kind": "chosen", "tokens": ["2", "&"], "scores": {"Z": [0.5, 1.5]}}
+    report.token_page(run / "credit.html", "Tokens", [answer])
     report.write_report(run)
     page = (run / "report.html").read_text()
-    assert "refresh" not in page and "lco.py &lt;x&gt;" in page
+    assert 'title="Z: 1.500">&amp;</span>' in page.partition("<h2>Token by token</h2>")[2].partition("<h2>")[0]
+    assert page.count("</html>") == 1
+
+
+def test_chain_is_one_page(tmp_path):
+    """The parts in the order given, what became of their held-out metrics, and titles that tell tabs apart."""
+    parts = [write_run(tmp_path / name, 1e-4, "return gap", [0.25, 0.5]) for name in ("teacher", "student")]
+    for run, last in zip(parts, (0.75, 0.875)):
+        rows = [{"step": 0, "eval/greedy": 0.5}, {"step": 1, "eval/greedy": last}]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = report_on(*parts, "--chain", "--out", tmp_path / "all.html")
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "all.html").read_text()
+    titles = [f"{tmp_path.name}/{name} · lco.py" for name in ("teacher", "student")]
+    assert f"<title>{' → '.join(titles)}</title>" in page and page.count("data:image/png") == 2
+    assert re.findall(r"<h1>(\d\. .*?)</h1>", page) == [f"{i}. {title}" for i, title in enumerate(titles, 1)]
+    first = page.partition("<h1>1. ")[0]
+    assert all(f"<td>{title}</td><td>eval/greedy</td><td>0.5000</td><td>{last}</td>" in first
+               for title, last in zip(titles, ("0.7500", "0.8750")))  # fmt: skip
+    report.write_report(parts[0])
+    assert f"<title>{titles[0]}</title>" in (parts[0] / "report.html").read_text()
 
 
 def test_report_refuses_what_is_no_run(tmp_path):
