@@ -39,7 +39,7 @@ STAND_INS = [  # with --short: what a reader brings, and what takes its place
     (r"\bPAIRS\b|(?<= )pairs\.jsonl", "builtin/pairs.jsonl"),
     (r"\bopenai/gsm8k", "train.jsonl"),
     (r"\bFOLDER\b", "runs/files"),
-    (r" MODEL\b", " runs/smollm2-model"),
+    (r" MODEL\b", " runs/smollm2-model --samples_per_prompt 2 --minibatches 1"),
     (r"(?<= )(train|test)\.jsonl", r"runs/files/\1.jsonl --max_prompt 100"),
     (r"(?<= )(question\.jsonl|alpaca_eval\.json)\b", r"runs/files/\1"),
 ]
