@@ -30,7 +30,7 @@ import torch.nn.functional as F
 LESS = dict(
     steps=2, warmup_reviser_steps=2, reviser_steps=2, epochs=2, minibatches=1, rounds=2, micro_batch=8,
     test_rows=4, test_pairs=2, builtin_pairs=64, warmup_steps=0, external_rounds=0, pair_share=0.0, keep_threshold="0",
-    critic_warmup=0, wandb=False, resume=False,
+    critic_warmup=0, keep="last", track="none", push_to_hub="", resume=False,
 )  # fmt: skip
 
 

@@ -26,6 +26,7 @@ except ModuleNotFoundError:  # delete cpu.py and only speed changes
 
 import argparse
 import contextlib
+import difflib
 import errno
 import fcntl
 import hashlib
@@ -57,17 +58,11 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_state_dict,
-    set_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict
+from torch.distributed.checkpoint.state_dict import set_state_dict
 from torch.distributed.elastic.multiprocessing.errors import record
 
-# ======================================================================================================================
-# 1. ranks
-# ======================================================================================================================
+# ---- 1. ranks --------------------------------------------------------------------------------------------------------
 
 _stop = threading.Event()  # set by SIGTERM or SIGINT; ranks agree on it once a step
 _signal, _first_signal = 0, 0.0  # which one asked for an early end, and when
@@ -79,6 +74,7 @@ def rank() -> int:
 
 
 def world() -> int:
+    require(dist.is_initialized(), "there is no rank yet: interactive.run(lco, steps=10) starts one")
     return dist.get_world_size()
 
 
@@ -107,37 +103,23 @@ def compute_dtype(dtype: str, device: torch.device) -> str:
 
 
 def launch(main, device: str = "auto") -> None:
-    """Start this rank, run main(), end it.
+    """Start this rank, run main(), end the process. Inside another program: interactive.run().
 
     Started by torchrun or alone: the code path is the same. A failing rank prints its error, tells the others through
     the store and leaves at once; torchrun then closes the rest. SIGTERM and SIGINT ask for a save and a clean end.
     """
-    global _store
-    backend = "cpu:gloo,cuda:nccl" if device != "cpu" and torch.cuda.is_available() else "gloo"
     if "WORLD_SIZE" in os.environ:
         missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
         if missing:  # some schedulers set WORLD_SIZE in every job: without an address, ranks would wait for each other
             found = f"WORLD_SIZE is set but {' and '.join(missing)} not: start with torchrun, or unset WORLD_SIZE"
             print(f"{Path(sys.argv[0]).name}: error: {found}", file=sys.stderr)
             sys.exit(2)
-        dist.init_process_group(backend, timeout=timedelta(minutes=30))
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    _store = dist.distributed_c10d._get_default_store()
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _on_signal)
-
+    join(device, alone="WORLD_SIZE" not in os.environ)
     code = 0
     try:
-        if cpu and local_device(device).type == "cpu":
-            cpu.keep_freed_memory()
-        elif importlib.util.find_spec("gpu"):
-            import gpu
-
-            gpu.prepare()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, _on_signal)
+        prepare(device)
         record(main)()
         dist.barrier()
     except SystemExit as stop:
@@ -157,6 +139,26 @@ def launch(main, device: str = "auto") -> None:
     if code or world() > 1:
         os._exit(code)  # a normal exit right after a gloo collective aborts in about one run of ten
     dist.destroy_process_group()
+
+
+def join(device: str, alone: bool) -> None:
+    """Make this process a rank: of those that torchrun started, or the only one."""
+    global _store
+    backend = "cpu:gloo,cuda:nccl" if device != "cpu" and torch.cuda.is_available() else "gloo"
+    given = dict(store=dist.HashStore(), rank=0, world_size=1) if alone else dict(timeout=timedelta(minutes=30))
+    dist.init_process_group(backend, **given)
+    _store = dist.distributed_c10d._get_default_store()
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def prepare(device: str) -> None:
+    """What makes this process fast."""
+    if cpu and local_device(device).type == "cpu":
+        cpu.keep_freed_memory()
+    elif importlib.util.find_spec("gpu"):
+        importlib.import_module("gpu").prepare()
 
 
 def _sentence(error: BaseException) -> str | None:
@@ -254,9 +256,7 @@ def stop_unless_finite(values: dict) -> None:
         raise FloatingPointError(f"not finite: {bad}; the last checkpoint stays as it was")
 
 
-# ======================================================================================================================
-# 2. arguments
-# ======================================================================================================================
+# ---- 2. arguments ----------------------------------------------------------------------------------------------------
 
 
 _HERE = Path(__file__).resolve().parent / "builtin"
@@ -277,10 +277,17 @@ def arg(default, help: str, at_least: float | None = None, at_most: float | None
 
 
 def parse_args(cls, builtin: dict, argv: list[str] | None = None):
-    """An instance of the dataclass `cls` from the command line, with legal values.
+    """An instance of the dataclass `cls` from the command line, with legal values; else one line and exit code 2."""
+    try:
+        return parse(cls, builtin, sys.argv[1:] if argv is None else argv)
+    except BadInput as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
 
-    The defaults of `cls` are for real models. With a built-in model, and --model is one by default, `builtin` replaces
-    the defaults of the arguments that are not given.
+
+def parse(cls, builtin: dict, argv: list[str]):
+    """The defaults of `cls` are for real models. With a built-in model, and --model is one by default, `builtin`
+    replaces the defaults of the arguments that are not given. BadInput where there is an error.
     """
     parser = _Parser(usage="%(prog)s [--name value ...]", allow_abbrev=False, argument_default=argparse.SUPPRESS)
     groups, types, comments = {}, typing.get_type_hints(cls), _comments(cls)
@@ -300,10 +307,12 @@ def parse_args(cls, builtin: dict, argv: list[str] | None = None):
             kind, options = _boolean, options | {"nargs": "?", "const": True}
         help = f.metadata["help"] + f" ({'; '.join(legal)})" * bool(legal)
         group.add_argument(f"--{f.name}", type=kind, help=help.replace("%", "%%"), **options)
-    given = vars(parser.parse_args(argv))
-    names = [word.partition("=")[0] for word in (sys.argv[1:] if argv is None else argv) if word.startswith("--")]
+    given, unknown = parser.parse_known_args(argv)
+    given, name = vars(given), "".join(unknown[:1]).partition("=")[0]
+    require(not unknown, f"unknown argument {name}" + _nearest(name.lstrip("-"), types, "--"))
+    names = [word.partition("=")[0] for word in argv if word.startswith("--")]
     for name in {name for name in names if names.count(name) > 1}:
-        parser.error(f"{name} is given twice")
+        raise BadInput(f"{name} is given twice")
     args = cls(**given)
     if args.model in BUILTIN:
         args = cls(**builtin | given)
@@ -314,10 +323,7 @@ def parse_args(cls, builtin: dict, argv: list[str] | None = None):
         args.dtype = compute_dtype("auto", torch.device(kind))
         if os.environ.get("RANK", "0") == "0":
             print(f"--dtype auto: {args.dtype} on {kind}", flush=True)
-    try:
-        return check_args(args)
-    except BadInput as error:
-        parser.error(str(error))
+    return check_args(args)
 
 
 def check_args(args):
@@ -342,7 +348,12 @@ _LIMITS = {"at_least": "at least", "at_most": "at most"}
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        raise BadInput(message)
+
+
+def _nearest(word: str, words, prefix: str = "") -> str:
+    near = difflib.get_close_matches(word.lower(), map(str, words), 1)
+    return f"; did you mean {prefix}{near[0]}?" if near else ""
 
 
 def _boolean(word: str) -> bool:
@@ -371,7 +382,8 @@ def require(condition: bool, message: str) -> None:
 def one_of(**choices) -> None:
     """one_of(loss=(value, allowed)): the value is one of those allowed."""
     for name, (value, allowed) in choices.items():
-        require(value in allowed, f"--{name} must be one of {', '.join(map(str, allowed))}; found {value!r}")
+        near = _nearest(str(value), allowed)
+        require(value in allowed, f"--{name} must be one of {', '.join(map(str, allowed))}; found {value!r}" + near)
 
 
 def split_evenly(prompts: int, samples: int, minibatches: int, micro_batch: int) -> str:
@@ -392,9 +404,7 @@ def split_evenly(prompts: int, samples: int, minibatches: int, micro_batch: int)
     )
 
 
-# ======================================================================================================================
-# 3. seeds
-# ======================================================================================================================
+# ---- 3. seeds --------------------------------------------------------------------------------------------------------
 
 TRAIN, EVAL = 0, 1  # streams of noise that never meet
 
@@ -424,9 +434,7 @@ def minibatch_rows(seed: int, step: int, epoch: int, rows_total: int, minibatche
     return [mine[:, m].tolist() for m in range(minibatches)]
 
 
-# ======================================================================================================================
-# 4. batches
-# ======================================================================================================================
+# ---- 4. batches ------------------------------------------------------------------------------------------------------
 
 
 def encode_prompt(tokenizer, prompt: str | list[dict], changes: Counter | None = None) -> list[int]:
@@ -547,18 +555,6 @@ def make_batch(prompt_ids: list[list[int]], completion_ids: list[list[int]], pad
     return {k: v.to(device) for k, v in batch.items()}
 
 
-def place_rewards(task_rewards: list, mask: torch.Tensor, by_token: bool) -> torch.Tensor:
-    """[B, T]: a number on the last token of its completion, a list of numbers on all; by_token: all must be lists."""
-    rewards = torch.zeros(mask.shape, device=mask.device)
-    for b, (value, n) in enumerate(zip(task_rewards, mask.sum(1).tolist())):
-        if isinstance(value, list):
-            rewards[b, :n] = torch.tensor(value, device=mask.device)
-        else:
-            require(not by_token, "--advantage token: reward() gave a number, expected one for each token")
-            rewards[b, n - 1] = value
-    return rewards
-
-
 def take(batch: dict, rows: list[int]) -> dict:
     """Some rows of a batch, cut to the longest prompt and the longest completion among them.
 
@@ -574,42 +570,11 @@ def take(batch: dict, rows: list[int]) -> dict:
     return out
 
 
-def rollout_metrics(batch, task_rewards: list, finished: list[bool], samples: int) -> dict[str, float]:
-    """Global means over completions, prompts and tokens of a rollout."""
-    mask = batch["mask"]
-    task_reward = torch.tensor([sum(s) if isinstance(s, list) else s for s in task_rewards], dtype=torch.float64)
-    by_prompt = task_reward.view(-1, samples)
-    sums = {
-        "rows": len(task_rewards),
-        "tokens": mask.sum(),
-        "reward/mean": task_reward.sum(),
-        "reward/spread": (by_prompt.amax(1) > by_prompt.amin(1)).sum() * samples,
-        "length/mean": mask.sum(),
-        "length/finished": sum(finished),
-    }
-    if "kl" in batch:
-        sums["kl/ref"] = batch["kl"].sum()
-    if "values" in batch:
-        returns, error = batch["returns"][mask].double(), (batch["returns"] - batch["values"])[mask].double()
-        sums |= {"r": returns.sum(), "rr": returns.square().sum(), "e": error.sum(), "ee": error.square().sum()}
-    sums = all_sum(sums, mask.device)
-    rows, tokens = sums.pop("rows"), sums.pop("tokens")
-    metrics = {k: v / rows for k, v in sums.items() if k.split("/")[0] in ("reward", "length")}
-    if "kl" in batch:
-        metrics["kl/ref"] = sums["kl/ref"] / tokens
-    if "values" in batch:
-        variance, unexplained = (sums[k + k] / tokens - (sums[k] / tokens) ** 2 for k in "re")
-        metrics["critic/explained_variance"] = 1 - unexplained / variance if variance > 1e-12 else None
-    return metrics
-
-
-# ======================================================================================================================
-# 5. run folder
-# ======================================================================================================================
+# ---- 5. run folder ---------------------------------------------------------------------------------------------------
 
 ON_SCREEN = ("reward/mean", "loss/", "kl/", "policy/kl_old", "policy/logit_gap", "length/mean", "revise/", "eval/")
 _folder = None  # of this process's run
-FREE_TO_CHANGE = {"out", "resume", "device", "micro_batch", "rollout_rows", "save_every", "wandb"}
+FREE_TO_CHANGE = {"out", "resume", "device", "micro_batch", "rollout_rows", "save_every", "track", "push_to_hub"}
 
 
 def from_rank_0(value):
@@ -631,9 +596,8 @@ class RunFolder:
         self.settings = settings = asdict(args)
         self.total = settings.get("steps", 0)  # a script without steps has no --resume either
         self.first = self.tracker = None
+        self.script, self.started = Path(script), time.time()
         require(args.out or not settings.get("resume"), "--resume needs --out, the folder of the run to go on with")
-        wandb = not settings.get("wandb") or importlib.util.find_spec("wandb") is not None
-        require(wandb, "--wandb: the package wandb is not installed")
         problem = None
         if rank() == 0:
             try:
@@ -645,15 +609,14 @@ class RunFolder:
         if ranks_of_node() < world():
             _require_shared(self.path)
         say(f"run folder: {self.path}")
-        if rank() == 0 and settings.get("wandb"):
-            import wandb
-
-            self.tracker = wandb.init(project="minalign", name=self.path.name, config=settings, resume="allow")
 
     def _open(self, script: Path) -> None:
         """Make the folder this process's, or refuse what would mix two runs."""
         global _folder
         path, settings = self.path, self.settings
+        if settings.get("track", "none") != "none" or settings.get("push_to_hub"):
+            require(importlib.util.find_spec("publish"), "--track and --push_to_hub need the file publish.py")
+            self.tracker = importlib.import_module("publish").start(path, settings)  # refuses what is missing
         resume, hint = settings.get("resume", False), ", or give --resume" if "resume" in settings else ""
         for locked in (False, True):  # what another process did before the lock was ours shows the second time
             used = _is_used(path)
@@ -712,7 +675,7 @@ class RunFolder:
         with (self.path / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
         if self.tracker:
-            self.tracker.log({k: v for k, v in metrics.items() if v is not None}, step=step)
+            self.tracker.log(step, metrics)
         self.first = self.first if self.first is not None else (step, time.time())
         done, seconds = step - self.first[0], time.time() - self.first[1]
         pace = seconds / done if done else 0.0
@@ -727,21 +690,22 @@ class RunFolder:
         if rank() == 0:
             with (self.path / "samples.jsonl").open("a") as file:
                 file.writelines(json.dumps({"step": step, **sample}) + "\n" for sample in samples)
+            if self.tracker:
+                self.tracker.samples(step, samples)
 
     def report(self) -> None:
         """plot.png and report.html, if report.py is there."""
-        self._write_page(lambda report: report.write_report(self.path))
+        self._with("report", lambda report: report.write_report(self.path))
 
     def token_page(self, name: str, title: str, answers: list[dict]) -> None:
         """A page of answers with coloured tokens, if report.py is there; see report.token_page()."""
-        self._write_page(lambda report: report.token_page(self.path / name, title, answers))
+        self._with("report", lambda report: report.token_page(self.path / name, title, answers))
 
-    def _write_page(self, write) -> None:
-        if rank() == 0 and importlib.util.find_spec("report"):
-            import report
-
+    def _with(self, room: str, write):
+        """write(module) on rank 0, if the room is there."""
+        if rank() == 0 and importlib.util.find_spec(room):
             try:
-                write(report)
+                return write(importlib.import_module(room))
             except (Exception, SystemExit) as error:  # a page must never cost the model
                 print(f"{self.path}: no plot or page could be written ({type(error).__name__}: {error})", flush=True)
 
@@ -754,17 +718,23 @@ class Run(RunFolder):
         run.lap("update")                                  time/update: the seconds since the last lap
         run.end_step(metrics, samples)                     logs; evaluates and saves when it is time
     run.finish(policy, tokenizer)                          model/ and report.html; after an early end no model/
+
+    --keep best compares evaluations by the first metric of BY that they have; -1: the lower the better.
     """
 
+    BY = {"eval/greedy": 1, "eval/reward": 1, "eval/pair_accuracy": 1, "eval/nll": -1}
     stop_after = None  # tests end a run after this step, as a signal would
     step, stopped = -1, False
+    best = -1e99, 0  # a score and its step, negative, so that the earlier of two equal ones is larger
 
     def steps(self, models, optimizer, evaluate):
         """The numbers of the steps that are left. evaluate() -> (metrics, samples) runs on all ranks."""
         self.models, self.optimizer, self.evaluate = models, optimizer, evaluate
+        self._with("publish", lambda publish: say(publish.disk_use(models, self.settings)))
         self.start = self._resume() if self.settings["resume"] else 0
         if self.start == 0:
             held_out, examples = evaluate()
+            self._look_at(0, held_out)
             self.samples(0, examples)
             self.log(0, held_out)
         for self.step in range(self.start, self.total):
@@ -788,20 +758,46 @@ class Run(RunFolder):
             held_out, examples = self.evaluate()
             metrics = metrics | held_out
             self.samples(step, examples)
+            self._look_at(step, held_out)
         self.log(step, metrics | self.laps)
-        device = next(self.models.parameters()).device
-        self.stopped = (stop_requested(device) or step == self.stop_after) and not last
-        if last or self.stopped or step % self.settings["save_every"] == 0:
-            save_checkpoint(self.path, step, self.models, self.optimizer)
+        asked = stop_requested(next(self.models.parameters()).device) or step == self.stop_after
+        self.stopped = asked and not last
+        if last or self.stopped or self.best[1] == -step or step % self.settings["save_every"] == 0:
+            save_checkpoint(self.path, step, self.models, self.optimizer, self._kept(step), self.best)
 
-    def finish(self, policy, tokenizer) -> None:
-        """A run has ended when it has model/. One that was stopped exports nothing and leaves with an exit code."""
+    def _look_at(self, step: int, held_out: dict) -> None:
+        """Is it the best step? The model before the first one is none of the run's, and only shows what is compared."""
+        if self.settings["keep"] == "best":
+            name = next((name for name in self.BY if held_out.get(name) is not None), None)
+            require(name, f"--keep best: this run has none of the held-out metrics {', '.join(self.BY)}")
+            self.best = max(self.best, (self.BY[name] * held_out[name], -step)) if step else self.best
+
+    def _kept(self, newest: int):
+        """The steps whose checkpoints stay."""
+        return {"last": {newest}, "best": {newest, -self.best[1]}, "all": range(newest + 1)}[self.settings["keep"]]
+
+    def finish(self, policy, tokenizer, then: str = "") -> None:
+        """A run has ended when it has model/. One that was stopped exports nothing and leaves with an exit code.
+
+        With --keep best, model/ is the best one. then: the command on the last line, else that which evaluates model/.
+        """
+        at = -self.best[1] or self.total
         if not self.stopped:
-            export_model(self.path / "model", policy, tokenizer)
+            if at < self.total:
+                load_checkpoint(self.path / "checkpoint" / f"step-{at:06d}", self.models, self.optimizer)
+            card = self._with("publish", lambda publish: publish.card(self.path, self.script.stem, at))
+            export_model(self.path / "model", policy, tokenizer, card or "")
         self.report()
-        if self.stopped:
+        if self.tracker:
+            self.tracker.close()
+        if not self.stopped:
+            seconds = time.time() - self.started
+            self._with("publish", lambda publish: publish.end(self.path, at, seconds, then))
+            if self.settings["push_to_hub"] and world() > 1:  # a barrier would not wait as long as the Hub may take
+                _store.set("pushed", "") if rank() == 0 else _store.wait(["pushed"], timedelta(days=1))
+        else:
             words = sys.argv + ([] if self.settings["out"] else ["--out", str(self.path)])
-            words += [] if "--resume" in words else ["--resume"]
+            words += [] if any(word.startswith("--resume") for word in words) else ["--resume"]
             leave_stopped(
                 f"stopped after step {self.step + 1} of {self.total}: {self.path} has its checkpoint, and no model/ "
                 f"before the last step; to go on: python {shlex.join(words)}"
@@ -812,7 +808,8 @@ class Run(RunFolder):
         step, path = latest_checkpoint(self.path) or (0, None)
         if path:
             load_checkpoint(path, self.models, self.optimizer)
-            _remove_other_checkpoints(path)  # which the run was removing when it was killed
+            self.best = tuple(stored(path / "manifest.json", "files").get("best") or self.best)
+            _remove_other_checkpoints(path.parent, self._kept(step))  # which the run was removing when it was killed
             say(f"resumed from {path}")
         self.cut(step if path else -1)
         return step
@@ -951,18 +948,16 @@ def _git_commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
 
 
-# ======================================================================================================================
-# 6. checkpoints
-# ======================================================================================================================
+# ---- 6. checkpoints --------------------------------------------------------------------------------------------------
 
 
-def _options() -> StateDictOptions:
-    return StateDictOptions(ignore_frozen_params=True, strict=False)  # LoRA: the frozen body is not saved again
+_OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)  # LoRA: the frozen body is not saved again
 
 
-def save_checkpoint(folder: Path, step: int, model, optimizer) -> None:
-    """folder/checkpoint/step-<n>, whole or not there: written beside, renamed, and only then is the older one removed.
+def save_checkpoint(folder: Path, step: int, model, optimizer, keep=(), best=None) -> None:
+    """folder/checkpoint/step-<n>, whole or not there: written beside, renamed, and only then are older ones removed.
 
+    keep: the older steps that stay. best: what a resumed run must know of them.
     All ranks write their shards, so with several nodes the folder must be on a file system that they share.
     """
     home = Path(folder) / "checkpoint"
@@ -975,16 +970,16 @@ def save_checkpoint(folder: Path, step: int, model, optimizer) -> None:
         temporary.mkdir(parents=True)
     dist.barrier()
     _begin_state(optimizer)
-    model_state, optimizer_state = get_state_dict(model, optimizer, options=_options())
+    model_state, optimizer_state = get_state_dict(model, optimizer, options=_OPTIONS)
     with warnings.catch_warnings(action="ignore"):  # that one process is a short process group
         dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=temporary)
     own = [*temporary.glob(f"__{rank()}_*")] + [temporary / ".metadata"] * (rank() == 0)
     files = dict(gather([(path.name, _size_and_hash(path)) for path in own]))
     if rank() == 0:
-        (temporary / "manifest.json").write_text(json.dumps({"step": step, "files": files}))
+        (temporary / "manifest.json").write_text(json.dumps({"step": step, "files": files, "best": best}))
         shutil.rmtree(target, ignore_errors=True)
         temporary.rename(target)
-        _remove_other_checkpoints(target)
+        _remove_other_checkpoints(home, {step, *keep})
     dist.barrier()
 
 
@@ -1002,10 +997,11 @@ def _size_and_hash(path: Path) -> list:
         return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
 
 
-def _remove_other_checkpoints(kept: Path) -> None:
-    """What runs have made beside `kept`, and nothing else."""
-    for old in kept.parent.iterdir() if rank() == 0 else []:
-        if old != kept and re.fullmatch(r"(step|tmp)-\d{6,}", old.name):
+def _remove_other_checkpoints(home: Path, keep) -> None:
+    """What runs have made in checkpoint/, but for the steps in `keep`, and nothing else."""
+    for old in home.iterdir() if rank() == 0 else []:
+        made = re.fullmatch(r"(step|tmp)-(\d{6,})", old.name)
+        if made and (made[1] == "tmp" or int(made[2]) not in keep):
             shutil.rmtree(old, ignore_errors=True)
 
 
@@ -1059,16 +1055,16 @@ def load_checkpoint(path: Path, model, optimizer) -> None:
     """Model and optimizer as they were, on any number of ranks. No file in it can run code: see _Index."""
     with (path / ".metadata").open("rb") as file:
         _Index(file).load()
-    model_state, optimizer_state = get_state_dict(model, optimizer, options=_options())
+    model_state, optimizer_state = get_state_dict(model, optimizer, options=_OPTIONS)
     state = {"model": model_state, "optimizer": optimizer_state}
     with warnings.catch_warnings(action="ignore"):
         dcp.load(state, checkpoint_id=path)
     parts = dict(model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-    set_state_dict(model, optimizer, **parts, options=_options())
+    set_state_dict(model, optimizer, **parts, options=_OPTIONS)
 
 
-def export_model(folder: Path, model, tokenizer) -> None:
-    """folder/: Hugging Face format, loads with from_pretrained; adapters are merged into the weights."""
+def export_model(folder: Path, model, tokenizer, card: str = "") -> None:
+    """folder/: Hugging Face format, loads with from_pretrained; adapters are merged. card: its README.md."""
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if rank() == 0:
         state = _merge_adapters(model, state)
@@ -1085,6 +1081,8 @@ def export_model(folder: Path, model, tokenizer) -> None:
         shutil.rmtree(work, ignore_errors=True)
         skeleton.save_pretrained(work, state_dict=state)
         tokenizer.save_pretrained(work)
+        if card and not (folder / "README.md").exists():  # which its owner may have changed
+            (work / "README.md").write_text(card)
         for file in work.iterdir():  # safetensors gives its files to their owner alone
             file.chmod((work / "config.json").stat().st_mode)
         if folder.exists():  # an ended run that was resumed: the same files again, beside what was added to them

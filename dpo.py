@@ -71,7 +71,9 @@ class Args:
     rollout_rows: int = arg(256, "sequences that each rank generates at once", at_least=1)
     eval_every: int = arg(20, "steps between evaluations; there is one before and one after training", at_least=1)
     save_every: int = arg(50, "steps between checkpoints; there is one after the last step", at_least=1)
-    wandb: bool = arg(False, "also log to Weights & Biases")
+    keep: Literal["last", "best", "all"] = arg("last", "checkpoints that stay; best: also the best one, as model/")
+    track: Literal["none", "wandb", "trackio", "tensorboard"] = arg("none", "a tracker that gets metrics and samples")
+    push_to_hub: str = arg("", "the Hub repository that gets model/ at the end; private if it is new")
 
 
 # What the bare command changes: a small model takes large steps.

@@ -100,7 +100,9 @@ class Args:
     rollout_rows: int = arg(256, "sequences that each rank generates at once", at_least=1)
     eval_every: int = arg(20, "steps between evaluations; there is one before and one after training", at_least=1)
     save_every: int = arg(50, "steps between checkpoints; there is one after the last step", at_least=1)
-    wandb: bool = arg(False, "also log to Weights & Biases")
+    keep: Literal["last", "best", "all"] = arg("last", "checkpoints that stay; best: also the best one, as model/")
+    track: Literal["none", "wandb", "trackio", "tensorboard"] = arg("none", "a tracker that gets metrics and samples")
+    push_to_hub: str = arg("", "the Hub repository that gets model/ at the end; private if it is new")
 
 
 # What the bare command changes: a small model takes large steps.
@@ -376,7 +378,7 @@ def train(args) -> None:
         run.lap("update")
 
         # ---- 6. log; evaluate and save when it is time
-        metrics = common.rollout_metrics(batch, task_rewards, finished, args.samples_per_prompt)
+        metrics = lm.rollout_metrics(batch, task_rewards, finished, args.samples_per_prompt)
         metrics |= {k: v / tokens for k, v in sums.items()} | {"policy/sampler_gap": gap}
         metrics["lr"] = optimizer.param_groups[0]["lr"]
         if metrics["policy/updates"] == 0 and step >= args.critic_warmup:
@@ -416,6 +418,7 @@ def prepare(args):
     require(by_token, "--advantage token needs --reward_file or --reward_model: one reward for each token")
     compared = args.advantage != "group" or args.samples_per_prompt > 1
     require(compared, "--advantage group compares the samples of a prompt: --samples_per_prompt must be at least 2")
+    require(args.critic_warmup <= args.steps, f"--critic_warmup {args.critic_warmup} is above --steps {args.steps}")
     geometry = common.split_evenly(args.prompts_per_step, args.samples_per_prompt, args.minibatches, args.micro_batch)
     source = args.task, args.dataset, args.reward_file, args.test_rows, args.test_dataset
     task = tasks.load_task(*source, graded=not args.reward_model)
@@ -465,7 +468,7 @@ def token_rewards(task_rewards, batch, finished, args):
         only_last = lm.score_of(args.reward_model, args.reward_ref) == "last"
         rewards = whiten(batch["scores"], mask & (mask.cumsum(1) > last) if only_last else mask)
     else:
-        rewards = common.place_rewards(task_rewards, mask, by_token=args.advantage == "token")
+        rewards = lm.place_rewards(task_rewards, mask, by_token=args.advantage == "token")
         rewards = whiten(rewards, mask) if args.advantage == "token" else rewards
     cut = torch.tensor([[not done] for done in finished], device=mask.device)
     rewards = rewards.scatter_add(1, last, -args.missing_eos_penalty * cut.float())

@@ -58,9 +58,7 @@ import torch.nn.functional as F
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.utils._pytree import tree_map
 
-# ======================================================================================================================
-# 1. loading
-# ======================================================================================================================
+# ---- 1. loading ------------------------------------------------------------------------------------------------------
 
 
 def model_path(name: str) -> str:
@@ -332,9 +330,8 @@ def reference(models):
         with adapters_off(models["policy"]) as policy:
             yield policy
 
-# ======================================================================================================================
-# 2. refusing
-# ======================================================================================================================
+
+# ---- 2. refusing -----------------------------------------------------------------------------------------------------
 
 
 SMALL = 2**26  # parameters of a model that is run on a few tokens before a run begins
@@ -453,9 +450,8 @@ def _is_attention(layer) -> bool:
 
     return type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
 
-# ======================================================================================================================
-# 3. sharding
-# ======================================================================================================================
+
+# ---- 3. sharding -----------------------------------------------------------------------------------------------------
 
 
 def wrap(model, dtype: str, device: torch.device, frozen: str = "float32"):
@@ -540,9 +536,8 @@ def gathered(*models):
             m.set_reshard_after_forward(m not in models, recurse=False)
             m.reshard()
 
-# ======================================================================================================================
-# 4. reading
-# ======================================================================================================================
+
+# ---- 4. reading ------------------------------------------------------------------------------------------------------
 
 
 def _pack_limit(config) -> float:
@@ -676,9 +671,8 @@ def _read(model, forward, batch: dict) -> torch.Tensor:
     # Not states[group[:, None], at], whose backward pass adds up a row that is read twice in the order threads arrive.
     return F.embedding(S * group[:, None] + at, states.flatten(0, 1))
 
-# ======================================================================================================================
-# 5. vocabulary
-# ======================================================================================================================
+
+# ---- 5. vocabulary ---------------------------------------------------------------------------------------------------
 
 
 def over_vocabulary(fn, heads, columns, temperature: float = 1.0, chunk_mib: int | None = None):
@@ -818,9 +812,8 @@ def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     except (TypeError, RuntimeError):
         total += torch.mm(a, b, out_dtype=total.dtype)
 
-# ======================================================================================================================
-# 6. rollout
-# ======================================================================================================================
+
+# ---- 6. rollout ------------------------------------------------------------------------------------------------------
 
 
 def stop_ids(model, tokenizer) -> list[int]:
@@ -1062,6 +1055,35 @@ class Sampling:
         return {name: total / n for name, total in sums.items()}, samples
 
 
+def rollout_metrics(batch, task_rewards: list, finished: list[bool], samples: int) -> dict[str, float]:
+    """Global means over completions, prompts and tokens of a rollout."""
+    mask = batch["mask"]
+    task_reward = torch.tensor([sum(s) if isinstance(s, list) else s for s in task_rewards], dtype=torch.float64)
+    by_prompt = task_reward.view(-1, samples)
+    sums = {
+        "rows": len(task_rewards),
+        "tokens": mask.sum(),
+        "reward/mean": task_reward.sum(),
+        "reward/spread": (by_prompt.amax(1) > by_prompt.amin(1)).sum() * samples,
+        "length/mean": mask.sum(),
+        "length/finished": sum(finished),
+    }
+    if "kl" in batch:
+        sums["kl/ref"] = batch["kl"].sum()
+    if "values" in batch:
+        returns, error = batch["returns"][mask].double(), (batch["returns"] - batch["values"])[mask].double()
+        sums |= {"r": returns.sum(), "rr": returns.square().sum(), "e": error.sum(), "ee": error.square().sum()}
+    sums = all_sum(sums, mask.device)
+    rows, tokens = sums.pop("rows"), sums.pop("tokens")
+    metrics = {k: v / rows for k, v in sums.items() if k.split("/")[0] in ("reward", "length")}
+    if "kl" in batch:
+        metrics["kl/ref"] = sums["kl/ref"] / tokens
+    if "values" in batch:
+        variance, unexplained = (sums[k + k] / tokens - (sums[k] / tokens) ** 2 for k in "re")
+        metrics["critic/explained_variance"] = 1 - unexplained / variance if variance > 1e-12 else None
+    return metrics
+
+
 def _repeat(rows: list, times: int) -> list:
     return [row for row in rows for _ in range(times)]
 
@@ -1104,9 +1126,20 @@ def sampler_gap(policy, temperature: float, batch: dict, sampled: list[list[floa
     _stop_if_apart(gap, limit, "the training forward")
     return gap
 
-# ======================================================================================================================
-# 7. rewards
-# ======================================================================================================================
+
+# ---- 7. rewards ------------------------------------------------------------------------------------------------------
+
+
+def place_rewards(task_rewards: list, mask: torch.Tensor, by_token: bool) -> torch.Tensor:
+    """[B, T]: a number on the last token of its completion, a list of numbers on all; by_token: all must be lists."""
+    rewards = torch.zeros(mask.shape, device=mask.device)
+    for b, (value, n) in enumerate(zip(task_rewards, mask.sum(1).tolist())):
+        if isinstance(value, list):
+            rewards[b, :n] = torch.tensor(value, device=mask.device)
+        else:
+            require(not by_token, "--advantage token: reward() gave a number, expected one for each token")
+            rewards[b, n - 1] = value
+    return rewards
 
 
 def token_scores(model, batch: dict, ref=None) -> torch.Tensor:

@@ -74,7 +74,9 @@ class Args:
     activation_checkpointing: bool = arg(False, "recompute activations in the backward pass: less memory, more time")
     eval_every: int = arg(20, "steps between evaluations; there is one before and one after training", at_least=1)
     save_every: int = arg(50, "steps between checkpoints; there is one after the last step", at_least=1)
-    wandb: bool = arg(False, "also log to Weights & Biases")
+    keep: Literal["last", "best", "all"] = arg("last", "checkpoints that stay; best: also the best one, as model/")
+    track: Literal["none", "wandb", "trackio", "tensorboard"] = arg("none", "a tracker that gets metrics and samples")
+    push_to_hub: str = arg("", "the Hub repository that gets model/ at the end; private if it is new")
     steps: int = arg(0, "optimizer steps; 0: --epochs over all pairs", at_least=0)
 
 
@@ -163,11 +165,10 @@ def train(args) -> None:
         # ---- 3. log; evaluate and save when it is time
         run.end_step(metrics | {"lr": optimizer.param_groups[0]["lr"]})
     show_credit(run, models, test_pairs[:12], tokenizer, args, device)
-    run.finish(models["reward"], tokenizer)
     advantage = "token" if args.objective == "qrm" else "gae"
     model = "" if args.model in common.BUILTIN else f" --model {args.model} --dataset PROMPTS"
     use = f"--reward_model {run.path / 'model'} --advantage {advantage} --kl_coef 0.1"
-    common.say(f"to train a policy with it: python ppo_baseline.py{model} {use}")
+    run.finish(models["reward"], tokenizer, then=f"python ppo_baseline.py{model} {use}")
 
 
 # ---- what the loop needs ---------------------------------------------------------------------------------------------

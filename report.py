@@ -21,7 +21,7 @@ from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
-OF_EVERY_RUN = ("out", "resume", "device", "micro_batch", "rollout_rows", "save_every", "wandb")  # no result depends on
+OF_EVERY_RUN = "out resume device micro_batch rollout_rows save_every track keep push_to_hub".split()  # not in results
 HEADS = dict(answer="first answer", chances="chances of Major, Minor, No", completion="revision", dropped="dropped as")
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222 }

@@ -110,7 +110,9 @@ class Args:
     rollout_rows: int = arg(256, "sequences that each rank generates at once", at_least=1)
     eval_every: int = arg(20, "steps between evaluations; there is one before and one after training", at_least=1)
     save_every: int = arg(50, "steps between checkpoints; there is one after the last step", at_least=1)
-    wandb: bool = arg(False, "also log to Weights & Biases")
+    keep: Literal["last", "best", "all"] = arg("last", "checkpoints that stay; best: also the best one, as model/")
+    track: Literal["none", "wandb", "trackio", "tensorboard"] = arg("none", "a tracker that gets metrics and samples")
+    push_to_hub: str = arg("", "the Hub repository that gets model/ at the end; private if it is new")
 
 
 # What the bare command changes. No answer of a built-in task has ++, +=, =+ or == in it. These models know little but
@@ -252,8 +254,8 @@ def train_reviser(args) -> None:
 
         # ---- 3. log; evaluate and save when it is time
         run.end_step(metrics, evaluate=step + 1 == end)
-    run.finish(models["reviser"], data.tokenizer)
-    common.say(f"next: the arguments of this run with --stage evolve --reviser {run.path / 'model'} and another --out")
+    use = f"the arguments of this run with --stage evolve --reviser {run.path / 'model'} and another --out"
+    run.finish(models["reviser"], data.tokenizer, then=use)
 
 
 def evolve(args) -> None:
@@ -629,6 +631,8 @@ def prepare(args) -> Data:
     world, n = common.world(), args.prompts_per_step
     require(n % world == 0, f"--prompts_per_step {n} does not divide among {world} ranks")
     require(len(args.labels) == 3, f"--labels takes three strings (major, minor, no), found {len(args.labels)}")
+    one = args.stage == "evolve" or args.keep != "best"
+    require(one, "--keep best: --stage reviser trains three models, whose evaluations are not compared")
     if args.stage == "evolve":
         t = args.keep_threshold
         known = t == "auto" or (t.replace(".", "", 1).isdigit() and float(t) <= 1)

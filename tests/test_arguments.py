@@ -69,3 +69,20 @@ def test_illegal_values(name, capsys, tmp_path, monkeypatch):
 def test_words_that_are_no_arguments(name, words, capsys):
     script = importlib.import_module(name)
     assert refusal(script, words, capsys).count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "words, ends",
+    [
+        (["--los", "lch"], "unknown argument --los; did you mean --loss?"),
+        (["--seed", "1", "--LR=2"], "unknown argument --LR; did you mean --lr?"),
+        (["--max-prompt", "9"], "unknown argument --max-prompt; did you mean --max_prompt?"),
+        (["--wandb"], "unknown argument --wandb"),
+        (["lch"], "unknown argument lch"),
+        (["--loss", "lcl"], "--loss must be one of kld, mse, lch; found 'lcl'; did you mean lch?"),
+        (["--loss", "ppo"], "--loss must be one of kld, mse, lch; found 'ppo'"),
+    ],
+)
+def test_did_you_mean(words, ends, capsys):
+    """The nearest name or choice, where one is near, and no pages of usage."""
+    assert refusal(importlib.import_module("lco"), words, capsys).endswith(f": error: {ends}\n")

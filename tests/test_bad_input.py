@@ -1,6 +1,5 @@
 """Every wrong argument or file gives one sentence that names it, what was found and what was expected."""
 
-import importlib.util
 import json
 import sys
 
@@ -50,6 +49,7 @@ def refused(base, monkeypatch):
         (lco, dict(loss="mse", target="linear"), ["--target linear", "--loss kld"]),
         *((s, dict(advantage="group", samples_per_prompt=1), ["--advantage group", "at least 2"]) for s in BOTH),
         *((s, dict(advantage="token"), ["--advantage token needs --reward_file"]) for s in BOTH),
+        *((s, dict(critic_warmup=2), ["--critic_warmup 2 is above --steps 1"]) for s in BOTH),
     ],
 )
 def test_combination_that_means_nothing(script, changes, parts, refused):
@@ -388,7 +388,7 @@ def test_reward_that_is_wrong(result, parts, base, tmp_path):
     assert all(part in str(error.value) for part in [str(path), *parts]), str(error.value)
 
 
-# ---- folders and trackers --------------------------------------------------------------------------------------------
+# ---- folders ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("script", BOTH)
@@ -398,12 +398,6 @@ def test_existing_run_folder(script, refused, tmp_path):
     (tmp_path / "run" / "thesis.txt").write_text("all of it")
     refused(script, [f"--out {tmp_path / 'run'} exists and is not empty", "--resume"])
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["thesis.txt"]
-
-
-def test_wandb_that_is_not_installed(refused, monkeypatch, out):
-    there = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "wandb" else there(name, *a))
-    refused(lco, ["--wandb", "not installed"], wandb=True)
 
 
 # ---- through the command line ----------------------------------------------------------------------------------------

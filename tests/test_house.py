@@ -22,8 +22,9 @@ SCRIPTS = [ROOT / f"{name}.py" for name in NAMES if (ROOT / f"{name}.py").exists
 FAMILIES = [("ppo_baseline", "lco"), ("dpo", "dckd"), ("dckd", "adpa")]
 DIFF_BUDGET = {"ppo_baseline--lco": 170, "dpo--dckd": 90, "dckd--adpa": 140}  # changed lines
 BUDGET = {  # lines of a room; when it outgrows them, something in it wants to leave
-    "ppo_baseline": 400, "lco": 480, "qrm": 420, "dpo": 300, "dckd": 300, "adpa": 380, "check": 286, "report": 286,  # report: with pages of chains and the samples of each method
-    "tasks": 495, "graders": 285, "cpu": 130, "gpu": 300, "common": 1155, "lm": 1160, "seft": 680, "evaluate": 300,
+    "ppo_baseline": 400, "lco": 483, "qrm": 420, "dpo": 300, "dckd": 300, "adpa": 380, "check": 286, "report": 286,
+    "tasks": 495, "graders": 285, "cpu": 130, "gpu": 300, "common": 1109, "lm": 1192, "seft": 685, "evaluate": 300,
+    "publish": 160, "interactive": 55,
 }  # fmt: skip
 DIFFS = {
     ROOT / "docs" / "diffs" / f"{a}--{b}.diff": (ROOT / f"{a}.py", ROOT / f"{b}.py")
@@ -85,14 +86,16 @@ def test_scripts_do_not_import_each_other():
         assert imports(path) & own <= {"common", "lm", "tasks"}, path.name
     assert imports(ROOT / "tasks.py") & own <= {"common"}
     assert not imports(ROOT / "graders.py") & own
-    assert imports(ROOT / "common.py") & own <= {"cpu", "gpu", "report"}
+    assert imports(ROOT / "common.py") & own <= {"cpu"}
+    for name in ("publish", "interactive"):
+        assert imports(ROOT / f"{name}.py") & own <= {"common"}
     assert imports(ROOT / "lm.py") & own <= {"common", "gpu"}
     assert not imports(ROOT / "cpu.py") & own
 
 
 def test_rooms():
     """No utils.py, no helpers.py."""
-    rooms = {"common", "lm", "tasks", "graders", "cpu", "gpu", "report", "check"}
+    rooms = {"common", "lm", "tasks", "graders", "cpu", "gpu", "report", "check", "publish", "interactive"}
     assert {path.stem for path in ROOT.glob("*.py")} <= {*rooms, *NAMES}
 
 
