@@ -1,22 +1,28 @@
 """ADPA: advantage-guided distillation. The teacher's advantage over the vocabulary, on states that the student reached.
 
 Gao et al. 2025, "Advantage-Guided Distillation for Preference Alignment in Small Language Models" (ICLR 2025,
-arXiv:2502.17927). What preference training changed in a large model tells, in any state, which next tokens are better
-than others. So let the small model answer by itself, and pull it, token by token, to where the aligned teacher moved:
+arXiv:2502.17927). Given are preference pairs, each a prompt x with a better answer y_w; a large model before (pi_ref)
+and after (pi_dpo) its preference training; and a small model pi, the student. A state s is a prompt with the tokens
+written so far. The change from pi_ref to pi_dpo shows, in any state, which next tokens a are better than others:
 
     A(s, a) = log pi_dpo(a|s) - log pi_ref(a|s)                                                                 (ADPA-1)
-    L = NLL(y_w) - gamma E_{y ~ pi'} mean_t sum_a pi(a|s_t) A(s_t, a),   s_t = (x, y_<t)                        (ADPA-2)
 
-pi' is the student at the start (ADPA+: a student that dckd.py has trained). ADPA-2 is linear in pi: its optimum is the
-one token with the largest A, often noise from the tail of pi_dpo. Hence --adv_topk, and the entropy in the log. Two
-other objectives, ours, keep the student at a distance; they replace -sum_a pi A in ADPA-2:
+Before its training, the student answers each prompt once, greedily. All states s_t = (x, y_<t) of such an answer y are
+kept. Then it learns the better answers, and in the states that it reached by itself, tokens of high advantage:
+
+    L = NLL(y_w) - gamma mean_t sum_a pi(a|s_t) A(s_t, a),   y the answer of pi', the student at the start      (ADPA-2)
+
+NLL is -log pi per token. ADPA+ is the same with a student that dckd.py has trained. The advantage term is linear in pi,
+so its optimum is the one token with the largest A, often noise from the tail of pi_dpo. For that reason there is
+--adv_topk, and the entropy is logged. Two objectives beyond the paper limit the distance; they replace -sum_a pi A:
 
     --objective kl    KL(q || pi), q = softmax(log pi' + A / beta), optimum of E_pi[A] - beta KL(pi || pi')     (ADPA-3)
-    --objective opd   E_pi[log pi - log pi_ref - lambda A] + log Z = KL(pi || pi_ref exp(lambda A) / Z)         (ADPA-4)
+    --objective opd   KL(pi || q), q = pi_ref exp(lambda A) / Z, where lambda = 1 gives q = pi_dpo              (ADPA-4)
 
-ADPA-4 on fresh states is exact on-policy distillation (OPD): lambda = 1 is the reverse KL to pi_dpo, which GKD has too,
-lambda > 1 extrapolates (G-OPD, arXiv:2602.12125). ADPA-2 is its advantage alone, without a KL, on states that are never
-renewed. lco.py fits a target like that of ADPA-3, with the advantage of a task in the place of the teachers'.
+ADPA-4 is on-policy distillation (OPD): at every step the current student samples answers to the prompts, and in each of
+their states it moves towards q. KL(pi || q) = E_pi[log pi - log pi_ref - lambda A] + log Z is exact, over the whole
+vocabulary. lambda = 1 is the reverse KL to pi_dpo, as in GKD; lambda > 1 extrapolates (G-OPD, arXiv:2602.12125).
+ADPA-2 keeps only the advantage of this expression, without the KL to pi_ref, in states that are not renewed.
 
 What differs from the paper, each for a reason
     1. Means are over all tokens of a step, on all ranks, not over sequences first: the micro-batch changes nothing.
@@ -146,9 +152,9 @@ def within(logp, size: int):
 
 
 def objective(models, micro, counts, args):
-    """The share of a micro-batch in the loss of its step, and in each metric, which are means."""
-    chosen, states = (micro[side][:, None] & micro["mask"] for side in ("chosen", "states"))
-    own = common.take(micro, micro["states"].nonzero()[:, 0].tolist())  # the student's answers
+    """What a micro-batch adds to the loss of its step, and to each metric; both are means over the step."""
+    chosen, states = (micro[side][:, None] & micro["mask"] for side in ("chosen", "states"))  # [B, T]: tokens of each
+    own = common.take(micro, micro["states"].nonzero()[:, 0].tolist())  # only these are read by frozen models
     with torch.no_grad(), lm.reference(models) as start:
         frozen = [start, models["teacher"], models["ref_teacher"]]
         frozen = [(lm.completion_hidden(m, own)[own["mask"]], lm.head_weight(m)) for m in frozen]
@@ -158,7 +164,7 @@ def objective(models, micro, counts, args):
     size = min(len(head), *(len(weight) for _, weight in frozen))
     topk = 0 if args.objective == "opd" else args.adv_topk
 
-    def loss(*logits):  # of some of the states: [N, V] never exists at once
+    def loss(*logits):  # of pi, pi', pi_dpo and pi_ref in some of the states: [N, V] never exists at once
         (logp, start_logp, teacher_logp, ref_logp), cut = zip(*(within(z.log_softmax(-1), size) for z in logits))
         A = advantages(teacher_logp, ref_logp, topk)
         if args.objective == "adpa":
@@ -174,7 +180,7 @@ def objective(models, micro, counts, args):
             "adpa/gap": (A.amax(-1) + adpa_loss(logp, A)).sum(),
             "kl/start": (logp.exp() * (logp - start_logp)).sum(),
             "kl/teachers": (teacher_logp.exp() * (teacher_logp - ref_logp)).sum(),
-            "kl/outside": (cut[0] + cut[2]).sum(),
+            "kl/outside": (cut[0] + cut[2]).sum(),  # of pi and pi_dpo
             "policy/entropy": -(z.softmax(-1) * z.log_softmax(-1)).sum(),
         }
 
@@ -277,7 +283,7 @@ def reference_teacher(args) -> str:
 
 # same in: dpo.py dckd.py adpa.py
 def load_data(args, tokenizer, load):
-    """(training rows, held-out rows, the task that grades answers or None), encoded; load: reads --dataset."""
+    """Returns encoded training rows, held-out rows, and the task that grades answers, or None; load reads --dataset."""
     ranks, n = common.world(), args.prompts_per_step
     require(n % ranks == 0, f"--prompts_per_step {n} does not divide among {ranks} ranks")
     task = None
@@ -301,14 +307,14 @@ def load_data(args, tokenizer, load):
 def answer_prompts(sampling, pairs, step: int, args, folder: Path) -> None:
     """Give pairs `states_ids`: the student's answer at `step` to each prompt that is used before the next refresh.
 
-    They are kept in folder/states, for a resumed run does not have the student of an earlier step.
+    They are kept in folder/states, because a resumed run no longer has the student of an earlier step.
     """
     span = args.refresh_every or args.steps
     first = step - step % span
     file = folder / "states" / f"step-{first:06d}.jsonl"
 
     def answers():
-        require(step == first, f"--resume {folder}: {file} is missing, the answers that the run went on with")
+        require(step == first, f"--resume {folder}: {file} is missing, with the answers that the run used")
         numbers, steps = tasks.walk(range(len(pairs))), range(first, min(first + span, args.steps))
         used = {i for s in steps for i in numbers(args.seed, s, args.prompts_per_step)}
         mine = sorted(used)[common.rank() :: common.world()]
@@ -323,7 +329,7 @@ def answer_prompts(sampling, pairs, step: int, args, folder: Path) -> None:
 
 # same in: dpo.py dckd.py adpa.py
 def make_batch(rows, sides, pad_id: int, device) -> dict:
-    """The answers of each row one after the other; a bool [B] for each side: is a sequence on it?"""
+    """The batch of all answers of these rows, and for each side a bool [B] that marks its sequences."""
     answers = [row[f"{side}_ids"] for row in rows for side in sides]
     batch = common.make_batch([row["prompt_ids"] for row in rows for _ in sides], answers, pad_id, device)
     place = torch.arange(len(answers), device=device) % len(sides)
@@ -333,7 +339,7 @@ def make_batch(rows, sides, pad_id: int, device) -> dict:
 # same in: dpo.py dckd.py adpa.py
 @torch.no_grad()
 def evaluate(sampling, task, pairs, args):
-    """Held-out accuracy if there is a grader; of held-out pairs the NLL, and whether the better one is more likely."""
+    """Held-out accuracy if there is a grader; the NLL of better answers, and how often they are more likely."""
     policy, tokenizer = sampling.policy, sampling.tokenizer
     device = next(policy.parameters()).device
     sides = [side for side in ("chosen", "rejected") if side in pairs[0]]

@@ -915,7 +915,7 @@ def _watch(script: Path, settings: dict) -> dict[str, str]:
     """Hashes of what a resumed run must find as it was: code, and the files and models that arguments name."""
     files = {path.name: path for path in (script, *map(script.with_name, ("common.py", "lm.py", "tasks.py")))}
     for name, value in settings.items():
-        if isinstance(value, str) and value and name != "out":
+        if isinstance(value, str) and value and name not in FREE_TO_CHANGE:
             here, on_hub = BUILTIN.get(value, Path(value)), Path(HF_HUB_CACHE, f"models--{value.replace('/', '--')}")
             files[f"--{name} {value}"] = here if os.path.exists(here) else on_hub / "refs" / "main"  # its commit
     if settings.get("reward_file"):

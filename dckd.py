@@ -9,7 +9,7 @@ small one imitate it on both answers of each pair: on the worse one, the teacher
 y_w is the better answer, y_l the worse one, pi_dpo the teacher, a_w --chosen_weight, a_l --rejected_weight. The KL is
 forward and exact, over the whole vocabulary, at --temperature like every log-probability. --rejected_weight 0 is plain
 distillation (KD), with --chosen_weight 0 too it is SFT. The teacher is any model with the student's tokenizer.
-adpa.py goes on from here: docs/diffs/dckd--adpa.diff.
+adpa.py builds on this script: docs/diffs/dckd--adpa.diff.
 
 What differs from the paper, each for a reason
     1. Means are over all tokens of a step, on all ranks, not over sequences first: the micro-batch changes nothing.
@@ -90,7 +90,7 @@ BUILTIN = dict(
 
 
 def dckd_loss(logits, teacher_logits, ids, better, worse, chosen_weight: float, rejected_weight: float):
-    """DCKD-1 of N tokens: their share in the loss of the step, and in each of the means that are logged.
+    """DCKD-1 of N tokens: what they add to the loss of the step, and to each of the means that are logged.
 
     logits [N, V] of the student and of the teacher; ids [N], the tokens; better, worse [N]: the weight of each token in
     the mean over y_w and in that over y_l, 1 / (tokens of the step) or 0. A KL has the gradient pi - pi_dpo in z.
@@ -124,7 +124,7 @@ def within(logp, size: int):
 
 
 def objective(models, micro, counts, args):
-    """The share of a micro-batch in the loss of its step, and in each metric, which are means."""
+    """What a micro-batch adds to the loss of its step, and to each metric; both are means over the step."""
     mask = micro["mask"]
     with torch.no_grad():
         teacher_hidden = lm.completion_hidden(models["teacher"], micro)[mask]  # [N, H']
@@ -217,7 +217,7 @@ def prepare(args):
 
 # same in: dpo.py dckd.py adpa.py
 def load_data(args, tokenizer, load):
-    """(training rows, held-out rows, the task that grades answers or None), encoded; load: reads --dataset."""
+    """Returns encoded training rows, held-out rows, and the task that grades answers, or None; load reads --dataset."""
     ranks, n = common.world(), args.prompts_per_step
     require(n % ranks == 0, f"--prompts_per_step {n} does not divide among {ranks} ranks")
     task = None
@@ -240,7 +240,7 @@ def load_data(args, tokenizer, load):
 
 # same in: dpo.py dckd.py adpa.py
 def make_batch(rows, sides, pad_id: int, device) -> dict:
-    """The answers of each row one after the other; a bool [B] for each side: is a sequence on it?"""
+    """The batch of all answers of these rows, and for each side a bool [B] that marks its sequences."""
     answers = [row[f"{side}_ids"] for row in rows for side in sides]
     batch = common.make_batch([row["prompt_ids"] for row in rows for _ in sides], answers, pad_id, device)
     place = torch.arange(len(answers), device=device) % len(sides)
@@ -250,7 +250,7 @@ def make_batch(rows, sides, pad_id: int, device) -> dict:
 # same in: dpo.py dckd.py adpa.py
 @torch.no_grad()
 def evaluate(sampling, task, pairs, args):
-    """Held-out accuracy if there is a grader; of held-out pairs the NLL, and whether the better one is more likely."""
+    """Held-out accuracy if there is a grader; the NLL of better answers, and how often they are more likely."""
     policy, tokenizer = sampling.policy, sampling.tokenizer
     device = next(policy.parameters()).device
     sides = [side for side in ("chosen", "rejected") if side in pairs[0]]

@@ -6,8 +6,8 @@ beta log pi/pi_ref is a reward, and its differences can be fitted to preferences
     L = -log sigmoid(beta [log pi/pi_ref (y_w) - log pi/pi_ref (y_l)]) + a NLL(y_w)                            (DPO-1)
 
 y_w is the better answer, y_l the worse one, log pi(y) a sum over tokens, pi_ref the policy at the start, a is --nll.
---loss sft is NLL(y_w) alone, also from rows with a single answer. dckd.py and adpa.py go on from here; the config of an
-aligned model names the model that it was aligned from.
+--loss sft is NLL(y_w) alone, also from rows with a single answer. dckd.py and adpa.py build on this script. config.json
+of an aligned model names the model it was aligned from.
 
 What differs from the paper, each for a reason
     1. NLL(y_w) can be added (--nll; Pang et al. 2024): plain DPO often makes the better answers less likely too.
@@ -89,7 +89,7 @@ BUILTIN = dict(
 def dpo_loss(better, worse, ref_better, ref_worse, beta: float, label_smoothing: float):
     """DPO-1 of n pairs, from log-probabilities of whole answers [n] by pi and pi_ref, in nats; sums over the pairs.
 
-    A share of label_smoothing is taken to be the wrong way round: -(1 - s) log sigmoid(m) - s log sigmoid(-m).
+    A share s = label_smoothing of the preferences is taken to be reversed: -(1 - s) log sigmoid(m) - s log sigmoid(-m).
     """
     margin = beta * ((better - ref_better) - (worse - ref_worse))  # [n], the difference of implicit rewards
     loss = -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
@@ -100,7 +100,7 @@ def dpo_loss(better, worse, ref_better, ref_worse, beta: float, label_smoothing:
 
 
 def objective(models, micro, counts, args):
-    """The share of a micro-batch in the loss of its step, and in each metric, which are means."""
+    """What a micro-batch adds to the loss of its step, and to each metric; both are means over the step."""
     chosen = micro["chosen"]  # [B]
     if args.loss == "dpo":
         with torch.no_grad(), lm.reference(models) as ref:
@@ -198,7 +198,7 @@ def prepare(args):
 
 # same in: dpo.py dckd.py adpa.py
 def load_data(args, tokenizer, load):
-    """(training rows, held-out rows, the task that grades answers or None), encoded; load: reads --dataset."""
+    """Returns encoded training rows, held-out rows, and the task that grades answers, or None; load reads --dataset."""
     ranks, n = common.world(), args.prompts_per_step
     require(n % ranks == 0, f"--prompts_per_step {n} does not divide among {ranks} ranks")
     task = None
@@ -221,7 +221,7 @@ def load_data(args, tokenizer, load):
 
 # same in: dpo.py dckd.py adpa.py
 def make_batch(rows, sides, pad_id: int, device) -> dict:
-    """The answers of each row one after the other; a bool [B] for each side: is a sequence on it?"""
+    """The batch of all answers of these rows, and for each side a bool [B] that marks its sequences."""
     answers = [row[f"{side}_ids"] for row in rows for side in sides]
     batch = common.make_batch([row["prompt_ids"] for row in rows for _ in sides], answers, pad_id, device)
     place = torch.arange(len(answers), device=device) % len(sides)
@@ -231,7 +231,7 @@ def make_batch(rows, sides, pad_id: int, device) -> dict:
 # same in: dpo.py dckd.py adpa.py
 @torch.no_grad()
 def evaluate(sampling, task, pairs, args):
-    """Held-out accuracy if there is a grader; of held-out pairs the NLL, and whether the better one is more likely."""
+    """Held-out accuracy if there is a grader; the NLL of better answers, and how often they are more likely."""
     policy, tokenizer = sampling.policy, sampling.tokenizer
     device = next(policy.parameters()).device
     sides = [side for side in ("chosen", "rejected") if side in pairs[0]]

@@ -1106,23 +1106,26 @@ def _stop_if_apart(gap: float, limit: float, who: str) -> None:
 
 
 def sampler_gap(policy, temperature: float, batch: dict, sampled: list[list[float]], dtype: str) -> float:
-    """Mean |pi / sampler - 1| over the tokens of the first 16 rows of each rank: is the sampler the policy?
+    """Mean |pi / sampler - 1| over the tokens: is the sampler the policy? Of the first 16 rows of each rank, if pi has
+    not been evaluated yet.
 
     sampled: the log-probabilities that the sampler gave its tokens. Raises if rounding does not explain the gap. In
     bfloat16 that depends on how open the policy is, for an error e of a logit moves log p by (1 - p) e: .02 to .06 of
-    mean (1 - p) is healthy, .15 to .23 comes of a sampler at temperature 0.9 instead of 1, .3 of dropout 0.05; a policy
-    that has nearly collapsed (.05) has large logits, and .016 is healthy.
+    mean (1 - p) is healthy, .15 to .23 comes of a sampler at temperature 0.9 instead of 1, .3 of dropout 0.05. Where a
+    policy has nearly collapsed, logits are large, and single rare tokens make .3 of mean (1 - p) healthy.
     """
-    some = take(batch, list(range(min(16, len(sampled)))))
+    known = "old_logprobs" in batch
+    some = batch if known else take(batch, list(range(min(16, len(sampled)))))
     drawn = torch.zeros_like(some["mask"], dtype=torch.float32)
-    drawn[some["mask"]] = torch.tensor([x for row in sampled[:16] for x in row], device=drawn.device)
+    drawn[some["mask"]] = torch.tensor([x for row in sampled[: len(drawn)] for x in row], device=drawn.device)
     with torch.no_grad():
-        ratio = (policy_logprobs(policy, some, temperature)[0] - drawn).exp()[some["mask"]]
+        now = batch["old_logprobs"] if known else policy_logprobs(policy, some, temperature)[0]
+        ratio = (now - drawn).exp()[some["mask"]]
     open_ = (1 - drawn.exp())[some["mask"]].sum()
     sums = all_sum({"n": ratio.numel(), "gap": (ratio - 1).abs().sum(), "open": open_}, drawn.device)
     gap, limit = sums["gap"] / sums["n"], ON_POLICY["float32"]
     if compute_dtype(dtype, drawn.device) == "bfloat16":
-        limit = max(0.2 * sums["open"] / sums["n"], 0.02) + 0.005
+        limit = max(0.2 * sums["open"] / sums["n"], ON_POLICY["bfloat16"])
     _stop_if_apart(gap, limit, "the training forward")
     return gap
 

@@ -243,7 +243,6 @@ def train(args) -> None:
         rollout = sampling.rollout(rows, args.samples_per_prompt, args.seed, step)
         rows, prompt_ids, completion_ids, finished, sampled = rollout
         batch = common.make_batch(prompt_ids, completion_ids, tokenizer.pad_token_id, device)
-        gap = lm.sampler_gap(policy, args.temperature, batch, sampled, args.dtype)  # the sampler is the policy
         completions = common.decode(tokenizer, completion_ids)
         run.lap("rollout")
 
@@ -252,6 +251,7 @@ def train(args) -> None:
 
         # ---- 3. log-probabilities by pi_old and the reference, values, scores of a reward model; rewards of tokens
         evaluate_models(models, batch, args)
+        gap = lm.sampler_gap(policy, args.temperature, batch, sampled, args.dtype)  # the sampler is the policy
         batch["rewards"] = token_rewards(task_rewards, batch, finished, args)
         if step == run.start and args.advantage in ("reward", "group") and isinstance(task_rewards[0], list):
             common.say("  token rewards are summed over each completion: --advantage token or gae uses their positions")

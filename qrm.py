@@ -11,7 +11,7 @@ Two heads: --head scalar, a number read at the token itself (the paper's); --hea
 of the token, with the cross-entropy on y_w beside it (the authors' later framework), which lco.py can use densely.
 --objective orm is the baseline: Bradley-Terry on the score of the last token alone (QRM-3).
 
-RL with it is a step of its own. Z of each token, standardised over the rollout, stands in the place of a return:
+RL with it is a separate step. Z of each token, standardised over the rollout, takes the place of a return:
 
     A_t = Z(s_t, a_t) - V(s_t)   for PPO, the critic regressing on Z;       A_t = Z(s_t, a_t)   for REINFORCE    (QRM-2)
 
@@ -21,7 +21,7 @@ What differs from the paper (its abstract and third-party summaries), each for a
     1. The margin of QRM-1 is called gamma there; here gamma is the discount, as in the other scripts.
     2. QRM-1 alone does not fix the offset per state: an LM head does (its phi sums to one), the scalar head of the
        authors' release does not, and may learn a value of the prefix instead; docs/qrm.md.
-    3. Departures of the authors' released code are patches in benchmarks/departures, told in docs/qrm.md.
+    3. The authors' released code differs by patches in benchmarks/departures, which docs/results/qrm.md lists.
 
 Run
     python qrm.py                                                                                # this laptop, offline

@@ -2,7 +2,7 @@
 
 Chen et al. 2024, "Self-Evolution Fine-Tuning for Policy Optimization" (Findings of EMNLP 2024, arXiv:2406.10813). Only
 its abstract and introduction could be read, and there is no public code, so this is a reconstruction: [P] read in the
-paper, [T] told by third parties, [I] inferred here. x is a prompt, (y_l, y_h) the worse and the better answer of a
+paper, [T] reported by third parties, [I] inferred here. x is a prompt, (y_l, y_h) the worse and the better answer of a
 preference pair, pi the policy. A reviser is a language model that reads x and an answer: R0, a preliminary one, writes
 a better answer; R, the adaptive one, a label before it (Major, Minor, No: how much must be revised).
 
@@ -154,8 +154,8 @@ def decide(chances: list[float], threshold: float) -> int:
 
 
 def best_threshold(chances: list[float], kept: list[float], revised: list[float]) -> float:
-    """The t under which answers are best, if those with a chance of No above t stay as they are (quality `kept`), and
-    the others are revised (quality `revised`). 1: none stays, unless keeping is really better."""
+    """The threshold t of the best mean quality, if answers with a chance of No above t are left alone (quality `kept`)
+    and the others are revised (quality `revised`). It is 1, and none stays, unless keeping some is strictly better."""
     edges = sorted({0.0, *chances}, reverse=True)
     thresholds = [1.0, *((high + low) / 2 for high, low in itertools.pairwise(edges))]
     return max(thresholds, key=lambda t: round(sum(k - r for c, k, r in zip(chances, kept, revised) if c > t), 9))
@@ -307,8 +307,8 @@ def label_ids(tokenizer, args) -> list[list[int]]:
 
 
 def reviser_ids(tokenizer, prompt, answer: str, label: int | None, args) -> tuple[list[int], int]:
-    """All ids before a revision, and how many of them are only read: question, answer and --ask. What follows a reviser
-    writes itself: the label, and --then unless it is No. R0 has no label, and only reads."""
+    """All ids before a revision, and how many of them the reviser only reads: question, answer and --ask. It writes the
+    others itself: the label, and --then unless the label is No. R0 has no label, and only reads."""
     question = prompt if isinstance(prompt, str) else prompt[-1]["content"]
     turns = [{"role": "assistant", "content": answer}, {"role": "user", "content": args.ask}]
     reads = common.encode_prompt(tokenizer, prompt + (answer + args.ask if question is prompt else turns))
@@ -334,7 +334,7 @@ def reviser_rows(data, pairs: list[dict], args) -> list[dict]:
 @torch.no_grad()
 def over_answers(fn, models, sequences, pad_id: int, args) -> list[tuple]:
     """fn(*logits [n, V], ids [n]) -> tensors [n] on the tokens of answers; a tuple for each (prompt ids, answer ids).
-    models: functions that return a context of one. Gather them: ranks may have different numbers of sequences."""
+    models: functions that return a context with a gathered model, as ranks may have different numbers of sequences."""
     rows = []
     for i in range(0, len(sequences), args.micro_batch):
         prompts, answers = map(list, zip(*sequences[i : i + args.micro_batch]))
@@ -349,7 +349,7 @@ def over_answers(fn, models, sequences, pad_id: int, args) -> list[tuple]:
 
 
 def likelihoods(model, sequences, pad_id: int, args) -> list[dict]:
-    """{sum, mean, greedy} of each (prompt ids, answer ids): log-probabilities; does greedy decoding write this?"""
+    """For each (prompt ids, answer ids): sum and mean of log-probabilities; greedy: does greedy decoding write it?"""
 
     def score(logits, ids):
         return logits.log_softmax(-1).gather(-1, ids[:, None])[:, 0], logits.argmax(-1) == ids
@@ -467,7 +467,7 @@ def fault_of(revision: list[int], answer: list[int], reviser, data, args) -> str
 
 
 def mean(values) -> float | None:
-    """Of those that are known; None where none is."""
+    """The mean of the values that are known; None if none is."""
     values = [x for x in values if x is not None]
     return statistics.mean(values) if values else None
 
@@ -514,7 +514,7 @@ def sample_of(a: Answer, kind: str, tokenizer) -> dict:
 
 
 def evaluate_policy(models, policy, data, args):
-    """Held-out accuracy or reward where something grades, and KL(pi || its start), exact over the vocabulary."""
+    """Held-out accuracy or reward if there is a grader, and KL(pi || its start), exact over the vocabulary."""
     graded = data.task.correct or data.task.reward
     metrics, samples = policy.evaluate(data.task, args.seed) if data.task.test and graded else ({}, [])
     rows = (data.task.test or data.prompts)[: 64 * common.world()]
@@ -565,7 +565,7 @@ def evaluate_reviser(reviser, data, args):
 
 @dataclass
 class Data:
-    """Encoded pairs, prompts without answers, and the task that grades answers where it can."""
+    """Encoded pairs, prompts without answers, and the task that grades answers if it can."""
 
     tokenizer: object
     task: tasks.Task
@@ -574,7 +574,7 @@ class Data:
     prompts: list[dict]
 
     def grade(self, texts: list[str], rows: list[dict]) -> list[float | None]:
-        """1 and 0 for right and wrong, or a user's reward, or None where nothing can grade these rows."""
+        """1 and 0 for right and wrong, or a user's reward, or None if these rows have no grader."""
         task = self.task  # rows of a file need an `answer`, a number or LaTeX, for words, gsm8k and math
         if task.correct and (task.name in ("chains", "strings") or all("answer" in row for row in rows)):
             return list(map(float, task.correct(texts, rows)))
@@ -587,7 +587,7 @@ class Data:
 
 
 def load_data(args, tokenizer) -> Data:
-    """Pairs, unannotated prompts and the task. No prompt is twice among them, in the pairs or in the test set."""
+    """Pairs, unannotated prompts and the task. No unannotated prompt is repeated, or in the pairs or the test set."""
     if args.prompts or not args.dataset or args.task.startswith(("chains", "strings", "words", "gym:")):
         held_out = dict(test_rows=args.test_rows, test_dataset=args.test_dataset, graded=False)
         task = tasks.load_task(args.task, args.prompts, args.reward_file, **held_out)
@@ -611,7 +611,7 @@ def load_data(args, tokenizer) -> Data:
 
 
 def load_prompts(args, task, pairs: list[dict], tokenizer) -> list[dict]:
-    """Unannotated prompts with their ids, none of them twice, none of a pair, of the test set or too long."""
+    """Unannotated prompts with their ids; none is repeated, in a pair, in the test set or too long."""
     rows = task.unannotated(2 * args.unannotated, args.seed) if task.unannotated else task.train
     seen, new, changes = {json.dumps(row["prompt"]) for row in [*pairs, *task.test]}, [], Counter()
     for row in rows:

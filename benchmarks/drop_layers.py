@@ -1,6 +1,6 @@
 """A smaller student with the tokenizer of its teacher: the model without some of its layers, to be healed by SFT.
 
-    python benchmarks/drop_layers.py runs/smollm2 runs/smollm2-24 3 4 5 12 26 27
+    python benchmarks/drop_layers.py runs/smollm2 runs/smollm2-21 3 4 5 7 12 14 25 26 27
 """
 
 import sys

@@ -2,6 +2,7 @@
 
     python benchmarks/study.py lco                    # the table of docs/lco.md (about half an hour on 2 cores)
     python benchmarks/study.py lco --only kld --seeds 2
+    python benchmarks/study.py real --seeds 3         # SmolLM2-135M, after the three commands of docs/results/real.md
 
 A study may have runs to `prepare`, once for each seed, whose folders are kept in runs/study; the commands of its
 settings name them in braces, as in --reward_model {qrm}/model (`titles`: their names in tables). lco.py@moving_target
@@ -390,14 +391,15 @@ def measure(name: str, wanted: list[str], seeds: int, jobs: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", choices=sorted(STUDIES))
+    parser.add_argument("study", choices=[*sorted(STUDIES), "real"], help="real: the studies whose names begin so")
     parser.add_argument("--seeds", type=int, default=5, help="seeds 0 ... n-1 of each setting")
     parser.add_argument("--only", default="", help="only settings whose name contains this")
     parser.add_argument("--jobs", type=int, default=2, help="runs at the same time, one thread each")
     args = parser.parse_args()
-    wanted = [name for name in STUDIES[args.study]["settings"] if args.only in name]
-    measure(args.study, wanted, args.seeds, args.jobs)
-    print("\n".join(tables(args.study)))
+    for name in [name for name in STUDIES if name == args.study or name.startswith("real_") and args.study == "real"]:
+        wanted = [setting for setting in STUDIES[name]["settings"] if args.only in setting]
+        measure(name, wanted, args.seeds, args.jobs)
+        print("\n".join(tables(name)))
 
 
 if __name__ == "__main__":

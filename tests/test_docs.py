@@ -111,12 +111,43 @@ def test_formulas_survive_markdown():
             assert formula.count("{") == formula.count("}"), f"{name}: {formula}"
 
 
-@pytest.mark.parametrize("name", ["README.md", "AGENTS.md", *(f"docs/{name}.md" for name in (*METHODS, "first-steps"))])
-def test_commands_can_be_typed(name):
-    """A line of a command fits GitHub's box and has no comment, which zsh would pass on as arguments."""
-    for line in re.findall(r"(?m)^    (\S.*)$", TEXT[name]):
-        assert len(line) <= 98, f"{name}: {line}"
-        assert not re.search(r"(^|\s)#", line), f"{name}: {line}"
+def docs_run():
+    spec = importlib.util.spec_from_file_location("docs_run", ROOT / "benchmarks" / "docs_run.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_commands_can_be_typed():
+    """A line of a command has no comment, which zsh would pass on as arguments; where people start it fits the box."""
+    narrow = ["README.md", "AGENTS.md", *(f"docs/{name}.md" for name in (*METHODS, "first-steps"))]
+    for name, text in TEXT.items():
+        for line in "\n".join(docs_run().commands(text)).splitlines():
+            assert not re.search(r"(^|\s)#", line), f"{name}: {line}"
+            assert name not in narrow or len(line) <= 98, f"{name}: {line}"
+
+
+def test_commands_name_programs_that_exist():
+    """Whatever is run is a file of this repository; a page with an indented block has the commands that it shows."""
+    found = [command for text in TEXT.values() for command in docs_run().commands(text)]
+    programs = {name for command in found for name in re.findall(r"(?:python|=\d) ([\w/]+\.py)", command)}
+    assert {"lco.py", "check.py", "benchmarks/study.py"} <= programs
+    assert all((ROOT / program).exists() for program in programs)
+
+
+def test_docs_run(tmp_path):
+    """Commands keep what an earlier one defined, are cut as promised, and are stopped at the limit."""
+    run = docs_run()
+    text = "Words.\n\n    f() {\n      echo $X\n    }\n    X=a \\\n    && f\n\n    ls | wc -l\n"
+    assert run.commands(text) == ["f() {\n  echo $X\n}", "X=a \\\n&& f", "ls | wc -l"]
+    assert run.shorten("OMP_NUM_THREADS=1 python qrm.py --steps 900 --out runs/x && cp a b") == (
+        "OMP_NUM_THREADS=1 python qrm.py --steps 2 --out runs/x --eval_every 2 --pairs_per_step 4 && cp a b"
+    )
+    shell = run.Shell("bash", tmp_path, tmp_path / "log")
+    assert [shell.run(command, 30) for command in ("X=3", '[ "$X" = 3 ]', "false")] == [0, 0, 1]
+    assert shell.run("echo $X", 30) == 0 and (tmp_path / "log").read_text() == "3\n"
+    assert shell.run("sleep 30", 0.2) == 124 and shell.run("true", 30) == 0
+    shell.process.communicate()
 
 
 # ---- worked examples -------------------------------------------------------------------------------------------------
