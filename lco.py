@@ -429,7 +429,8 @@ def prepare(args):
         lm.same_tokenizer(args.model, tokenizer, name, lm.load_tokenizer(name))
         lm.fits_context(name, args.max_prompt + args.max_new_tokens)
     task = tasks.fit_prompts(task, tokenizer, args.max_prompt, args.long_prompts)
-    common.say(f"{geometry}\n{task.note}")
+    beta = f"beta {args.beta:g}, {args.beta * args.negative_beta_scale:g} where A < 0"
+    common.say(f"{geometry}\nloss {args.loss}, {beta}\n{task.note}")
     return task, tokenizer
 
 
