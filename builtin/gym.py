@@ -78,8 +78,8 @@ def load(task: str, test_rows: int) -> Task:
     def rows(seed: int, step: int, n: int) -> list[dict]:
         return training(generator(seed, "gym", step), n)
 
-    def unannotated(n: int, seed: int) -> list[dict]:
-        return [{"prompt": one["prompt"]} for one in training(generator(seed, "gym unannotated"), n)]
+    def unannotated(n: int, seed: int) -> list[dict]:  # with answers, for graders alone
+        return training(generator(seed, "gym unannotated"), n)
 
     def correct(completions: list[str], rows: list[dict]) -> list[bool]:
         return [is_right(dataset, entry(r["entry"]), text) for text, r in zip(completions, rows, strict=True)]
