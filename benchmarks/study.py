@@ -317,8 +317,9 @@ def samples_table(rows: list[dict], settings: dict[str, str]) -> str:
     for name in settings:
         mine = sorted((r for r in rows if r["setting"] == name and r.get("samples")), key=lambda r: r["seed"])[:1]
         for texts in (texts for r in mine for texts in r["samples"]):
-            cells = [" ".join(text.replace("|", "\\|").split()) for text in texts]
-            lines.append(f"| {' | '.join([name, *cells])} |")
+            prompt, *answers = (" ".join(text.replace("|", "\\|").split()) for text in (texts[0].split("\n")[0], *texts[1:]))
+            prompt = prompt if len(prompt) < 60 else "… " + " ".join(prompt.split()[-5:])
+            lines.append(f"| {' | '.join([name, prompt, *(answer[:80] for answer in answers)])} |")
     return "\n".join(lines) + "\n"
 
 
