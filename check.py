@@ -93,9 +93,9 @@ class Checks:
                 self.look_at_models({"policy": sampling.policy}, batch)
         return out
 
-    def sampler_gap(self, *given):
+    def sampler_gap(self, *given, **first):
         try:
-            gap = self.real["sampler_gap"](*given)
+            gap = self.real["sampler_gap"](*given, **first)
             self.gap = True, f"mean |ratio - 1| {gap:.1e}"
         except RuntimeError as error:  # told later, after what may be the cause
             gap, self.gap = 0.0, (False, str(error))

@@ -23,7 +23,7 @@ def run(script, **settings) -> Path:
     """
     words = [[f"--{k}", *map(str, v)] if isinstance(v, list) else [f"--{k}={v}"] for k, v in settings.items()]
     args = common.parse(script.Args, script.BUILTIN, sum(words, []))
-    argv, hook, handler = sys.argv, sys.excepthook, signal.getsignal(signal.SIGINT)
+    argv, path, hook, handler = sys.argv, list(sys.path), sys.excepthook, signal.getsignal(signal.SIGINT)
     common.join(args.device, alone=True)
     in_main = threading.current_thread() is threading.main_thread()  # no other one may set what a signal does
     try:
@@ -39,7 +39,7 @@ def run(script, **settings) -> Path:
         common._remove_unused_folder()
         raise
     finally:
-        sys.argv, sys.excepthook = argv, hook  # torch writes the rank before each line of a traceback
+        sys.argv, sys.path, sys.excepthook = argv, path, hook  # torch writes the rank before each line of a traceback
         if in_main:
             signal.signal(signal.SIGINT, handler)
         common._stop.clear()

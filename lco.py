@@ -354,7 +354,7 @@ def train(args) -> None:
 
         # ---- 3. log-probabilities by pi_old and the reference, values, scores of a reward model; rewards of tokens
         heads = evaluate_models(models, batch, args)
-        gap = lm.sampler_gap(policy, args.temperature, batch, sampled, args.dtype)  # the sampler is the policy
+        gap = lm.sampler_gap(policy, args.temperature, batch, sampled, args.dtype, first=step == 0)
         batch["rewards"] = token_rewards(task_rewards, batch, finished, args)
         if step == run.start and args.advantage in ("reward", "group") and isinstance(task_rewards[0], list):
             common.say("  token rewards are summed over each completion: --advantage token or gae uses their positions")
