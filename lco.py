@@ -337,8 +337,7 @@ def train(args) -> None:
     if task.reward is None:
         score = lm.score_of(args.reward_model, args.reward_ref)
         task.reward = lm.scored_by(models, score, tokenizer, args.max_prompt, args.micro_batch)
-    limits = args.max_prompt, args.max_new_tokens, args.temperature, args.rollout_rows
-    sampling = lm.Sampling(policy, tokenizer, *limits)
+    sampling = lm.Sampling(policy, tokenizer, args.max_prompt, args.max_new_tokens, args.temperature, args.rollout_rows)
 
     for step in run.steps(models, optimizer, lambda: sampling.evaluate(task, args.seed)):
         # ---- 1. roll out: samples_per_prompt completions of each prompt from pi_old = pi
@@ -379,8 +378,8 @@ def train(args) -> None:
 
         # ---- 6. log; evaluate and save when it is time
         metrics = lm.rollout_metrics(batch, task_rewards, finished, args.samples_per_prompt)
-        metrics |= {k: v / tokens for k, v in sums.items()} | {"policy/sampler_gap": gap}
-        metrics["lr"] = optimizer.param_groups[0]["lr"]
+        metrics |= {k: v / tokens for k, v in sums.items()}
+        metrics |= {"policy/sampler_gap": gap, "lr": optimizer.param_groups[0]["lr"]}
         if metrics["policy/updates"] == 0 and step >= args.critic_warmup:
             common.say("  no completion of this step is better than another: the policy stays as it is")
         shown = zip(rows[:4], completions, batch["rewards"].sum(1).tolist())
@@ -412,8 +411,7 @@ def build(args, device):
 
 def prepare(args):
     """Task and tokenizer; every wrong argument and file is refused here, before a model is loaded."""
-    distribution = args.target == "exp" or args.loss == "kld"
-    require(distribution, "--target linear describes a target distribution: it needs --loss kld")
+    require(args.target == "exp" or args.loss == "kld", "--target linear is about a distribution: it needs --loss kld")
     by_token = args.advantage != "token" or args.reward_file or args.reward_model
     require(by_token, "--advantage token needs --reward_file or --reward_model: one reward for each token")
     compared = args.advantage != "group" or args.samples_per_prompt > 1
@@ -429,8 +427,7 @@ def prepare(args):
         lm.same_tokenizer(args.model, tokenizer, name, lm.load_tokenizer(name))
         lm.fits_context(name, args.max_prompt + args.max_new_tokens)
     task = tasks.fit_prompts(task, tokenizer, args.max_prompt, args.long_prompts)
-    beta = f"beta {args.beta:g}, {args.beta * args.negative_beta_scale:g} where A < 0"
-    common.say(f"{geometry}\nloss {args.loss}, {beta}\n{task.note}")
+    common.say(f"{geometry}\nloss {args.loss}, beta {args.beta:g}, x{args.negative_beta_scale:g} if A < 0\n{task.note}")
     return task, tokenizer
 
 

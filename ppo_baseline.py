@@ -234,8 +234,7 @@ def train(args) -> None:
     if task.reward is None:
         score = lm.score_of(args.reward_model, args.reward_ref)
         task.reward = lm.scored_by(models, score, tokenizer, args.max_prompt, args.micro_batch)
-    limits = args.max_prompt, args.max_new_tokens, args.temperature, args.rollout_rows
-    sampling = lm.Sampling(policy, tokenizer, *limits)
+    sampling = lm.Sampling(policy, tokenizer, args.max_prompt, args.max_new_tokens, args.temperature, args.rollout_rows)
 
     for step in run.steps(models, optimizer, lambda: sampling.evaluate(task, args.seed)):
         # ---- 1. roll out: samples_per_prompt completions of each prompt from pi_old = pi
@@ -274,8 +273,8 @@ def train(args) -> None:
 
         # ---- 6. log; evaluate and save when it is time
         metrics = lm.rollout_metrics(batch, task_rewards, finished, args.samples_per_prompt)
-        metrics |= {k: v / tokens for k, v in sums.items()} | {"policy/sampler_gap": gap}
-        metrics["lr"] = optimizer.param_groups[0]["lr"]
+        metrics |= {k: v / tokens for k, v in sums.items()}
+        metrics |= {"policy/sampler_gap": gap, "lr": optimizer.param_groups[0]["lr"]}
         if metrics["policy/updates"] == 0 and step >= args.critic_warmup:
             common.say("  no completion of this step is better than another: the policy stays as it is")
         shown = zip(rows[:4], completions, batch["rewards"].sum(1).tolist())

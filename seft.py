@@ -43,7 +43,6 @@ import json
 import math
 import statistics
 import zlib
-
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -631,8 +630,7 @@ def prepare(args) -> Data:
     world, n = common.world(), args.prompts_per_step
     require(n % world == 0, f"--prompts_per_step {n} does not divide among {world} ranks")
     require(len(args.labels) == 3, f"--labels takes three strings (major, minor, no), found {len(args.labels)}")
-    one = args.stage == "evolve" or args.keep != "best"
-    require(one, "--keep best: --stage reviser trains three models, whose evaluations are not compared")
+    require(args.stage == "evolve" or args.keep != "best", "--keep best: --stage reviser trains three models")
     if args.stage == "evolve":
         t = args.keep_threshold
         known = t == "auto" or (t.replace(".", "", 1).isdigit() and float(t) <= 1)
