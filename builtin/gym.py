@@ -10,6 +10,7 @@ part of the credit for an answer which contains the right one give none here.
 
 import functools
 import json
+import re
 import zlib
 from dataclasses import fields
 
@@ -51,8 +52,8 @@ def is_right(dataset, entry: dict, completion: str) -> bool:
     answer = extract_answer(text) or text.strip()
     if dataset.score_answer(answer, entry) == 1:
         return True
-    number = gsm8k_reference(entry["answer"] or "")
-    return number is not None and extract_number(answer) == number
+    plain = re.fullmatch(r"-?(0|[1-9]\d*)(\.\d+)?", entry["answer"] or "")  # 0101 is a string
+    return bool(plain) and extract_number(answer) == gsm8k_reference(entry["answer"])
 
 
 def load(task: str, test_rows: int) -> Task:
@@ -84,13 +85,14 @@ def load(task: str, test_rows: int) -> Task:
     def correct(completions: list[str], rows: list[dict]) -> list[bool]:
         return [is_right(dataset, entry(r["entry"]), text) for text, r in zip(completions, rows, strict=True)]
 
-    rng, test = generator(0, "gym test"), {}
+    rng, test, others = generator(0, "gym test"), {}, 0
     for _ in range(40 * test_rows):  # a family may have fewer different prompts
         one = row(int(rng.integers(SIZE)))
         if held_out(one):
             test[one["prompt"][0]["content"]] = one
-        if len(test) == test_rows:
+        others += not held_out(one)
+        if len(test) == test_rows and others:
             break
-    require(bool(test), f"--task {task}: none of {40 * test_rows} prompts is held out; expected a family with more prompts")
+    require(test and others, f"--task {task}: too few prompts to hold some out; expected a family with more")
     note = f"{task}: {SIZE:,} entries, {len(test)} held-out rows"
     return Task(task, rows, list(test.values()), None, correct, unannotated=unannotated, note=note)

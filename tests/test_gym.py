@@ -83,6 +83,17 @@ def test_an_answer_is_right_by_the_scorer_or_by_its_number(package, completion, 
     assert gym.is_right(gym.create("gym:sums"), {"answer": "12"}, completion) is right
 
 
+def test_a_string_of_digits_is_no_number(package):
+    assert not gym.is_right(gym.create("gym:sums"), {"answer": "0101"}, "It is 101.")
+    assert gym.is_right(gym.create("gym:sums"), {"answer": "-2.50"}, "It is -2.5.")
+
+
+def test_a_family_of_one_prompt_is_refused_and_does_not_hang(package, monkeypatch):
+    monkeypatch.setattr(Sums, "__getitem__", lambda self, i: {"question": "0 =", "answer": "0"})
+    with pytest.raises(BadInput, match="too few prompts"):
+        tasks.load_task("gym:sums", test_rows=4)
+
+
 @pytest.mark.parametrize("task, words", [
     ("gym:products", "no family 'products'; expected one of sums"), ("gym:", "no family ''"),
     ("gym:sums:size=3", "no setting 'size'; expected one of largest, sign"), ("gym:sums:largest=-1", "must be positive"),
