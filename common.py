@@ -41,6 +41,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 import traceback
@@ -302,9 +303,9 @@ def parse(cls, builtin: dict, argv: list[str]):
             legal[:0] = [", ".join(map(str, typing.get_args(kind)))]
             kind = type(default)
         elif typing.get_origin(kind) is list:
-            kind, options["nargs"] = typing.get_args(kind)[0], "*"
+            kind, options = typing.get_args(kind)[0], {"metavar": "VALUE", "nargs": "*"}
         elif kind is bool:
-            kind, options = _boolean, options | {"nargs": "?", "const": True}
+            kind, options = _boolean, {"metavar": "true|false", "nargs": "?", "const": True}
         help = f.metadata["help"] + f" ({'; '.join(legal)})" * bool(legal)
         group.add_argument(f"--{f.name}", type=kind, help=help.replace("%", "%%"), **options)
     given, unknown = parser.parse_known_args(argv)
@@ -399,8 +400,8 @@ def split_evenly(prompts: int, samples: int, minibatches: int, micro_batch: int)
     micro = min(micro_batch, part)
     require(part % micro == 0, f"--micro_batch {micro} does not divide the {part} rows of a rank in a minibatch")
     return (
-        f"{prompts} prompts x {samples} samples = {prompts * samples} rows a step on {world()} rank(s); "
-        f"{minibatches} minibatch(es) of {part} rows a rank in {part // micro} micro-batch(es) of {micro}"
+        f"{prompts} prompts x {samples} samples = {prompts * samples} rows per step on {world()} rank(s); "
+        f"{minibatches} minibatch(es) of {part} rows per rank in {part // micro} micro-batch(es) of {micro}"
     )
 
 
@@ -635,9 +636,8 @@ class RunFolder:
         for name in ("metrics.jsonl", "samples.jsonl"):
             (path / name).touch()
         write_whole(source, script.read_text())
-        about = {"args": settings, "command": " ".join(sys.argv), "world": world(), "git": _git_commit()}
-        about |= {"torch": torch.__version__, "versions": _versions(), "watched": watched}
-        about["time"] = time.strftime("%Y-%m-%d %H:%M:%S")
+        about = dict(args=settings, command=shlex.join(sys.argv), world=world(), git=_git_commit(), watched=watched)
+        about |= dict(torch=torch.__version__, versions=_versions(), time=time.strftime("%Y-%m-%d %H:%M:%S"))
         write_whole(path / "args.json", json.dumps(about, indent=2) + "\n")
 
     def _changes(self, before: dict, watched: dict) -> list[str]:
@@ -668,7 +668,7 @@ class RunFolder:
                     print(f"{self.path / name}: {what}: {lost}")
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """One line into metrics.jsonl and one on the screen. Values must be finite or None (not known)."""
+        """One line into metrics.jsonl and one on the screen, broken only by a terminal that is narrower."""
         stop_unless_finite({name: value for name, value in metrics.items() if value is not None})
         if rank() != 0:
             return
@@ -676,14 +676,14 @@ class RunFolder:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
         if self.tracker:
             self.tracker.log(step, metrics)
-        self.first = self.first if self.first is not None else (step, time.time())
-        done, seconds = step - self.first[0], time.time() - self.first[1]
-        pace = seconds / done if done else 0.0
-        left = int(pace * (self.total - step))
+        self.first = self.first or (step, time.time())
+        pace = (time.time() - self.first[1]) / max(1, step - self.first[0])
+        left = timedelta(seconds=int(pace * (self.total - step)))
         names = [k for start in ON_SCREEN for k in metrics if k.startswith(start) and metrics[k] is not None]
-        shown = [f"{k.removesuffix('/mean')} {metrics[k]:.4g}" for k in names]
-        eta = f"{pace:.2f} s/step  {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left" if done else ""
-        print(f"step {step}/{self.total}  " + "  ".join([*shown, eta]), flush=True)
+        shown = [f"step {step}/{self.total}", *(f"{k.removesuffix('/mean')} {metrics[k]:.4g}" for k in names)]
+        shown += [f"{pace:.2f} s/step", f"{left} left"] * (step > self.first[0])
+        line, width = "  ".join(x.replace(" ", "\0") for x in shown), shutil.get_terminal_size((10**6, 0)).columns
+        print(textwrap.fill(line, width, subsequent_indent="  ", break_on_hyphens=False).replace("\0", " "), flush=True)
 
     def samples(self, step: int, samples: list[dict]) -> None:
         """Rows {kind, prompt, completion, reward} into samples.jsonl."""

@@ -234,7 +234,7 @@ def load_data(args, tokenizer, load):
     sides = [side for side in ("chosen", "rejected") if side in train[0]]
     train, note = common.encode_pairs(tokenizer, train, args.max_prompt, args.max_new_tokens, sides)
     test, test_note = common.encode_pairs(tokenizer, test, args.max_prompt, args.max_new_tokens, sides)
-    common.say(f"training: {note}; held out: {test_note}; {n} a step, {n // ranks} on each of {ranks} rank(s)")
+    common.say(f"training: {note}; held out: {test_note}; {n} per step, {n // ranks} on each of {ranks} rank(s)")
     return train, test, task
 
 

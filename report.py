@@ -24,16 +24,18 @@ from typing import NamedTuple
 OF_EVERY_RUN = "out resume device micro_batch rollout_rows save_every track keep push_to_hub".split()  # not in results
 HEADS = dict(answer="first answer", chances="chances of Major, Minor, No", completion="revision", dropped="dropped as")
 STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222 }
-table { border-collapse: collapse; margin: .5em 0 } img { max-width: 100% } small { color: #888 }
-td, th { text-align: left; vertical-align: top; padding: .25em .7em; border-bottom: 1px solid #ddd; font-size: 13px;
-         white-space: pre-wrap } .right { background: #dcecfb } .wrong { background: #fdebdc }
-h3 { font: 600 15px monospace; margin: 1.4em 0 .2em; white-space: pre-wrap } code, pre { background: #f4f4f4 }
-.tokens * { border: 0; font: 16px/1.5 monospace } .tokens span { padding: .12em .08em; border: 1px solid #eee }
+:root { color-scheme: light dark } h1, p, .tokens td { overflow-wrap: anywhere } small { color: #888 }
+body { font: 15px/1.45 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em }
+table, pre { display: block; overflow-x: auto } table { border-collapse: collapse; margin: 1em 0 }
+td, th { text-align: left; vertical-align: top; padding: .25em .6em; border-bottom: 1px solid #8884; font-size: 13px;
+         white-space: pre-wrap } .right { background: #59d3 } .wrong { background: #e823 } img { max-width: 100% }
+h3 { font: 600 15px monospace; margin: 1.4em 0 .2em; white-space: pre-wrap } code, pre { background: #8882 }
+.tokens { margin: 0 } .tokens * { border: 0; font: 16px/1.5 monospace } .tokens th { font-size: 13px }
+.tokens td, p span { background: #fff; color: #222 } .tokens span { padding: .12em .08em; border: 1px solid #eee }
 """
 LOOK = {  # of plots; names of folders may have a $
     "text.parse_math": False, "font.size": 8, "axes.titlesize": 10, "axes.titlelocation": "left", "axes.grid": True,
-    "grid.alpha": 0.25, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
+    "grid.alpha": 0.25, "axes.spines.top": False, "axes.spines.right": False, "legend.edgecolor": "none",
 }  # fmt: skip
 COLORS, DASHES = ["#0072b2", "#d55e00", "#009e73", "#aa4499", "#777777"], ["-", "--", "-.", ":"]
 
@@ -81,7 +83,7 @@ def points(metrics: list[dict], name: str) -> dict[int, float]:
 
 
 def panels(metrics: list[dict]) -> list[list[str]]:
-    """Metrics that share a plot: those with the same prefix, unless one is far larger than another."""
+    """Metrics that share a plot: at most five with the same prefix, none far larger than another."""
     size = {}
     for name in dict.fromkeys(name for line in metrics for name in line):
         values = [abs(line[name]) for line in metrics if line.get(name) is not None]
@@ -91,7 +93,7 @@ def panels(metrics: list[dict]) -> list[list[str]]:
     order = ["eval", "reward", *sorted(prefix.values(), key=lambda p: p in size)]  # names without a prefix come last
     out = []
     for name in sorted(size, key=lambda n: (order.index(prefix[n]), -size[n])):
-        if out and prefix[name] == prefix[out[-1][0]] and size[name] > size[out[-1][0]] / 10:
+        if out and len(out[-1]) < 5 and prefix[name] == prefix[out[-1][0]] and size[name] >= size[out[-1][0]] / 10:
             out[-1].append(name)
         else:
             out.append([name])
@@ -103,23 +105,23 @@ def draw(figures: list[list[str]], groups: dict[str, list[list[dict]]], file: Pa
     import matplotlib.figure
     columns, rows, out = min(3, len(figures)) or 1, -(-len(figures) // 3) or 1, io.BytesIO()
     with matplotlib.rc_context(LOOK):
-        figure = matplotlib.figure.Figure((4.2 * columns, 2.9 * rows), layout="tight")
+        figure = matplotlib.figure.Figure((3.6 * columns, 2.6 * rows), layout="constrained")
         for place, names in enumerate(figures, 1):
-            axis = figure.add_subplot(rows, columns, place, xlabel="step")
+            axis = figure.add_subplot(rows, columns, place, xlabel="step", sharex=next(iter(figure.axes), None))
+            axis.locator_params("x", integer=True, min_n_ticks=1)
             axis.set_prop_cycle(color=COLORS * len(DASHES), linestyle=DASHES * len(COLORS))
             axis.set_title(names[0] if len(names) == 1 else names[0].split("/")[0])
             for name in names:
                 for label, runs in groups.items():
                     curves = [points(metrics, name) for metrics in runs]
                     at = {s: [curve[s] for curve in curves if s in curve] for s in sorted(set().union(*curves))}
-                    text = name if len(groups) == 1 else label  # groups are compared one metric a plot
+                    text = name.split("/")[-1] if len(groups) == 1 else label  # groups: one metric per plot
                     middle, low, high = ([*map(of, at.values())] for of in (statistics.median, min, max))
                     (line,) = axis.plot([*at], middle, label=text, marker="o" if len(at) < 12 else None, ms=3.5)
                     axis.fill_between([*at], low, high, color=line.get_color(), alpha=0.15, linewidth=0)
-            if len(axis.lines) > 1:
-                axis.legend()
+            axis.legend(fontsize=7, labelspacing=0.2).set_visible(len(axis.lines) > 1)
         figure.suptitle(next(iter(groups)) if file else "", fontsize=11, x=0.01, ha="left")
-        figure.savefig(out, dpi=130)
+        figure.savefig(out, dpi=150)
     if file:
         file.write_bytes(out.getvalue())
     return f'<img alt="learning curves" src="data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}">'
@@ -127,10 +129,9 @@ def draw(figures: list[list[str]], groups: dict[str, list[list[dict]]], file: Pa
 
 def write_page(path: Path, title: str, body: str, refresh: bool = False) -> None:
     """One file without links, the old one or the new one at any moment."""
-    again = '<meta http-equiv="refresh" content="15">' * refresh
-    head = f'<!doctype html><html lang="en"><meta charset="utf-8">{again}<title>{escape(title)}</title>'
+    top = '<!doctype html><html lang="en"><meta charset="utf-8">' + '<meta http-equiv="refresh" content="15">' * refresh
     part = path.with_name(path.name + ".part")
-    part.write_text(f"{head}<style>{STYLE}</style><h1>{escape(title)}</h1>{body}</html>")
+    part.write_text(f"{top}<title>{escape(title)}</title><style>{STYLE}</style><h1>{escape(title)}</h1>{body}</html>")
     part.replace(path)
 
 
@@ -168,7 +169,7 @@ def samples_table(rows: list[dict], later: list[dict] = ()) -> str:
 def held_out(run: Stored) -> list[list[str]]:
     """[[metric, its first value, its last value], ...]"""
     curves = {name: points(run.metrics, name) for line in run.metrics for name in line if name.startswith("eval/")}
-    return [[name, *(f"{curve[i]:.4f}" for i in (min(curve), max(curve)))] for name, curve in curves.items() if curve]
+    return [[name, *(f"{c[at]:.4f}" for at in sorted({min(c), max(c)}))] for name, c in curves.items() if c]
 
 
 def body_of(run: Stored) -> str:
@@ -185,7 +186,7 @@ def body_of(run: Stored) -> str:
     }
     made = "world size {world}, torch {torch}, git {git}, {time}".format(**run.about)
     body = "".join(f"<h2>{name}</h2>{part}" for name, part in sections.items() if part)
-    return f"<p><code>{escape(run.about['command'])}</code></p><p>{run.state}</p>{body}<p>{escape(made)}</p>"
+    return f"<p><code>python {escape(run.about['command'])}</code></p><p>{run.state}</p>{body}<p>{escape(made)}</p>"
 
 
 def write_report(folder: Path, own: bool = True) -> Stored:
@@ -227,7 +228,7 @@ def token_page(path: Path, title: str, answers: list[dict], note: str = "") -> N
             lines += f"<tr><th>{escape(name)}</th><td>{spans}</td></tr>"
         body += f'<h3 class="{kind}">{escape(text_of(answer["prompt"]))} <small>{kind}</small></h3>'
         body += f'<table class="tokens">{lines}</table>'
-    how = """<p>Each line is one answer, coloured by a score: <span style="background:rgb(105,180,255)">above</span> or
+    how = """<p>Each line is the answer, coloured by a score: <span style="background:rgb(105,180,255)">above</span> or
 <span style="background:rgb(255,120,105)">below</span> its mean over this page. Hover for the number. """
     write_page(path, title, f"{how}{escape(note)}</p>{body}")
 
@@ -237,16 +238,15 @@ def compare(runs: list[Stored], out: Path) -> str:
     settings = [{k: v for k, v in run.about["args"].items() if k not in OF_EVERY_RUN} for run in runs]
     differ = [n for n in sorted(set.intersection(*map(set, settings))) if any(s[n] != settings[0][n] for s in settings)]
     versions = [run.source for i, run in enumerate(runs) if run.source not in [r.source for r in runs[:i]]]
-    together = {}
+    together, code = {}, []
     for run, own in zip(runs, settings):
         together.setdefault(json.dumps([own | {"seed": None}, versions.index(run.source)]), []).append(run)
     groups = {f"{m[0].folder}" + f" and {len(m) - 1} more" * (len(m) > 1): m for m in together.values()}
     lines = [f"{label}: {', '.join(str(run.folder) for run in members)}" for label, members in groups.items()]
     lines += [f"--{name}: {' | '.join(str(s[name]) for s in settings)}" for name in differ]
-    for number, other in enumerate(versions[1:], 2):
-        lines += difflib.unified_diff(versions[0], other, "code 1", f"code {number}", lineterm="", n=1)
     lines += [] if differ or versions[1:] else ["the same arguments and the same code"]
-
+    for number, other in enumerate(versions[1:], 2):
+        code += difflib.unified_diff(versions[0], other, "code 1", f"code {number}", lineterm="", n=1)
     figures = panels([m for run in runs for m in run.metrics])
     found = {label: [run.metrics for run in members] for label, members in groups.items()}
     shown = [name for names in figures for name in names if all(points(m[0], name) for m in found.values())]
@@ -255,13 +255,14 @@ def compare(runs: list[Stored], out: Path) -> str:
         ends.append([name])
         for members in found.values():
             last = [[*curve.values()][-1] for curve in (points(metrics, name) for metrics in members) if curve]
-            spread = f" [{min(last):.3f}, {max(last):.3f}]" * (len(last) > 1)
-            ends[-1].append(f"{[*points(members[0], name).values()][0]:.3f} -> {statistics.median(last):.3f}{spread}")
+            spread = f" [{min(last):#.3g}, {max(last):#.3g}]" * (len(last) > 1)
+            ends[-1].append(f"{[*points(members[0], name).values()][0]:#.3g} -> {statistics.median(last):#.3g}{spread}")
     body = f"<pre>{escape(chr(10).join(lines))}</pre>{table(ends[0], ends[1:])}"
-    write_page(out, f"Compared: {', '.join(groups)}", body + draw([[name] for name in shown], found))
+    body += draw([[name] for name in shown], found) + f"<pre>{escape(chr(10).join(code))}</pre>"
+    write_page(out, f"Compared: {', '.join(groups)}", body)
     width = [max(len(row[i]) for row in ends) + 2 for i in range(len(ends[0]))]
     ends = ["".join(cell.ljust(w) for cell, w in zip(row, width)).rstrip() for row in ends]
-    return "\n".join([*lines, "", *ends, "", str(out)])
+    return "\n".join([*lines, *code, "", *ends, "", str(out)])
 
 
 def main() -> None:
@@ -273,8 +274,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.chain or len(args.runs) > 1:
         several = chain if args.chain else compare
-        print(several([read(folder) for folder in args.runs], args.out or Path(f"{several.__name__}.html")))
-        return
+        return print(several([read(folder) for folder in args.runs], args.out or Path(f"{several.__name__}.html")))
     run = write_report(args.runs[0], own=False)
     print(run.folder / "report.html", flush=True)
     while args.follow and not run.state.startswith("ended"):

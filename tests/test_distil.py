@@ -57,7 +57,7 @@ def test_chain(chain):
         assert [line.split()[1] for line in lines] == ["0/2", "1/2", "2/2"]
         assert all(word in lines[-1] for word in ("loss/total", "loss/nll", "s/step", "left", "eval/"))
     assert json.loads((chain["dpo"][0] / "model" / "config.json").read_text())["aligned_from"] == "builtin"
-    assert "training: 2000 pairs; held out: 16 pairs; 8 a step, 8 on each of 1 rank(s)" in chain["dpo"][1]
+    assert "training: 2000 pairs; held out: 16 pairs; 8 per step, 8 on each of 1 rank(s)" in chain["dpo"][1]
 
 
 def test_metrics(chain):

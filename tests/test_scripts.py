@@ -66,7 +66,7 @@ def test_one_line_a_step(bare):
     step = "policy/logit_gap" if script is lco else "policy/kl_old"
     for word in ("reward", "loss/policy", step, "length", "s/step", "left"):
         assert all(word in line for line in lines[1:]), word
-    assert "8 prompts x 4 samples = 32 rows a step on 1 rank(s)" in screen and f"run folder: {folder}" in screen
+    assert "8 prompts x 4 samples = 32 rows per step on 1 rank(s)" in screen and f"run folder: {folder}" in screen
 
 
 def test_run_folder(bare):
