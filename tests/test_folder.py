@@ -156,6 +156,18 @@ def test_a_stopped_run_has_no_model(base, run):
     lm.load_tokenizer(str(run / "model"))
 
 
+def test_a_line_of_a_step_is_broken_by_a_terminal_only(tmp_path, monkeypatch, capsys):
+    """Between metrics, never inside one; a file has one line per step."""
+    run = mock.Mock(path=tmp_path, total=2, tracker=None, first=(0, time.time() - 60))
+    for columns, lines in (("", 1), ("40", 4)):
+        monkeypatch.setenv("COLUMNS", columns)
+        common.RunFolder.log(run, 1, {"reward/mean": 0.5, "loss/policy": -7.5e-05, "eval/greedy": 0.125})
+        shown = capsys.readouterr().out.rstrip("\n").split("\n")
+        assert len(shown) == lines and max(map(len, shown)) <= int(columns or 200)
+        text = "step 1/2  reward 0.5  loss/policy -7.5e-05  eval/greedy 0.125  60.00 s/step  0:01:00 left"
+        assert "  ".join(line.strip() for line in shown) == text
+
+
 def test_a_page_that_fails_does_not_cost_the_model(base, run, monkeypatch, capsys):
     monkeypatch.setattr(report, "write_report", mock.Mock(side_effect=ValueError("no such font")))
     lco.train(lco.Args(**base | {"out": str(run), "resume": True}))

@@ -56,6 +56,7 @@ def test_comparison_tells_what_differs_and_where_runs_ended(tmp_path):
     assert "eval/greedy" not in done.stdout, "a metric without a value is left out"
     page = (tmp_path / "all.html").read_text()
     assert "0.600 [0.500, 0.700]" in page and "data:image/png" in page
+    assert page.index("<table>") < page.index("data:image/png") < page.index("+++ code 2"), "the code comes last"
     same = run_forked("report.py", a, a, "--out", tmp_path / "x.html")
     assert "the same arguments and the same code" in same.stdout
 
@@ -178,6 +179,8 @@ def test_report_refuses_what_is_no_run(tmp_path):
 def test_panels_hold_what_can_be_seen_together():
     lines = [{"step": 1, "lr": 1e-4, "eval/a": 0.5, "eval/b": 0.9, "policy/entropy": 1.0, "policy/gap": 1e-3}]
     assert report.panels(lines) == [["eval/b", "eval/a"], ["policy/entropy"], ["policy/gap"], ["lr"]]
+    zeros, many = [f"drop/{x}" for x in "abc"], [f"eval/{x}" for x in "abcdef"]
+    assert report.panels([dict.fromkeys(zeros, 0.0) | dict.fromkeys(many, 0.5)]) == [many[:5], many[5:], zeros]
 
 
 def test_pairs_in_a_file_are_those_of_seft(tmp_path):
