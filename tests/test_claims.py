@@ -261,7 +261,7 @@ def test_pictures(lines, tmp_path):
         stored = (claims.figures.IMAGES / f"{claims.picture(source)}.svg").read_text()
         words = re.findall(r"<!-- (.*?) -->", stored)
         for claim in (line.claim for line in mine):
-            assert all(part in words for part in claims.textwrap.wrap(claim.text, 84)), claim.id
+            assert all(part in words for part in claims.textwrap.wrap(claim.text, claims.WRAP)), claim.id
         verdicts = [word.partition(",")[0] for word in words]
         assert all(words.count(line.name) >= [x.name for x in mine].count(line.name) for line in mine)
         for note, (_, _, _, verdict) in claims.MARKS.items():
