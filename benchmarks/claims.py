@@ -10,6 +10,7 @@ interrupted --run goes on where it was.
 
 README and docs hold results in three ways, and a test compares each with what is stored:
     <!-- results: lco -->                   the table of a study (`diagnose 2`: its second one), up to <!-- end -->
+    <!-- results: seft 2 without seeds -->  the same less columns that are alike in every row
     .96<!-- lco; PPO, clip 0.2; eval/greedy; median -->      a number, rounded as it is written: median, min, max, start
     benchmarks/quotes.toml                  words of a page, with {lco; PPO, clip 0.2; eval/greedy; median} for a number
 """
@@ -352,8 +353,24 @@ def before_after(name: str) -> str:
     return "\n".join(out) + "\n"
 
 
+def without(table: str, columns: list[str]) -> str:
+    """A Markdown table less columns whose cells are all alike, so that they can be said once in the text."""
+    header, _, *lines = table.strip().splitlines()
+    rows = [line[2:-2].split(" | ") for line in (header, *lines)]
+    for column in columns:
+        i = rows[0].index(column)
+        if len({row[i] for row in rows[1:]}) > 1:
+            raise SystemExit(f"a page leaves the column {column!r} out, but its cells differ")
+        rows = [row[:i] + row[i + 1 :] for row in rows]
+    header, *lines = (f"| {' | '.join(row)} |" for row in rows)
+    return "\n".join([header, "|---" * len(rows[0]) + "|", *lines])
+
+
 def block(what: str) -> str:
     """The text that belongs between markers."""
+    what, _, columns = what.partition(" without ")
+    if columns:
+        return without(block(what), columns.split(", "))
     name, _, which = what.partition(" ")
     if what == "claims":
         return summary([line for claim in load_claims() for line in judge(claim)])

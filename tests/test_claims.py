@@ -89,6 +89,15 @@ def test_a_changed_number_is_found():
         claims.refresh("1<!-- stability; PPO, lr 7; eval/greedy; min -->")
 
 
+def test_columns_left_out():
+    """Only those that are alike in every row."""
+    table = "| setting | seeds | after |\n|---|---|---|\n| a | 5 | .1 [.0, .2] |\n| b | 5 | – |\n"
+    short = "| setting | after |\n|---|---|\n| a | .1 [.0, .2] |\n| b | – |"
+    assert claims.without(table, ["seeds"]) == short and claims.block("lco") != claims.block("lco without seeds")
+    with pytest.raises(SystemExit, match="'after'"):
+        claims.without(table, ["seeds", "after"])
+
+
 # ---- claims.toml -----------------------------------------------------------------------------------------------------
 
 
