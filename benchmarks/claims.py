@@ -205,6 +205,7 @@ MEASURED = {  # metrics in words
     "revise/after": "share of right answers after the first round",
     "revise/auc": "AUC of the label No",
 }
+UNBROKEN = {ord(" "): "\u00a0", ord("-"): "\u2011"}  # lines of neighbouring cells stay side by side
 COLUMNS = ("reproduced", "undecided", "the opposite holds", "not measured yet", "held by a test", "not possible here")
 
 
@@ -263,7 +264,7 @@ def comparisons(lines: list[Line]) -> str:
                 about = line.name, "–"
             rows.append([*about, outcome(line) if line in known else line.note])
         ours = number(known[0].ours) if known else "–"
-        columns = ["<br>".join(cells).replace(" ", "\u00a0") for cells in zip(*rows)]  # lines stay side by side
+        columns = ["<br>".join(cells).translate(UNBROKEN) for cells in zip(*rows)]
         out.append(f"| {claim.text}<br>*{measured(claim)}* | {ours} | {' | '.join(columns)} |")
     return "\n".join(out) + "\n"
 

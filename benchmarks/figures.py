@@ -256,7 +256,7 @@ def revision() -> None:
     top = max(max(point) for points in groups.values() for point in points) * 1.1 + 0.01
     axes[1].fill_between([0, top], [0, top], color=BLUE, alpha=0.07, linewidth=0)
     axes[1].plot([0, top], [0, top], color=BLACK, linewidth=0.9)
-    axes[1].text(top * 0.97, top * 0.04, "labels pay", color=BLUE, ha="right")
+    axes[1].text(top * 0.97, top * 0.5, "labels pay", color=BLUE, ha="right")
     axes[1].text(top * 0.03, top * 0.93, "labels cost", color=GREY)
     axes[1].set_ylim(-0.06, top)
     axes[1].set_title("Do labels pay?")
