@@ -355,10 +355,16 @@ def before_after(name: str) -> str:
 
 
 def without(table: str, columns: list[str]) -> str:
-    """A Markdown table less columns whose cells are all alike, so that they can be said once in the text."""
+    """A Markdown table less columns whose cells are all alike, so that they can be said once in the text.
+
+    `explanations` is what follows a colon in the names of the settings.
+    """
     header, _, *lines = table.strip().splitlines()
     rows = [line[2:-2].split(" | ") for line in (header, *lines)]
     for column in columns:
+        if column == "explanations":
+            rows = [[row[0].partition(":")[0], *row[1:]] for row in rows]
+            continue
         i = rows[0].index(column)
         if len({row[i] for row in rows[1:]}) > 1:
             raise SystemExit(f"a page leaves the column {column!r} out, but its cells differ")

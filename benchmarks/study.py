@@ -279,8 +279,7 @@ def revision_table(rows: list[dict], settings: dict[str, str]) -> str:
                 limits.append(p * d * m["revise/keep_right"] / ((1 - p) * f) if f else None)
         cells = [spread(m.get(f"revise/{key}") for m in mine.values()) for key in names.values()]
         dropped = spread(sum(v or 0 for k, v in m.items() if k.startswith("drop/")) for m in mine.values())
-        short = name.partition(":")[0]
-        lines.append(f"| {' | '.join([short, str(len(mine)), *cells, spread(limits), dropped])} |")
+        lines.append(f"| {' | '.join([name, str(len(mine)), *cells, spread(limits), dropped])} |")
     return "\n".join(lines) + "\n"
 
 
