@@ -28,7 +28,7 @@ SKIPPED = [  # what is found in a command, and why it is not run
     (r"\bQwen/|\bopenai/", "the Hub"),
     (r" (BIG|SMALL|PAIRS|FOLDER|MODEL)\b", "a name in capitals is the reader's"),
     (r"--\w*dataset (?!runs/|builtin/)\S+\.jsonl?\b", "a file of the reader"),
-    (r"benchmarks/(study|real_model|real_seft)\.py", "hours"),
+    (r"benchmarks/study\.py", "hours"),
     (r"\bpytest( tests/test_house|$)|docs_run\.py", "minutes; run by itself"),
     (r"-m venv", "it leaves the environment of this run"),
 ]

@@ -16,6 +16,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 IMAGES = ROOT / "docs" / "images"
+STUDIES = json.loads((ROOT / "benchmarks" / "studies.json").read_text())
 BLUE, ORANGE, GREEN, PURPLE, GREY, BLACK = "#0072b2", "#d55e00", "#009e73", "#aa4499", "#777777", "#222222"
 LOOK = {  # a name: what plot() needs to draw its line
     "PPO": dict(color=ORANGE, linestyle="-", marker="s"),
@@ -288,9 +289,42 @@ def credit() -> None:
     save(figure, "credit")
 
 
+def real() -> None:
+    """SmolLM2: accuracy after each method, and where it started; one mark per seed."""
+    figure, axes = plt.subplots(2, 2, figsize=(10.5, 7.2), gridspec_kw={"height_ratios": (11, 8)})
+    titles = "LCO, PPO and REINFORCE", "Distillation", "PPO and REINFORCE with reward models", "SEFT"
+    for axis, name, title in zip(axes.flat, ("real_rl", "real_distil", "real_qrm", "real_seft"), titles):
+        study = STUDIES[name]
+        names = {"teacher": "the teacher", "dckd": "DCKD"} if name == "real_distil" else {}
+        ended = {s: [] for s in [*names, *study["settings"]]}
+        for r in rows_of(name):
+            if r["ok"] and r["setting"] in ended:
+                ended[r["setting"]].append(r)
+        ended = {s: rows for s, rows in ended.items() if rows}
+        for y, rows in enumerate(ended.values()):
+            for key, shift, look in (
+                ("eval/greedy", 0.14, dict(color=BLUE, marker="o")),
+                ("eval/sampled", -0.14, dict(edgecolor=ORANGE, facecolor="none", marker="s")),
+            ):
+                values = [r["last"][key] for r in rows]
+                axis.scatter(values, [y - shift] * len(rows), s=18, zorder=3, **look)
+                axis.vlines(statistics.median(values), y - shift - 0.14, y - shift + 0.14, color=BLACK, linewidth=1.2)
+            axis.plot([rows[0]["eval"][0]["eval/greedy"]] * 2, [y - 0.4, y + 0.4], color=GREY, linestyle=":", linewidth=1.2)
+        axis.set_yticks(range(len(ended)), [names.get(s, s) for s in ended])
+        axis.set_ylim(len(ended) - 0.4, -0.6)
+        axis.set_xlim(-0.02, 0.62)
+        axis.set_title(title)
+    for x, color, words in ((0.28, BLUE, "● greedy"), (0.38, ORANGE, "□ sampled"), (0.5, GREY, "┊ greedy at the start")):
+        figure.text(x, 1.02, words, color=color)
+    figure.text(0.68, 1.02, "| median", color=BLACK)
+    figure.supxlabel("held-out accuracy", fontsize=9)
+    save(figure, "real")
+
+
 PICTURES = {  # name: its studies
     stability: ("stability", "lco"), limits: ("rates", "epochs"), convergence: ("qrm",), gamma: ("gamma",),
     revision: ("base_rate", "unannotated"), credit: ("credit",),
+    real: ("real_rl", "real_distil", "real_qrm", "real_seft"),
 }  # fmt: skip
 
 

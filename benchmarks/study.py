@@ -334,7 +334,8 @@ def tables(name: str) -> list[str]:
     study, rows = STUDIES[name], stored(name)
     prepare, settings, titles = study.get("prepare", {}), study["settings"], study.get("titles", {})
     if "goal" in study:
-        made = [pairs_table(rows, prepare, titles), steps_table(rows, settings, study["goal"])]
+        made = [pairs_table(rows, prepare, titles)]
+        made += [steps_table(rows, settings, study["goal"])] if settings else []
     elif any(r.get("rounds") for r in rows):
         made = [make(rows, settings) for make in (rounds_table, revision_table, labels_table)]
         made += [] if name in SHARED else [revisers_table(rows, prepare, titles)]
@@ -398,7 +399,8 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs at the same time, one thread each")
     args = parser.parse_args()
     for name in [name for name in STUDIES if name == args.study or name.startswith("real_") and args.study == "real"]:
-        wanted = [setting for setting in STUDIES[name]["settings"] if args.only in setting]
+        study = STUDIES[name]
+        wanted = [setting for setting in study["settings"] or study["prepare"] if args.only in setting]
         measure(name, wanted, args.seeds, args.jobs)
         print("\n".join(tables(name)))
 
