@@ -291,7 +291,7 @@ def credit() -> None:
 
 def real() -> None:
     """SmolLM2: accuracy after each method, and where it started; one mark per seed."""
-    figure, axes = plt.subplots(2, 2, figsize=(10.5, 7.2), gridspec_kw={"height_ratios": (11, 8)})
+    figure, axes = plt.subplots(2, 2, figsize=(9.4, 7.2), gridspec_kw={"height_ratios": (11, 8)})
     titles = "LCO, PPO and REINFORCE", "Distillation", "PPO and REINFORCE with reward models", "SEFT"
     for axis, name, title in zip(axes.flat, ("real_rl", "real_distil", "real_qrm", "real_seft"), titles):
         study = STUDIES[name]
