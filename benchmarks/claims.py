@@ -10,6 +10,7 @@ interrupted --run goes on where it was.
 
 README and docs hold results in three ways, and a test compares each with what is stored:
     <!-- results: lco -->                   the table of a study (`diagnose 2`: its second one), up to <!-- end -->
+    <!-- results: seft 2 without seeds -->  the same less columns that are alike in every row
     .96<!-- lco; PPO, clip 0.2; eval/greedy; median -->      a number, rounded as it is written: median, min, max, start
     benchmarks/quotes.toml                  words of a page, with {lco; PPO, clip 0.2; eval/greedy; median} for a number
 """
@@ -191,103 +192,137 @@ def judge(claim: Claim) -> list[Line]:
 # ---- page ------------------------------------------------------------------------------------------------------------
 
 
-def number(x: float) -> str:
-    return "–" if x != x else f"{x:.3f}" if abs(x) < 10 else f"{x:.1f}"
+MEASURED = {  # metrics in words
+    "eval/sampled": "sampled accuracy",
+    "eval/greedy": "greedy accuracy",
+    "eval/pair_accuracy": "accuracy on held-out pairs",
+    "survives": "share of runs that survive",
+    "spike": "largest gradient norm over the median",
+    "steps to 80 %": "steps to 80 % greedy accuracy",
+    "diagnose/not_convex": "share of states",
+    "diagnose/away_from_target": "share of states",
+    "in state": "share of states",
+    "revise/after": "share of right answers after the first round",
+    "revise/auc": "AUC of the label No",
+}
+UNBROKEN = {ord(" "): "\u00a0", ord("-"): "\u2011"}  # lines of neighbouring cells stay side by side
+COLUMNS = ("reproduced", "undecided", "the opposite holds", "not measured yet", "held by a test", "not possible here")
 
 
-def command(claim: Claim) -> str:
-    if claim.study == "credit":
-        return "python benchmarks/credit.py"
-    return f"python benchmarks/claims.py --run {claim.id}"
+def number(x: float, sign: str = "") -> str:
+    """As pages write it: .707, −.004, 26.4."""
+    text = f"{x:{sign}.3f}" if abs(x) < 10 else f"{x:{sign}.1f}"
+    return re.sub(r"^([+-]?)0\.", r"\1.", text).replace("-", "−")
+
+
+def outcome(line: Line) -> str:
+    """The column of the summary to which a comparison belongs."""
+    if line.low == line.low:
+        return MARKS[line.note][3]
+    return "not possible here" if line.verdict.startswith("needs") else line.verdict
+
+
+def measured(claim: Claim) -> str:
+    what = MEASURED.get(claim.metric, claim.metric)
+    what = {"mean": what, "best": f"{what} of the best setting", "spread": f"standard deviation of the {what}"}
+    return f"{what[claim.statistic]}, {claim.seeds} seeds"
+
+
+def heading(source: str) -> str:
+    return f"Our own page [{source}]({source.removeprefix('docs/')})" if source.startswith("docs/") else source
 
 
 def summary(lines: list[Line]) -> str:
-    """Markdown: how many comparisons have which verdict, by source."""
-    out = [f"| claims of | {' | '.join(VERDICTS)} |", "|---" * (len(VERDICTS) + 1) + "|"]
+    """Markdown: how many comparisons have which outcome, by source."""
+    out = [f"| claims of | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
     for source in dict.fromkeys(line.claim.source for line in lines):
-        mine = [line.verdict for line in lines if line.claim.source == source]
-        out.append(f"| {source} | {' | '.join(str(mine.count(v) or '–') for v in VERDICTS)} |")
+        mine = [outcome(line) for line in lines if line.claim.source == source]
+        out.append(f"| {heading(source)} | {' | '.join(str(mine.count(c) or '–') for c in COLUMNS)} |")
     return "\n".join(out) + "\n"
+
+
+def in_short(lines: list[Line]) -> str:
+    good, unclear, bad = (sum(outcome(line) == column for line in lines) for column in COLUMNS[:3])
+    return (
+        f"{good + unclear + bad} comparisons were measured: {good} reproduce what is claimed, in {bad} the opposite "
+        f"holds, and {unclear} are undecided, because seeds differ too much to tell."
+    )
+
+
+def comparisons(lines: list[Line]) -> str:
+    """Markdown: a row for each claim, in it a line for each setting that it is compared with."""
+    out = ["| claim | ours | compared with | difference | verdict |", "|---" * 5 + "|"]
+    for claim in {line.claim.id: line.claim for line in lines}.values():
+        mine = [line for line in lines if line.claim is claim]
+        known = drawn(mine)
+        rows = []
+        for line in mine:
+            if line in known:
+                ends = f"[{number(line.low)}, {number(line.high)}]"
+                about = f"{line.name} {number(line.theirs)}", f"{number(line.ours - line.theirs, '+')} {ends}"
+            else:
+                about = line.name, "–"
+            rows.append([*about, outcome(line) if line in known else line.note])
+        ours = number(known[0].ours) if known else "–"
+        columns = ["<br>".join(cells).translate(UNBROKEN) for cells in zip(*rows)]
+        out.append(f"| {claim.text}<br>*{measured(claim)}* | {ours} | {' | '.join(columns)} |")
+    return "\n".join(out) + "\n"
+
+
+def details(claims: list[Claim]) -> str:
+    """Markdown, folded: the studies and settings behind a table."""
+    out = ["<details><summary>Studies and settings, in the same order</summary>", ""]
+    for claim in claims:
+        ours, theirs = (", ".join(f"`{p}`" for p in ps) for ps in (claim.ours, sum(claim.against.values(), [])))
+        switch = f" Switch: `{claim.switch}`." if claim.switch else ""
+        out.append(f"- `{claim.id}`, study `{claim.study}`: {ours} against {theirs}.{switch}")
+    return "\n".join([*out, "", "</details>"]) + "\n"
 
 
 def page(lines: list[Line]) -> str:
     """docs/claims.md, whole."""
-    text = ["# Claims", "", PREFACE.strip(), "", "## Summary", "", summary(lines).strip(), ""]
-    text += ["The pictures below have one line per comparison: right of 0 is what was claimed.", ""]
-    if study.stored("rates") and study.stored("epochs"):
-        text += ["![accuracy against learning rate and passes over a rollout](images/limits.svg)", ""]
+    text = ["# Claims", "", PREFACE.strip().format(in_short(lines)), "", "## Summary", "", summary(lines)]
     for source in dict.fromkeys(line.claim.source for line in lines):
-        text += [f"## {source}", ""]
         mine = [line for line in lines if line.claim.source == source]
-        measured = [line for line in mine if line.name]
+        compared = [line for line in mine if line.name]
+        text += [f"## {heading(source)}", ""]
         if drawn(mine):
-            text += [f"![each claim in words, its differences and their intervals](images/{picture(source)}.svg)", ""]
-        if measured:
-            header = ["claim", "against", "metric", "ours", "theirs", "difference", "seeds", "verdict"]
-            text += [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
-        for line in measured:
-            c, interval = line.claim, ""
-            if line.low == line.low:
-                interval = f"{line.ours - line.theirs:+.3f} [{line.low:+.3f}, {line.high:+.3f}]"
-            metric = f"{c.metric}{'' if c.statistic == 'mean' else ', ' + c.statistic}, {c.better} is better"
-            verdict = f"**{line.verdict}**" + (f" ({line.note})" if line.note else "")
-            cells = [
-                f"`{c.id}`",
-                line.name,
-                metric,
-                number(line.ours),
-                number(line.theirs),
-                interval,
-                line.seeds,
-                verdict,
-            ]
-            text.append(f"| {' | '.join(map(str, cells))} |")
-        text += [""] * bool(measured)
-        for claim in {line.claim.id: line.claim for line in mine}.values():
-            how = f" `{command(claim)}`" if claim.study else ""
-            given = [line for line in mine if line.claim is claim and not line.name]
-            verdict = f" **{given[0].verdict}**: {given[0].note}." if given else ""
-            settings = f" Ours: {', '.join(claim.ours)} (`{claim.study}`)." if claim.study else ""
-            switch = f" Switch: `{claim.switch}`." if claim.switch else ""
-            text.append(f"- `{claim.id}`: {claim.text}{settings}{switch}{verdict}{how}")
-        text.append("")
-    text += [
-        "## Time of a full re-run",
-        "",
-        "Two runs at a time, a thread each, on two cores, from what the stored runs took:",
-        "",
-    ]
-    claims = list({line.claim.id: line.claim for line in lines}.values())
-    text.append(times([claim for claim in claims if claim.study], 2))
+            text += [f"![each claim, its differences and their intervals](images/{picture(source)}.svg)", ""]
+        if compared:
+            text += [comparisons(compared), details(list({line.claim.id: line.claim for line in compared}.values()))]
+        given = [f"- {line.claim.text} **{line.verdict}**: {line.note}." for line in mine if not line.name]
+        text += [*given, ""] if given else []
+    text += ["## Time of a full re-run", "", "Two runs at a time, a thread each, on two cores:", ""]
+    text.append(times([claim for claim in {line.claim.id: line.claim for line in lines}.values() if claim.study], 2))
     return "\n".join(text).rstrip() + "\n"
 
 
 PREFACE = """
-What the abstracts of the papers and our own docs claim, and what the stored runs of this repository say to it. This
-page and its figures are written by `python benchmarks/claims.py` from
-`benchmarks/claims.toml` and `benchmarks/results/`; a test fails when they differ. Everything here is the built-in task
-and its model of 0.7 million parameters: a verdict says nothing about another scale.
+What the papers' abstracts and our own pages claim, and what the runs stored in this repository show. {}
 
-**Rule.** Each setting has runs with several seeds. *Difference* is ours minus theirs, of the mean over seeds (and over
-settings, where a claim has several); *best* compares the best setting of each, *spread* the standard deviation over
-seeds. Its interval of 95 % is a bootstrap over seeds: 4000 times, seeds are drawn again with replacement, for each
-setting on its own.
+Everything was measured on the built-in tasks with models of at most 0.7 million parameters, unless a heading says
+otherwise: a verdict says nothing about another scale.
 
-- **reproduced at this scale**: the whole interval lies on the claimed side of 0.
-- **not**: it does not; *the opposite holds* when all of it lies on the other side, *within the seeds* when it
-  contains 0.
-- **not measured yet**: fewer seeds are stored than the claim asks for. Its command runs what is missing, and goes on
-  where it was when it was interrupted.
-- **held by a test**: an exact statement, which a test of the suite holds.
-- **needs GPU**, **needs a judge**: cannot be measured here, with the reason.
+**How a verdict is reached.** Each setting was run with several seeds. *Ours* is the mean over them (and over the
+settings, where a claim has several) of what the line in italics names; beside it stands the same number for what it is
+compared with. The difference, ours minus theirs, has a 95 % interval by the bootstrap: 4,000 times, the seeds of each
+setting are drawn again with replacement.
 
-With five seeds such an interval is somewhat too narrow, with two it says little, and among many claims some are right
-or wrong by luck: about one in twenty intervals misses the truth.
+- **reproduced**: the whole interval lies on the claimed side of 0, which is the right side in the pictures.
+- **undecided**: the interval contains 0.
+- **the opposite holds**: the whole interval lies on the other side.
+- **n of m seeds**: not measured yet.
 
-Metrics beside those of the scripts: *survives* is the share of runs whose sampled accuracy is not lower at the end than
-at the start; *spike* the largest gradient norm of a run over its median; *steps to 80 %* the first evaluated step with
-that greedy accuracy, or one evaluation after the last where it is never reached. GRPO stands for
-`ppo_baseline.py --advantage group`: the mean of the group is subtracted, and nothing is divided by its deviation.
+An interval from five seeds is somewhat too narrow and one from two says little. About one in twenty intervals misses
+the truth, so with this many claims some verdicts are wrong by chance.
+
+A run *survives* if its sampled accuracy is not lower at the end than at the start. Where 80 % is never reached, the
+number of steps is that of one evaluation after the last. GRPO is `ppo_baseline.py --advantage group`: the mean reward
+of the group is subtracted, and the result is not divided by the standard deviation.
+
+`python benchmarks/claims.py` writes this page and its pictures from `benchmarks/claims.toml` and `benchmarks/results`,
+and a test compares them. `python benchmarks/claims.py --run ID` first runs what a claim lacks and continues where it
+was interrupted; ids stand under each table. Those of the study `credit` are run by `python benchmarks/credit.py`.
 """
 
 
@@ -319,8 +354,30 @@ def before_after(name: str) -> str:
     return "\n".join(out) + "\n"
 
 
+def without(table: str, columns: list[str]) -> str:
+    """A Markdown table less columns whose cells are all alike, so that they can be said once in the text.
+
+    `explanations` is what follows a colon in the names of the settings.
+    """
+    header, _, *lines = table.strip().splitlines()
+    rows = [line[2:-2].split(" | ") for line in (header, *lines)]
+    for column in columns:
+        if column == "explanations":
+            rows = [[row[0].partition(":")[0], *row[1:]] for row in rows]
+            continue
+        i = rows[0].index(column)
+        if len({row[i] for row in rows[1:]}) > 1:
+            raise SystemExit(f"a page leaves the column {column!r} out, but its cells differ")
+        rows = [row[:i] + row[i + 1 :] for row in rows]
+    header, *lines = (f"| {' | '.join(row)} |" for row in rows)
+    return "\n".join([header, "|---" * len(rows[0]) + "|", *lines])
+
+
 def block(what: str) -> str:
     """The text that belongs between markers."""
+    what, _, columns = what.partition(" without ")
+    if columns:
+        return without(block(what), columns.split(", "))
     name, _, which = what.partition(" ")
     if what == "claims":
         return summary([line for claim in load_claims() for line in judge(claim)])
@@ -394,10 +451,11 @@ def drawn(lines: list[Line]) -> list[Line]:
 
 MARKS = {  # verdict and note: (symbol, filled, color, words)
     "": ("o", True, figures.BLUE, "reproduced"),
-    "within the seeds": ("o", False, figures.GREY, "within the seeds"),
+    "within the seeds": ("o", False, figures.GREY, "undecided"),
     "the opposite holds": ("X", True, figures.ORANGE, "the opposite holds"),
 }
-UNITS = {"spike": "times the median", "steps to 80 %": "steps"}  # of metrics that are no shares
+UNITS = {"spike": "medians", "steps to 80 %": "steps"}  # of metrics that are no shares
+LEFT, WRAP = -1.93, 50  # where claims begin, in widths of the axis; characters of a line
 
 
 def draw(lines: list[Line], path: Path) -> None:
@@ -409,15 +467,15 @@ def draw(lines: list[Line], path: Path) -> None:
     far = max([0.1, *(abs(x) for line in lines if line.claim.metric not in UNITS for x in (line.low, line.high))])
     height, places, rules = 0.0, [], []  # in lines of text: of the table so far, of each comparison, between claims
     for claim in {line.claim.id: line.claim for line in lines}.values():
-        mine, words = [line for line in lines if line.claim is claim], textwrap.wrap(claim.text, 84)
+        mine, words = [line for line in lines if line.claim is claim], textwrap.wrap(claim.text, WRAP)
         places += [(line, height + i, words if i == 0 else []) for i, line in enumerate(mine)]
         height += max(len(mine), len(words)) + 0.7
         rules.append(height - 0.85)
     inches = 0.19 * (height + 1.2)
-    figure = figures.plt.figure(figsize=(11, inches + 0.6), layout="none")
-    axis = figure.add_axes([0.62, 0.6 / (inches + 0.6), 0.25, inches / (inches + 0.6)])
-    across = dict(transform=axis.get_yaxis_transform(), va="center", fontsize=8.5)
-    for x, text, side in ((-2.4, "claim", "left"), (-0.03, "against", "right"), (1.04, "verdict here", "left")):
+    figure = figures.plt.figure(figsize=(9.2, inches + 0.6), layout="none")
+    axis = figure.add_axes([0.545, 0.6 / (inches + 0.6), 0.28, inches / (inches + 0.6)])
+    across = dict(transform=axis.get_yaxis_transform(), va="center", fontsize=9)
+    for x, text, side in ((LEFT, "claim", "left"), (-0.03, "compared with", "right"), (1.04, "verdict", "left")):
         axis.text(x, -1.3, text, ha=side, weight="bold", **across)
     ends = [0.1]
     for line, y, words in places:
@@ -426,7 +484,7 @@ def draw(lines: list[Line], path: Path) -> None:
         low, middle, high = sorted(scale * x for x in (line.low, line.ours - line.theirs, line.high))
         symbol, filled, color, verdict = MARKS[line.note]
         for i, part in enumerate(words):
-            axis.text(-2.4, y + i, part, **across)
+            axis.text(LEFT, y + i, part, **across)
         axis.text(-0.03, y, line.name, ha="right", **across)
         axis.plot([low, high], [y, y], color=color, solid_capstyle="butt", linewidth=2.4 if filled else 1.4)
         axis.plot([middle], [y], symbol, color=color, markerfacecolor=color if filled else "white", markersize=5.5)
@@ -434,12 +492,12 @@ def draw(lines: list[Line], path: Path) -> None:
         axis.text(1.04, y, verdict + size, color=color, **across)
         ends.append(-low)
     for y in (-0.75, *rules[:-1]):
-        axis.plot([-2.4, 1.6], [y, y], transform=across["transform"], color="#cccccc", linewidth=0.6, clip_on=False)
+        axis.plot([LEFT, 1.6], [y, y], transform=across["transform"], color="#cccccc", linewidth=0.6, clip_on=False)
     axis.axvline(0, color=figures.BLACK, linewidth=0.9)
     axis.set(xlim=(-1.08 * max(ends), 1.05 * far), ylim=(height - 0.4, -1.8), yticks=[])
     axis.locator_params(axis="x", nbins=6)
     axis.spines["left"].set_visible(False)
-    axis.set_xlabel("difference in the claimed direction, with its interval of 95 %", fontsize=8.5)
+    axis.set_xlabel("difference in the claimed direction, with its interval of 95 %", fontsize=9)
     figures.save(figure, path.stem, path.parent)
 
 

@@ -101,16 +101,18 @@ def run(name: str, changes: str) -> dict:
 
 
 def draw(name: str, panels: list) -> None:
-    """One picture of panels side by side. Runs whose end is the same number have their names apart."""
+    """One picture of panels side by side. The last one that shows the same runs names them."""
     rows = stored()
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.3 * len(panels), 2.8))
+    figure, axes = plt.subplots(1, len(panels), figsize=(3.25 * len(panels), 2.8))
+    named = {tuple(runs): axis for axis, (_, _, runs) in zip(axes, panels)}
     for axis, (title, metric, runs) in zip(axes, panels):
         for each in runs:
             points = [(m["step"], m[metric]) for m in rows[each]["metrics"] if metric in m]
             axis.plot(*zip(*points), label=each, marker="o" if metric.startswith("eval/") else None, **LOOK[each])
         axis.set_title(title)
         axis.set_xlabel("step")
-        name_lines(axis)
+        if named[tuple(runs)] is axis:
+            name_lines(axis)
     save(figure, f"curves-{name}")
 
 

@@ -164,7 +164,7 @@ REWARDS = {  # of the study `qrm`: what trains the policy
 
 def convergence() -> None:
     """Greedy held-out accuracy over the steps, a panel for each reward: median and range over seeds."""
-    figure, axes = plt.subplots(2, 4, figsize=(10.5, 4.6), sharex=True, sharey=True)
+    figure, axes = plt.subplots(2, 4, figsize=(9.4, 4.6), sharex=True, sharey=True)
     looks = {
         "PPO": dict(color=ORANGE, linestyle="-"), "REINFORCE": dict(color=BLACK, linestyle="--"),
         "LCO": dict(color=BLUE, linestyle="-."),
@@ -183,14 +183,15 @@ def convergence() -> None:
                 axis.plot(steps, [statistics.median(v) for v in values], color="#dddddd", linewidth=0.8, zorder=0)
         axis.set_title(title)
         accuracy(axis)
-        name_lines(axis)
     for axis in axes[1]:
         axis.set_xlabel("step of 128 samples")
     axes[0, 3].xaxis.set_tick_params(labelbottom=True)
     axes[1, 3].axis("off")
-    about = "Held-out accuracy, greedy:\nthe median of five seeds, and\na band from the lowest to the\nhighest."
-    about += " In light grey: the\nmedians of all other panels."
-    axes[1, 3].text(0, 0.9, about, va="top", transform=axes[1, 3].transAxes)
+    lines = {line.get_label(): line for axis in axes.flat for line in axis.lines if line.get_label() in looks}
+    axes[1, 3].legend([lines[name] for name in looks], looks, loc="upper left", frameon=False, handlelength=3)
+    about = "Held-out accuracy, greedy:\nthe median of five seeds,\nand a band from the lowest\nto the highest. In light grey:\n"
+    about += "medians of all other panels."
+    axes[1, 3].text(0.02, 0.45, about, va="top", transform=axes[1, 3].transAxes)
     save(figure, "convergence")
 
 
@@ -226,11 +227,11 @@ def gamma() -> None:
 
 def revision() -> None:
     """SEFT: what a round does to answers of which a share p is right, when labels pay, and more prompts."""
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.5))
+    figure, axes = plt.subplots(1, 3, figsize=(9.8, 3.6))
     first = {(r["setting"], r["seed"]): r["rounds"][0] for r in rows_of("base_rate") if r.get("rounds")}
     for how, color, marker, fill, at, words in (
-        ("adaptive", BLUE, "o", BLUE, 0.22, "● adaptive: keeps what it judges right"),
-        ("always", ORANGE, "s", "none", 0.14, "□ always: revises every answer"),
+        ("adaptive", BLUE, "o", BLUE, 0.22, "● adaptive: keeps\n   what it judges right"),
+        ("always", ORANGE, "s", "none", 0.12, "□ always: revises all"),
     ):
         rounds = [m for (name, _), m in first.items() if name.endswith(how)]
         gains = [(m["revise/before"], m["revise/after"] - m["revise/before"]) for m in rounds]
@@ -238,8 +239,8 @@ def revision() -> None:
         axes[0].text(0.02, at, words, color=color, transform=axes[0].transAxes)
     axes[0].axhline(0, color=BLACK, linewidth=0.9)
     axes[0].set_title("Does a round make answers better?")
-    axes[0].set_ylabel("share of right answers: after less before")
-    axes[0].set_xlabel("share of right answers before the round")
+    axes[0].set_ylabel("right answers after less before")
+    axes[0].set_xlabel("right answers before the round")
     groups = {}
     for (name, seed), m in first.items():
         if name.endswith("adaptive"):
@@ -247,7 +248,7 @@ def revision() -> None:
             p, d, f = (always[f"revise/{key}"] for key in ("before", "damage", "fix"))
             at = p * d * m["revise/keep_right"] / ((1 - p) * f)
             groups.setdefault(name.partition(",")[0], []).append((at, m["revise/keep_wrong"]))
-    beside = ((4, -14), (14, 12), (-42, 26))
+    beside = ((4, -14), (18, -2), (-42, 26))
     for (name, points), marker, color, shift in zip(groups.items(), "^oD", (GREEN, BLUE, PURPLE), beside):
         axes[1].scatter(*zip(*points), color=color, marker=marker, s=26)
         x, y = (statistics.fmean(point[i] for point in points) for i in (0, 1))
@@ -256,20 +257,20 @@ def revision() -> None:
     top = max(max(point) for points in groups.values() for point in points) * 1.1 + 0.01
     axes[1].fill_between([0, top], [0, top], color=BLUE, alpha=0.07, linewidth=0)
     axes[1].plot([0, top], [0, top], color=BLACK, linewidth=0.9)
-    axes[1].text(top * 0.97, top * 0.04, "labels pay", color=BLUE, ha="right")
+    axes[1].text(top * 0.97, top * 0.5, "labels pay", color=BLUE, ha="right")
     axes[1].text(top * 0.03, top * 0.93, "labels cost", color=GREY)
     axes[1].set_ylim(-0.06, top)
     axes[1].set_title("Do labels pay?")
-    axes[1].set_ylabel("share of wrong answers that are kept")
+    axes[1].set_ylabel("wrong answers that are kept")
     axes[1].set_xlabel("what that share may be at most")
     rows = [(r["setting"].split(), r["last"]) for r in rows_of("unannotated") if r["ok"]]
     rows = [(int(words[0]), last["eval/sampled"]) for words, last in rows if words[-1] == "prompts"]
     numbers = sorted({n for n, _ in rows})
     band(axes[2], numbers, [[v for n, v in rows if n == x] for x in numbers], "sampled", color=GREEN, marker="P")
     ticks(axes[2], numbers)
-    axes[2].set_title("Do more unannotated prompts help?")
+    axes[2].set_title("Do more prompts help?")
     axes[2].set_ylabel("held-out accuracy, sampled")
-    axes[2].set_xlabel("prompts, for the same number of steps")
+    axes[2].set_xlabel("unannotated prompts, equal steps")
     save(figure, "revision")
 
 
@@ -290,7 +291,7 @@ def credit() -> None:
 
 def real() -> None:
     """SmolLM2: accuracy after each method, and where it started; one mark per seed."""
-    figure, axes = plt.subplots(2, 2, figsize=(10.5, 7.2), gridspec_kw={"height_ratios": (11, 8)})
+    figure, axes = plt.subplots(2, 2, figsize=(9.4, 7.2), gridspec_kw={"height_ratios": (11, 8)})
     titles = "LCO, PPO and REINFORCE", "Distillation", "PPO and REINFORCE with reward models", "SEFT"
     for axis, name, title in zip(axes.flat, ("real_rl", "real_distil", "real_qrm", "real_seft"), titles):
         study = STUDIES[name]

@@ -65,11 +65,11 @@ def ppo() -> None:
         axis.axvspan(*flat, color=ORANGE, alpha=0.12, linewidth=0)
         axis.text(sum(flat) / 2, -0.35 if A > 0 else 0.72, "no gradient", color=ORANGE, ha="center")
         axis.plot([1], [-A], "o", color=BLUE)
-        axis.text(1.03, -A + (0.02 if A > 0 else -0.03), "start: r = 1", color=BLUE, va="center")
+        axis.text(0.97 if A > 0 else 1.03, -A - 0.02, "start: r = 1", color=BLUE, ha="right" if A > 0 else "left", va="top")
         end, side = (1.55, "right") if A > 0 else (0.55, "left")
         axis.text(end, -A * end - 0.015, "without the clip", color=GREY, ha=side, va="top")
         axis.margins(y=0.14)
-        axis.set_title(f"A = {A:+.1f}: the token should become {'likelier' if A > 0 else 'less likely'}")
+        axis.set_title(f"A = {'+' if A > 0 else '−'}{abs(A)}: the token should become {'likelier' if A > 0 else 'less likely'}")
         axis.set_xlabel("ratio r = π / π_old")
         axis.set_ylabel("loss PPO-1")
     save(figure, "ppo_baseline")
@@ -80,7 +80,7 @@ def ppo() -> None:
 
 def lco_figure() -> None:
     """The target, and the losses against the logit of the sampled token, for both signs of its advantage."""
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), constrained_layout=True, width_ratios=[0.8, 1, 1])
+    figure, axes = plt.subplots(1, 3, figsize=(9.3, 3.6), constrained_layout=True, width_ratios=[0.9, 1, 1])
     old = torch.tensor([0.61, 0.38, 0.01]).log()
     half = torch.tensor([0.0, 0.5, 0.0])
     bars = [("π_old", old.exp(), GREY, ""), ("π*", lco.target_logprobs(old, half, 1.0, "exp").exp(), BLUE, "//")]
@@ -88,8 +88,8 @@ def lco_figure() -> None:
         x = [a + 0.38 * i - 0.19 for a in range(3)]
         axes[0].bar(x, p, 0.36, color=color, alpha=0.85, hatch=hatch, edgecolor="white")
         for at, height in zip(x, p.tolist()):
-            axes[0].text(at, height + 0.01, f"{height:.2f}", ha="center", fontsize=8, color=color)
-        axes[0].text(1.55, 0.55 - 0.07 * i, name, color=color, fontsize=11)
+            axes[0].text(at, height + 0.01, f"{height:.2f}", ha="center", fontsize=9, color=color)
+        axes[0].text(1.7, 0.58 - 0.07 * i, name, color=color, fontsize=11)
     axes[0].set_xticks(range(3), ["1", "2\nsampled, A = +0.5", "3"])
     axes[0].set_ylim(0, 0.7)
     axes[0].set_title(f"the target after “{PROMPT}”")
@@ -116,14 +116,14 @@ def lco_figure() -> None:
         axis.plot([0], [1], "o", color="black", zorder=5)
         axis.annotate("start", (0, 1), (-0.12 if A > 0 else 0.12, 0.62), ha="right" if A > 0 else "left")
         side = 1 if A > 0 else -1
-        axis.text(side * 1.5, 0.12, "PPO is flat", color=ORANGE, ha="center")
-        axis.text(side * 1.95, 0.7, "LCO\npulls back", color=BLUE, ha="center", fontsize=9)
+        axis.text(side * 1.6, 0.12, "PPO is flat", color=ORANGE, ha="center")
+        axis.text(side * 1.95, 1.2, "LCO\npulls\nback", color=BLUE, ha="center", va="center")
         axis.set_ylim(-0.1, 4)
         axis.set_xlim(-2.6, 2.6)
-        axis.set_title(f"the losses, A = {A:+.1f}")
+        axis.set_title(f"the losses, A = {'+' if A > 0 else '−'}{abs(A)}")
         axis.set_xlabel("change of the sampled token's logit")
     axes[1].set_ylabel("loss above its lowest value (start = 1)")
-    axes[2].legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0), handlelength=3)
+    figure.legend(*axes[2].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, handlelength=3)
     save(figure, "lco")
 
 
@@ -143,7 +143,7 @@ def next_token(*names: str) -> tuple[list[str], list[torch.Tensor]]:
     return [tokenizer.decode([i]) for i in keep], [row[keep] / row[keep].sum() for row in rows]
 
 
-def bars(axis, tokens, columns, unit="{:.2f}") -> None:
+def bars(axis, tokens, columns, unit="{:.2f}", size=9) -> None:
     """Grouped bars, their heights written above or below them, and a name for each group of colour in a legend."""
     width = 0.8 / len(columns)
     for i, (name, values, color, hatch) in enumerate(columns):
@@ -152,7 +152,7 @@ def bars(axis, tokens, columns, unit="{:.2f}") -> None:
         for at, height in zip(x, map(float, values)):
             below = height < 0
             axis.annotate(unit.format(height), (at, height), (0, -2 if below else 2), textcoords="offset points",
-                          ha="center", va="top" if below else "bottom", fontsize=7.5, color=color)  # fmt: skip
+                          ha="center", va="top" if below else "bottom", fontsize=size, color=color)  # fmt: skip
     axis.set_xticks(range(len(tokens)), tokens)
     axis.axhline(0, color="black", linewidth=0.8)
 
@@ -178,25 +178,22 @@ def adpa_figure() -> None:
     asks = student * (A - (student * A).sum())
     kl = (student.log() + A).softmax(-1)
     opd = (ref.log() + A).softmax(-1)
-    figure, axes = plt.subplots(1, 3, figsize=(11.5, 3.4), constrained_layout=True, width_ratios=[1.15, 0.9, 1.15])
+    figure, axes = plt.subplots(1, 3, figsize=(9.6, 4), constrained_layout=True, width_ratios=[1.15, 0.95, 1.15])
     columns = [("student π", student, GREY, ""), ("reference teacher π_ref", ref, ORANGE, "\\\\"),
                ("aligned teacher π_dpo", teacher, BLUE, "//")]  # fmt: skip
-    bars(axes[0], tokens, columns)
+    bars(axes[0], tokens, columns, size=7.5)
     axes[0].set_title(f"next token after “{PROMPT}”")
     axes[0].set_ylabel("probability")
-    bars(axes[1], tokens, [("advantage A", A, PURPLE, ""), ("minus the gradient", asks, GREEN, "//")])
-    axes[1].set_title("A = log π_dpo − log π_ref, and its pull")
+    bars(axes[1], tokens, [("advantage A", A, PURPLE, ""), ("minus the gradient", asks, GREEN, "//")], size=7.5)
+    axes[1].set_title("A = log π_dpo − log π_ref")
     best = torch.nn.functional.one_hot(A.argmax(), len(tokens)).float()
-    columns = [("ADPA-2: linear, tail noise", best, GREEN, ""),
-               ("ADPA-3: KL to the student, β = 1", kl, PURPLE, "\\\\"),
-               ("ADPA-4: on-policy distillation, λ = 1", opd, BLUE, "//")]  # fmt: skip
-    bars(axes[2], tokens, columns)
+    columns = [("ADPA-2: linear", best, GREEN, ""), ("ADPA-3: KL to student", kl, PURPLE, "\\\\"),
+               ("ADPA-4: distillation", opd, BLUE, "//")]  # fmt: skip
+    bars(axes[2], tokens, columns, size=7.5)
     axes[2].set_title("where each objective ends")
-    for axis, top in zip(axes, (1.3, None, 1.45)):
-        axis.legend(frameon=False, fontsize=8, loc="upper left")
-        axis.set_ylim(top=top)
-    axes[1].margins(y=0.12)
-    axes[1].set_ylim(-2.6, 3.4)
+    for axis, limits in zip(axes, ((0, 1.3), (-2.7, 3.8), (0, 1.5))):
+        axis.legend(frameon=False, fontsize=9, loc="upper left", borderaxespad=0.2)
+        axis.set_ylim(*limits)
     save(figure, "adpa")
 
 
@@ -218,7 +215,7 @@ def dpo_figure() -> None:
             axes[0].plot([x[at]], [y[at]], "o", color=color)
             axes[0].annotate("label smoothing 0.1:\nlowest at log 9 = 2.2", (x[at], y[at]), (2.0, 1.15), color=color,
                              arrowprops={"arrowstyle": "-", "color": color})  # fmt: skip
-            axes[1].text(-3.9, 0.6, "smoothing 0.1", color=color)
+            axes[1].text(-3.9, 0.55, "smoothing 0.1", color=color)
     axes[0].plot([0], [torch.tensor(2.0).log()], "o", color="black")
     axes[0].annotate("start: log 2", (0, 0.69), (-0.3, 0.33), ha="right")
     axes[0].text(-3.4, 3.95, "DPO-1", color=BLUE)
@@ -250,7 +247,7 @@ def qrm() -> None:
         if 2 <= sum(truth) < len(truth):  # it begins right, and then slips
             break
     first_wrong = truth.index(0.0)
-    figure, axis = plt.subplots(figsize=(10, 3.1), constrained_layout=True)
+    figure, axis = plt.subplots(figsize=(8.8, 3.4), constrained_layout=True)
     for row, (name, title) in enumerate(names.items()):
         axis.text(-0.3, -row, title, ha="right", va="center")
         scores, low, high = lines[name], min(lines[name]), max(lines[name])
@@ -261,12 +258,13 @@ def qrm() -> None:
             axis.text(
                 at + 0.48, -row + 0.1, token.replace("<eos>", "eos"), ha="center", va="center", family="monospace"
             )
-            axis.text(at + 0.48, -row - 0.27, f"{score:.1f}", ha="center", va="center", fontsize=6.5, color="#444444")
+            written = f"{score:.1f}".replace("-0.0", "0.0").replace("-", "−")
+            axis.text(at + 0.48, -row - 0.27, written, ha="center", va="center", fontsize=8.5, color="#333333")
     axis.add_patch(plt.Rectangle((first_wrong - 0.02, -3.5), 1, 4, fill=False, color="black", linewidth=1.5))
     axis.text(first_wrong + 0.48, 0.62, "first wrong token", ha="center")
     axis.text(-0.3, 0.62, f"answer to {prompt}", ha="right", weight="bold")
-    axis.text(0, -3.85, "blue: the best token of its line, orange: the worst", fontsize=9, color="#444444")
-    axis.set_xlim(-6.2, len(tokens) + 0.1)
+    axis.text(0, -3.85, "blue: the best token of its line, orange: the worst", color="#444444")
+    axis.set_xlim(-3.9, len(tokens) + 0.1)
     axis.set_ylim(-4, 0.9)
     axis.axis("off")
     save(figure, "qrm")
@@ -277,7 +275,7 @@ def qrm() -> None:
 
 def seft() -> None:
     made = json.loads(EXAMPLE.read_text())
-    figure, axis = plt.subplots(figsize=(11, 4.0), constrained_layout=True)
+    figure, axis = plt.subplots(figsize=(9.4, 4.0), constrained_layout=True)
     box = {"boxstyle": "round,pad=0.45", "linewidth": 1.3}
     columns = [0, 2.6, 5.6, 8.6, 11.2]
     heads = ["a new prompt x", "1. policy: y0", "2. reviser: label", "3. reviser: y*", "4. policy learns"]
@@ -321,8 +319,8 @@ def seft() -> None:
     axis.annotate("", (columns[1], -0.85), (columns[4], -0.85), arrowprops=loop)
     axis.text((columns[1] + columns[4]) / 2, -1.08, "next round: the policy that has learnt answers new prompts",
               ha="center", color=PURPLE, fontsize=9)  # fmt: skip
-    axis.set_xlim(-1.2, 12.2)
-    axis.set_ylim(-1.6, 2.0)
+    axis.set_xlim(-0.9, 12)
+    axis.set_ylim(-1.3, 2.0)
     axis.axis("off")
     save(figure, "seft")
 
@@ -332,7 +330,7 @@ def seft() -> None:
 
 def readme() -> None:
     """PPO and LCO against passes over a rollout and the learning rate: median and range of ten seeds."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.3), sharey=True, constrained_layout=True)
+    figure, axes = plt.subplots(1, 2, figsize=(9.4, 3.3), sharey=True, constrained_layout=True)
     panels = (("epochs", "{} epoch", (1, 2, 4, 8), "passes over each rollout"),
               ("rates", "lr x{}", (1, 3, 10, 30), "learning rate, in units of 1e-4"))  # fmt: skip
     for axis, (study, suffix, values, label) in zip(axes, panels):
@@ -355,8 +353,8 @@ def readme() -> None:
         axis.set_xlabel(label)
         axis.set_ylim(0, 0.85)
     axes[0].set_ylabel("sampled held-out accuracy")
-    axes[0].text(8, 0.56, "LCO", color=BLUE, ha="right", weight="bold")
-    axes[0].text(7.6, 0.2, "PPO", color=ORANGE, ha="right", weight="bold")
+    axes[0].text(6.6, 0.69, "LCO", color=BLUE, ha="right", weight="bold")
+    axes[0].text(6.6, 0.26, "PPO", color=ORANGE, ha="right", weight="bold")
     axes[0].text(1, 0.37, "before training", color=GREY)
     axes[1].text(12.5, 0.36, "LCO", color=BLUE, weight="bold")
     axes[1].text(6.4, 0.12, "PPO", color=ORANGE, ha="right", weight="bold")
@@ -365,7 +363,7 @@ def readme() -> None:
 
 def family() -> None:
     """Which script goes on from which, and what is handed over."""
-    figure, axis = plt.subplots(figsize=(10, 3.3), constrained_layout=True)
+    figure, axis = plt.subplots(figsize=(9.6, 3.3), constrained_layout=True)
     places = {  # name: (x, y, what, colour)
         "ppo_baseline.py": (0.0, 2, "rewards, on-policy", ORANGE),
         "lco.py": (4.2, 2, "regression on the optimum", BLUE),
@@ -383,7 +381,7 @@ def family() -> None:
     def arrow(a, b, label, at, color=GREY, style="-", **more):
         look = {"arrowstyle": "->", "color": color, "linestyle": style, "linewidth": 1.5} | more
         axis.annotate("", b, a, arrowprops=look)
-        axis.text(*at, label, ha="center", va="center", fontsize=8.5, color=color)
+        axis.text(*at, label, ha="center", va="center", fontsize=9.5, color=color)
 
     arrow((1.25, 2), (2.75, 2), "another loss", (2.0, 2.2))
     arrow((1.25, 0.4), (2.85, 0.4), "+ teacher's KL", (2.05, 0.6))

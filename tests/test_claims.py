@@ -89,6 +89,17 @@ def test_a_changed_number_is_found():
         claims.refresh("1<!-- stability; PPO, lr 7; eval/greedy; min -->")
 
 
+def test_columns_left_out():
+    """Only those that are alike in every row."""
+    table = "| setting | seeds | after |\n|---|---|---|\n| a | 5 | .1 [.0, .2] |\n| b | 5 | – |\n"
+    short = "| setting | after |\n|---|---|\n| a | .1 [.0, .2] |\n| b | – |"
+    long = table.replace("| b |", "| b: the other |")
+    assert claims.without(table, ["seeds"]) == short == claims.without(long, ["seeds", "explanations"])
+    assert claims.block("lco") != claims.block("lco without seeds")
+    with pytest.raises(SystemExit, match="'after'"):
+        claims.without(table, ["seeds", "after"])
+
+
 # ---- claims.toml -----------------------------------------------------------------------------------------------------
 
 
@@ -261,7 +272,7 @@ def test_pictures(lines, tmp_path):
         stored = (claims.figures.IMAGES / f"{claims.picture(source)}.svg").read_text()
         words = re.findall(r"<!-- (.*?) -->", stored)
         for claim in (line.claim for line in mine):
-            assert all(part in words for part in claims.textwrap.wrap(claim.text, 84)), claim.id
+            assert all(part in words for part in claims.textwrap.wrap(claim.text, claims.WRAP)), claim.id
         verdicts = [word.partition(",")[0] for word in words]
         assert all(words.count(line.name) >= [x.name for x in mine].count(line.name) for line in mine)
         for note, (_, _, _, verdict) in claims.MARKS.items():

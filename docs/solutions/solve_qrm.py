@@ -28,7 +28,7 @@ def exercise_1() -> None:
 def exercise_2() -> None:
     """2. The sum of phi(s') - phi(s) over an answer is phi(end) - phi(start) = 0: the mean of the scores stays. Two
     tokens a, b of one state lead to different states; phi is free there, so a phi that is high after b makes b the
-    better one."""
+    better one. QRM-3 has the last score alone, so it loses phi before the last token, unless that is 0."""
     Z, other = torch.tensor([[-0.2, -0.1, -0.3]]), torch.tensor([[-0.9, -0.1, -0.3]])  # the answers differ in a token
     after_good, after_bad = torch.tensor([0.0, -1.0, 0.0, 0.0]), torch.tensor([0.0, 2.0, 0.0, 0.0])  # phi of the states
     mask = torch.ones(1, 3, dtype=torch.bool)
@@ -42,7 +42,8 @@ def exercise_2() -> None:
 
 def exercise_3() -> None:
     """3. exp Z is a softmax. The potential of exercise 2 adds phi(s') to each token, which the softmax would have to
-    carry: after it the sum over tokens is 1 only if sum_a exp(Z + phi(s') - phi(s)) = 1, which fixes phi(s)."""
+    carry: after it the sum over tokens is 1 only if sum_a exp(Z + phi(s') - phi(s)) = 1, which fixes phi(s) by the
+    phi(s') after it. After EOS phi is 0, so it is 0 one token earlier, and so on to the start: there is no other."""
     logits = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
     Z = logits.log_softmax(-1)
     print(f"   sums {Z.exp().sum(-1).tolist()}")
