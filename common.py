@@ -358,9 +358,7 @@ def _nearest(word: str, words, prefix: str = "") -> str:
 
 
 def _boolean(word: str) -> bool:
-    if word.lower() not in ("true", "false"):
-        raise ValueError(word)
-    return word.lower() == "true"
+    return bool(("false", "true").index(word.lower()))
 
 
 @lru_cache
@@ -680,10 +678,11 @@ class RunFolder:
         pace = (time.time() - self.first[1]) / max(1, step - self.first[0])
         left = timedelta(seconds=int(pace * (self.total - step)))
         names = [k for start in ON_SCREEN for k in metrics if k.startswith(start) and metrics[k] is not None]
-        shown = [f"step {step}/{self.total}", *(f"{k.removesuffix('/mean')} {metrics[k]:.4g}" for k in names)]
-        shown += [f"{pace:.2f} s/step", f"{left} left"] * (step > self.first[0])
-        line, width = "  ".join(x.replace(" ", "\0") for x in shown), shutil.get_terminal_size((10**6, 0)).columns
-        print(textwrap.fill(line, width, subsequent_indent="  ", break_on_hyphens=False).replace("\0", " "), flush=True)
+        shown = [f"step\0{step}/{self.total}", *(f"{k.removesuffix('/mean')}\0{metrics[k]:.4g}" for k in names)]
+        shown += [f"{pace:.2f}\0s/step", f"{left}\0left"] * (step > self.first[0])
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 10**6
+        text = textwrap.fill("  ".join(shown), width, subsequent_indent="  ", break_on_hyphens=False)
+        print(text.replace("\0", " "), flush=True)
 
     def samples(self, step: int, samples: list[dict]) -> None:
         """Rows {kind, prompt, completion, reward} into samples.jsonl."""

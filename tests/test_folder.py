@@ -158,9 +158,11 @@ def test_a_stopped_run_has_no_model(base, run):
 
 def test_a_line_of_a_step_is_broken_by_a_terminal_only(tmp_path, monkeypatch, capsys):
     """Between metrics, never inside one; a file has one line per step."""
-    run = mock.Mock(path=tmp_path, total=2, tracker=None, first=(0, time.time() - 60))
+    run = mock.Mock(path=tmp_path, total=2, tracker=None, first=(0, 100.0))
+    monkeypatch.setattr(common, "time", mock.Mock(time=lambda: 160.0))
     for columns, lines in (("", 1), ("40", 4)):
         monkeypatch.setenv("COLUMNS", columns)
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: bool(columns), raising=False)
         common.RunFolder.log(run, 1, {"reward/mean": 0.5, "loss/policy": -7.5e-05, "eval/greedy": 0.125})
         shown = capsys.readouterr().out.rstrip("\n").split("\n")
         assert len(shown) == lines and max(map(len, shown)) <= int(columns or 200)
