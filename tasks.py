@@ -400,6 +400,7 @@ def checked_reward(reward: Callable, name: str) -> Callable:
 
 # ---- the task --------------------------------------------------------------------------------------------------------
 
+
 def load_task(
     task: str = "auto", dataset: str = "", reward_file: str = "", test_rows: int = 256, test_dataset: str = "",
     graded: bool = True, train: bool = True,

@@ -309,12 +309,18 @@ def real() -> None:
                 values = [r["last"][key] for r in rows]
                 axis.scatter(values, [y - shift] * len(rows), s=18, zorder=3, **look)
                 axis.vlines(statistics.median(values), y - shift - 0.14, y - shift + 0.14, color=BLACK, linewidth=1.2)
-            axis.plot([rows[0]["eval"][0]["eval/greedy"]] * 2, [y - 0.4, y + 0.4], color=GREY, linestyle=":", linewidth=1.2)
+            axis.plot(
+                [rows[0]["eval"][0]["eval/greedy"]] * 2, [y - 0.4, y + 0.4], color=GREY, linestyle=":", linewidth=1.2
+            )
         axis.set_yticks(range(len(ended)), [names.get(s, s) for s in ended])
         axis.set_ylim(len(ended) - 0.4, -0.6)
         axis.set_xlim(-0.02, 0.62)
         axis.set_title(title)
-    for x, color, words in ((0.28, BLUE, "● greedy"), (0.38, ORANGE, "□ sampled"), (0.5, GREY, "┊ greedy at the start")):
+    for x, color, words in (
+        (0.28, BLUE, "● greedy"),
+        (0.38, ORANGE, "□ sampled"),
+        (0.5, GREY, "┊ greedy at the start"),
+    ):
         figure.text(x, 1.02, words, color=color)
     figure.text(0.68, 1.02, "| median", color=BLACK)
     figure.supxlabel("held-out accuracy", fontsize=9)

@@ -65,11 +65,15 @@ def ppo() -> None:
         axis.axvspan(*flat, color=ORANGE, alpha=0.12, linewidth=0)
         axis.text(sum(flat) / 2, -0.35 if A > 0 else 0.72, "no gradient", color=ORANGE, ha="center")
         axis.plot([1], [-A], "o", color=BLUE)
-        axis.text(0.97 if A > 0 else 1.03, -A - 0.02, "start: r = 1", color=BLUE, ha="right" if A > 0 else "left", va="top")
+        axis.text(
+            0.97 if A > 0 else 1.03, -A - 0.02, "start: r = 1", color=BLUE, ha="right" if A > 0 else "left", va="top"
+        )
         end, side = (1.55, "right") if A > 0 else (0.55, "left")
         axis.text(end, -A * end - 0.015, "without the clip", color=GREY, ha=side, va="top")
         axis.margins(y=0.14)
-        axis.set_title(f"A = {'+' if A > 0 else '−'}{abs(A)}: the token should become {'likelier' if A > 0 else 'less likely'}")
+        axis.set_title(
+            f"A = {'+' if A > 0 else '−'}{abs(A)}: the token should become {'likelier' if A > 0 else 'less likely'}"
+        )
         axis.set_xlabel("ratio r = π / π_old")
         axis.set_ylabel("loss PPO-1")
     save(figure, "ppo_baseline")
@@ -123,7 +127,9 @@ def lco_figure() -> None:
         axis.set_title(f"the losses, A = {'+' if A > 0 else '−'}{abs(A)}")
         axis.set_xlabel("change of the sampled token's logit")
     axes[1].set_ylabel("loss above its lowest value (start = 1)")
-    figure.legend(*axes[2].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, handlelength=3)
+    figure.legend(
+        *axes[2].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, handlelength=3
+    )
     save(figure, "lco")
 
 

@@ -59,7 +59,9 @@ def checked_out(commit: str, folder: Path) -> Path:
     """The files of a commit in `folder`."""
     archive = subprocess.run(["git", "-C", ROOT, "archive", commit], capture_output=True)
     if archive.returncode:
-        raise SystemExit(f"this study needs commit {commit}, a clone with its history: {archive.stderr.decode().strip()}")
+        raise SystemExit(
+            f"this study needs commit {commit}, a clone with its history: {archive.stderr.decode().strip()}"
+        )
     subprocess.run(["tar", "-x"], cwd=folder, input=archive.stdout, check=True)
     return folder
 
@@ -317,7 +319,9 @@ def samples_table(rows: list[dict], settings: dict[str, str]) -> str:
     for name in settings:
         mine = sorted((r for r in rows if r["setting"] == name and r.get("samples")), key=lambda r: r["seed"])[:1]
         for texts in (texts for r in mine for texts in r["samples"]):
-            prompt, *answers = (" ".join(text.replace("|", "\\|").split()) for text in (texts[0].split("\n")[0], *texts[1:]))
+            prompt, *answers = (
+                " ".join(text.replace("|", "\\|").split()) for text in (texts[0].split("\n")[0], *texts[1:])
+            )
             prompt = prompt if len(prompt) < 60 else "… " + " ".join(prompt.split()[-5:])
             lines.append(f"| {' | '.join([name, prompt, *(answer[:80] for answer in answers)])} |")
     return "\n".join(lines) + "\n"

@@ -28,7 +28,9 @@ def create(task: str):
     try:
         from reasoning_gym import factory
     except ModuleNotFoundError as error:
-        raise BadInput(f"{found}: its prompts are from reasoning-gym; expected it (pip install reasoning-gym)") from error
+        raise BadInput(
+            f"{found}: its prompts are from reasoning-gym; expected it (pip install reasoning-gym)"
+        ) from error
     known = sorted(factory.DATASETS)
     require(name in known, f"{found}: reasoning-gym has no family '{name}'; expected one of {', '.join(known)}")
     keys, config = [f.name for f in fields(factory.DATASETS[name][1]) if f.name not in ("seed", "size")], {}

@@ -303,7 +303,9 @@ def test_pair_accuracy_by_hand(how, judges, tmp_path, capsys):
     assert found["eval/pair_accuracy"] == sum(x > 0 for x in margins) / 5
     assert found["eval/margin"] == pytest.approx(sum(margins) / 5, rel=1e-4, abs=1e-6)
     about = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert not about.keys() & {"model", "max_prompt", "samples_per_prompt"} and "sizes of" not in capsys.readouterr().out
+    assert (
+        not about.keys() & {"model", "max_prompt", "samples_per_prompt"} and "sizes of" not in capsys.readouterr().out
+    )
     whole = run(tmp_path / "all", **settings | {"test_pairs": 0})
     assert whole["prompts"] == 21 and len(read(tmp_path / "all" / "samples.jsonl")) == 21
 

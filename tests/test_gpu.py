@@ -53,4 +53,6 @@ def test_dry_run(bench, tmp_path, monkeypatch, capsys):
 def test_stored_rows_are_complete():
     """What docs/gpu.md quotes names its device and versions."""
     rows = [json.loads(line) for line in (ROOT / "benchmarks" / "results" / "gpu.jsonl").read_text().splitlines()]
-    assert rows and all(row.keys() == {"device", "torch", "transformers", "part", "case", "expected", "seen"} for row in rows)
+    assert rows and all(
+        row.keys() == {"device", "torch", "transformers", "part", "case", "expected", "seen"} for row in rows
+    )

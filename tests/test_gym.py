@@ -63,7 +63,9 @@ def test_rows_are_a_function_of_seed_and_step_and_never_held_out(package):
     assert len(task.test) == len({text(row) for row in task.test}) == 32
     assert not {text(row) for row in task.test} & {text(row) for step in rows for row in step}
     free = task.unannotated(64, 0)
-    assert free == task.unannotated(64, 0) != task.unannotated(64, 1) and task.correct([r["answer"] for r in free], free)
+    assert free == task.unannotated(64, 0) != task.unannotated(64, 1) and task.correct(
+        [r["answer"] for r in free], free
+    )
     assert not {text(row) for row in task.test} & {text(row) for row in free}
     assert task.test == tasks.load_task("gym:sums", test_rows=32).test and "32 held-out" in task.note
 

@@ -198,9 +198,7 @@ def test_host_memory_of_a_load(tiny_model, letter_tokenizer, tmp_path):
     size = os.path.getsize(tmp_path / "large" / "model.safetensors")
     assert 190e6 < size < 220e6
     (tmp_path / "memory.py").write_text(MEMORY)
-    done = run_script(
-        tmp_path / "memory.py", folder, tiny_model, ranks=2, timeout=240, MALLOC_MMAP_THRESHOLD_="65536"
-    )
+    done = run_script(tmp_path / "memory.py", folder, tiny_model, ranks=2, timeout=240, MALLOC_MMAP_THRESHOLD_="65536")
     rows = [line.split() for line in done.stdout.splitlines() if line.startswith("peak")]
     assert len(rows) == 2
     for _, peak, _, shards in rows:

@@ -62,7 +62,9 @@ def test_pair_loss_is_a_sum_over_pairs():
     )
 
 
-@pytest.mark.parametrize("how, expected", [("mean", [2.0, -4.0, 0.5]), ("last", [6.0, -4.0, -1.0]), ("sum", [6.0, -4.0, 1.0])])
+@pytest.mark.parametrize(
+    "how, expected", [("mean", [2.0, -4.0, 0.5]), ("last", [6.0, -4.0, -1.0]), ("sum", [6.0, -4.0, 1.0])]
+)
 def test_answer_scores(how, expected):
     """What lies in the padding never counts."""
     scores, mask = rows([1.0, -1.0, 6.0], [-4.0], [2.0, -1.0])

@@ -179,7 +179,9 @@ def test_samples_share_the_prompt(models, name):
     """Four samples of a prompt are four rows with the same noise, and the prompt is read once."""
     model, prompt_ids, noise = models[name], prompts(5), noise_for(20)
     reads = []
-    handle = model.base_model.register_forward_pre_hook(lambda m, a, k: reads.append(k["input_ids"].shape), with_kwargs=True)
+    handle = model.base_model.register_forward_pre_hook(
+        lambda m, a, k: reads.append(k["input_ids"].shape), with_kwargs=True
+    )
     shared = generate(model, prompt_ids, noise, samples=4)
     handle.remove()
     assert reads[0] == (5, max(map(len, prompt_ids))) and all(shape[1] == 1 for shape in reads[1:])

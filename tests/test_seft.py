@@ -266,7 +266,10 @@ def refused(base, out, monkeypatch):
         (dict(rounds=3), ["--steps 4 does not divide into --rounds 3"]),
         (dict(unannotated=1), ["1 new prompts, expected 2 or more"]),
         (dict(external_rounds=1), ["--external_rounds needs --external_model"]),
-        (dict(stage="reviser", task="words"), ["--dataset is empty: --stage reviser and --pair_share need preference pairs"]),
+        (
+            dict(stage="reviser", task="words"),
+            ["--dataset is empty: --stage reviser and --pair_share need preference pairs"],
+        ),
         (dict(stage="reviser", builtin_pairs=1), ["1 pairs", "two halves"]),
         (dict(max_prompt=2), ["no pair is left", "are too long"]),
     ],

@@ -410,7 +410,11 @@ def test_marks_blank_lines_and_broken_files(tmp_path):
     bad = {"twice.jsonl": '{"a": 1}\n\n{"a": 1, "a": 2}', "deep.jsonl": "{}\n" + deep, "deep.json": deep}
     for name, text in bad.items():
         (tmp_path / name).write_text(text)
-        refused("row 2 cannot be read (" if name.endswith("l") else "cannot be read (", tasks.read_rows, str(tmp_path / name))
+        refused(
+            "row 2 cannot be read (" if name.endswith("l") else "cannot be read (",
+            tasks.read_rows,
+            str(tmp_path / name),
+        )
     (tmp_path / "c.parquet").write_bytes(b"PAR1 no parquet PAR1")
     refused("c.parquet cannot be read (", tasks.read_rows, str(tmp_path / "c.parquet"))
 
@@ -567,7 +571,11 @@ def test_reward_files_import_their_siblings_and_use_process_pools(tmp_path):
 
 def test_a_reward_that_exits_is_an_error_with_its_text(tmp_path):
     file = tmp_path / "exits.py"
-    for call, text in (("sys.exit('no key')", "sys.exit('no key')"), ("exit(0)", "sys.exit(0)"), ("quit()", "sys.exit(")):
+    for call, text in (
+        ("sys.exit('no key')", "sys.exit('no key')"),
+        ("exit(0)", "sys.exit(0)"),
+        ("quit()", "sys.exit("),
+    ):
         file.write_text(f"import sys\ndef reward(prompts, completions, rows): {call}")
         refused(f"exits.py: reward() called {text}", tasks.load_reward(str(file)), [], [], [])
 
