@@ -680,7 +680,7 @@ class RunFolder:
         names = [k for start in ON_SCREEN for k in metrics if k.startswith(start) and metrics[k] is not None]
         shown = [f"step\0{step}/{self.total}", *(f"{k.removesuffix('/mean')}\0{metrics[k]:.4g}" for k in names)]
         shown += [f"{pace:.2f}\0s/step", f"{left}\0left"] * (step > self.first[0])
-        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 10**6
+        width = shutil.get_terminal_size().columns if sys.stdout and sys.stdout.isatty() else 10**6
         text = textwrap.fill("  ".join(shown), width, subsequent_indent="  ", break_on_hyphens=False)
         print(text.replace("\0", " "), flush=True)
 
