@@ -182,7 +182,7 @@ class Decoder:
 def estimate_memory(
     models: dict, *, rows: int, micro_batch: int, rollout_rows: int, max_prompt: int, max_new_tokens: int, dtype: str
 ) -> tuple[bool, str]:
-    """The peak of a rank with `rows` completions a step, in words."""
+    """The peak of a rank with `rows` completions per step, in words."""
     device = next(iter(models.values())).device
     sizes = dict(rows=rows, micro_batch=micro_batch, rollout_rows=rollout_rows, new_tokens=max_new_tokens)
     parts = memory_parts(
@@ -194,7 +194,7 @@ def estimate_memory(
         chunk_mib=256 if device.type == "cuda" else 64,
     )
     words = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in parts.items())
-    return True, f"about {peak_memory(parts) / 2**30:.1f} GiB a rank: {words}"
+    return True, f"about {peak_memory(parts) / 2**30:.1f} GiB per rank: {words}"
 
 
 def peak_memory(parts: dict[str, float]) -> float:
