@@ -250,9 +250,10 @@ def rounds_table(rows: list[dict], settings: dict[str, str]) -> str:
 
 
 def spread(values) -> str:
-    """Median [lowest, highest] of those that are known."""
+    """Median [lowest, highest] of those that are known, without the zero before the point: ten such columns fit a page."""
     values = [v for v in values if v is not None]
-    return f"{statistics.median(values):.3f} [{min(values):.3f}, {max(values):.3f}]" if values else "–"
+    text = f"{statistics.median(values):.3f} [{min(values):.3f}, {max(values):.3f}]" if values else "–"
+    return re.sub(r"\b0\.", ".", text)
 
 
 def first_rounds(rows: list[dict], name: str) -> dict[int, dict]:
@@ -268,7 +269,7 @@ def revision_table(rows: list[dict], settings: dict[str, str]) -> str:
     """
     names = {"right before": "before", "right after": "after", "fix": "fix", "damage": "damage", "AUC": "auc"}
     names |= {"r": "keep_right", "k": "keep_wrong"}
-    header = ["first round", "seeds", *names, "k at break-even", "dropped"]
+    header = ["first round", "seeds", *names, "k at break-even", "drop"]
     lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     for name in settings:
         mine = first_rounds(rows, name)
