@@ -150,9 +150,10 @@ def join(device: str, alone: bool) -> None:
     given = dict(store=dist.HashStore(), rank=0, world_size=1) if alone else dict(timeout=timedelta(minutes=30))
     dist.init_process_group(backend, **given)
     _store = dist.distributed_c10d._get_default_store()
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
+    _store.set(f"joined {rank()}", "")
+    if rank() == 0:  # may host the store, without which the others could not join
+        _store.wait([f"joined {other}" for other in range(world())])
+    importlib.import_module("transformers.utils.logging").disable_progress_bar()
 
 
 def prepare(device: str) -> None:
