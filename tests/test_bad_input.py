@@ -49,7 +49,8 @@ def refused(base, monkeypatch):
         (lco, dict(loss="mse", target="linear"), ["--target linear", "--loss kld"]),
         *((s, dict(advantage="group", samples_per_prompt=1), ["--advantage group", "at least 2"]) for s in BOTH),
         *((s, dict(advantage="token"), ["--advantage token needs --reward_file"]) for s in BOTH),
-        *((s, dict(critic_warmup=2), ["--critic_warmup 2 is above --steps 1"]) for s in BOTH),
+        *((s, dict(critic_warmup=2, advantage="gae"), ["--critic_warmup", "at most --steps"]) for s in BOTH),
+        *((s, dict(critic_warmup=1, advantage="group"), ["--critic_warmup", "--advantage gae"]) for s in BOTH),
     ],
 )
 def test_combination_that_means_nothing(script, changes, parts, refused):

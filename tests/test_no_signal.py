@@ -67,6 +67,22 @@ def test_constant_reward(script, changes, value, base, tmp_path, capsys):
 
 
 @BOTH
+def test_small_gradients(script, base, tmp_path):
+    """A step is as long as the learning rate, for gradients a thousandth as large: those of a large model are small."""
+    moved = []
+    for scale in (1.0, 1e-3):
+        folder = tmp_path / str(scale)
+        folder.mkdir()
+        scaled = f"[{scale} * x for x in varied(prompts, completions, rows)]"
+        code = REWARD.replace("reward(", "varied(") + f"def reward(prompts, completions, rows):\n    return {scaled}\n"
+        settings = settings_of(script, base, folder, code)
+        run = run_here(script, **settings | dict(advantage="group", steps=1, minibatches=1))
+        before, after = (load_file(f"{x}/model.safetensors") for x in (base["model"], run / "model"))
+        moved.append(sum((after[k] - before[k]).abs().sum() for k in after))
+    assert moved[1] > 0.8 * moved[0] > 0
+
+
+@BOTH
 def test_no_momentum(script, base, tmp_path):
     """Steps without a signal after one with: neither the policy nor Adam's state of it moves."""
     settings = settings_of(script, base, tmp_path, REWARD) | dict(advantage="gae")
