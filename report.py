@@ -179,7 +179,7 @@ def body_of(run: Stored) -> str:
     at, tokens = list(dict.fromkeys(s["step"] for s in other)), run.folder / "credit.html"
     sections = {
         "Before and after": table(["held out", "first", "last"], held_out(run)) + samples_table(first[:60], last[:60]),
-        "Curves": draw(panels(run.metrics), {run.title: [run.metrics]}, run.folder / "plot.png"),
+        "Curves": run.metrics[1:] and draw(panels(run.metrics), {run.title: [run.metrics]}, run.folder / "plot.png"),
         "Token by token": tokens.read_text().partition("</h1>")[2].removesuffix("</html>") if tokens.exists() else "",
         "Samples": samples_table([s for s in other if s["step"] in (at[0], at[len(at) // 2], at[-1])]),
         "Settings": table(["argument", "value"], [*run.about["args"].items()]),

@@ -142,6 +142,15 @@ def test_a_revision_is_shown_from_its_first_answer_to_its_fate(tmp_path):
     assert shown[2][3:] == ["wrong: ✗ 3", "Major", "0.50 0.30 0.20", "3", "same"]
 
 
+def test_no_curves_of_one_point(tmp_path):
+    """An evaluation has one line of metrics: its page has the numbers and no plots."""
+    for values in ([0.25], [0.25, 0.5]):
+        run = write_run(tmp_path / str(len(values)), 1e-4, "return gap", values)
+        report.write_report(run)
+        page = (run / "report.html").read_text()
+        assert ("<h2>Curves</h2>" in page) == (len(values) > 1) == (run / "plot.png").exists()
+
+
 def test_report_has_the_coloured_tokens(tmp_path):
     run = write_run(tmp_path / "run", 1e-4, "return gap", [0.25, 0.5])
     answer = {"prompt": "1+1=", "kind": "chosen", "tokens": ["2", "&"], "scores": {"Z": [0.5, 1.5]}}
