@@ -180,7 +180,7 @@ def main():
     loading = False
     thread.join()
     shards = sum(p.to_local().numel() * 4 for p in model.parameters())
-    sys.stdout.write(f"peak {1024 * (most - before)} shards {shards}\n")  # in one piece: both ranks have this pipe
+    sys.stdout.write(f"peak {1024 * (most - before)} shards {shards}\\n")  # in one piece: both ranks have this pipe
 
 common.cpu.keep_freed_memory = lambda: None  # counts what is in use, not what the C heap keeps
 common.launch(main, "cpu")
