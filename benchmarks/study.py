@@ -37,6 +37,9 @@ SHARED = {name: study["prepare"] for name, study in STUDIES.items() if isinstanc
 for name, other in SHARED.items():
     STUDIES[name]["prepare"] = STUDIES[other]["prepare"]
 
+# the mean reward of a --reward_file; here that is sentences.py alone, whose rewards are 0 and 1
+AS_ACCURACY = {"eval/reward": "eval/greedy", "eval/reward_sampled": "eval/sampled"}
+
 
 def kept(study: str, name: str, seed: int) -> Path:
     return ROOT / "runs" / "study" / f"{SHARED.get(study, study)}-{seed}" / name
@@ -95,7 +98,7 @@ def read_samples(out: Path, n: int) -> list[list[str]]:
     """[prompt, greedy answer before, and after] of the first n held-out prompts that both have."""
     files = sorted(out.rglob("samples.jsonl"), key=lambda file: file.stat().st_mtime)[-1:]
     rows = [json.loads(text) for file in files for text in file.read_text().splitlines()] if n else []
-    rows = [r for r in rows if r["kind"] == "eval/greedy"]
+    rows = [r for r in rows if r["kind"] in ("eval/greedy", "eval/reward")]
     prompts = {json.dumps(r["prompt"]): r for r in rows}
     both = []
     for prompt in list(prompts)[:n]:
@@ -134,6 +137,7 @@ def run(study: str, name: str, command: str, seed: int, threads: int) -> dict:
         ok, errors = process.returncode == 0, screen.read_text().strip().splitlines()
         lines = sorted(out.rglob("metrics.jsonl"), key=lambda file: file.stat().st_mtime)[-1:]  # of its last stage
         metrics = [json.loads(text) for file in lines for text in file.read_text().splitlines()]
+        metrics = [{AS_ACCURACY.get(key, key): value for key, value in m.items()} for m in metrics]
         rounds = [file.read_text().splitlines() for file in sorted(out.glob("rounds/*.jsonl"))]
         edits = [edits_of(list(map(json.loads, lines))) for lines in rounds]
         shown = read_samples(out, STUDIES[study].get("samples", 0))
