@@ -291,9 +291,10 @@ def credit() -> None:
 
 def real() -> None:
     """SmolLM2: accuracy after each method, and where it started; one mark per seed."""
-    figure, axes = plt.subplots(2, 2, figsize=(9.4, 7.2), gridspec_kw={"height_ratios": (11, 8)})
-    titles = "LCO, PPO and REINFORCE", "Distillation", "PPO and REINFORCE with reward models", "SEFT"
-    for axis, name, title in zip(axes.flat, ("real_rl", "real_distil", "real_qrm", "real_seft"), titles):
+    figure, axes = plt.subplots(3, 2, figsize=(9.4, 10.4), gridspec_kw={"height_ratios": (13, 10, 8)})
+    titles = {"real_rl": "LCO, PPO and REINFORCE", "real_text": "LCO and PPO: sentences", "real_distil": "Distillation"}
+    titles |= {"real_qrm": "RL with reward models", "real_seft": "SEFT"}
+    for axis, (name, title) in zip(axes.flat, titles.items()):
         study = STUDIES[name]
         names = {"teacher": "the teacher", "dckd": "DCKD"} if name == "real_distil" else {}
         ended = {s: [] for s in [*names, *study["settings"]]}
@@ -314,23 +315,20 @@ def real() -> None:
             )
         axis.set_yticks(range(len(ended)), [names.get(s, s) for s in ended])
         axis.set_ylim(len(ended) - 0.4, -0.6)
-        axis.set_xlim(-0.02, 0.62)
+        axis.set_xlim(-0.02, 1.02 if name == "real_text" else 0.62)
         axis.set_title(title)
-    for x, color, words in (
-        (0.28, BLUE, "● greedy"),
-        (0.38, ORANGE, "□ sampled"),
-        (0.5, GREY, "┊ greedy at the start"),
-    ):
-        figure.text(x, 1.02, words, color=color)
-    figure.text(0.68, 1.02, "| median", color=BLACK)
-    figure.supxlabel("held-out accuracy", fontsize=9)
+        axis.set_xlabel("held-out accuracy")
+    axes.flat[-1].axis("off")
+    legend = (BLUE, "● greedy"), (ORANGE, "□ sampled"), (BLACK, "| median"), (GREY, "┊ greedy at the start")
+    for line, (color, words) in enumerate(legend):
+        axes.flat[-1].text(0.1, 0.8 - 0.15 * line, words, color=color)
     save(figure, "real")
 
 
 PICTURES = {  # name: its studies
     stability: ("stability", "lco"), limits: ("rates", "epochs"), convergence: ("qrm",), gamma: ("gamma",),
     revision: ("base_rate", "unannotated"), credit: ("credit",),
-    real: ("real_rl", "real_distil", "real_qrm", "real_seft"),
+    real: ("real_rl", "real_text", "real_distil", "real_qrm", "real_seft"),
 }  # fmt: skip
 
 

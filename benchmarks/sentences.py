@@ -2,10 +2,11 @@
 
     python benchmarks/sentences.py runs/sentences.jsonl             # 4,851 prompts, shuffled
     python lco.py --model runs/smollm2 --dataset runs/sentences.jsonl --reward_file benchmarks/sentences.py
+    python benchmarks/sentences.py frames runs/e/samples.jsonl      # of evaluate.py: are right answers one template?
 
 An answer is right when it is one sentence of 6 to 14 words with both words, a verb of the list below, no word more than
 twice and no two-word phrase twice. Looser graders are hacked: without the verb and the length, "A snake and a box." is
-what training ends with.
+what training ends with. Meaning is not graded, so "A cup is a type of cake." is right too: count the frames.
 """
 
 import itertools
@@ -58,7 +59,24 @@ def reward(prompts: list, completions: list[str], rows: list[dict]) -> list[floa
     return [float(right(row["words"], text)) for text, row in zip(completions, rows, strict=True)]
 
 
+def frame(prompt: list[dict], text: str) -> str:
+    """A text without the two words that its prompt asks for: answers from one template have one frame."""
+    words = "|".join(re.findall(r'"(\w+)"', prompt[-1]["content"]))
+    return re.sub(rf"\b({words})(s|es)?\b", "_", text.strip().lower())
+
+
+def tell_frames(file: Path) -> None:
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows = [row for row in rows if row["kind"] == "eval/greedy"]
+    frames = Counter(frame(row["prompt"], row["completion"]) for row in rows if row["right"])
+    print(f"{frames.total()} of {len(rows)} greedy answers are right, in {len(frames)} frames; the most frequent:")
+    for words, n in frames.most_common(3):
+        print(f"  {n:3}  {words}")
+
+
 def main() -> None:
+    if sys.argv[1] == "frames":
+        return tell_frames(Path(sys.argv[2]))
     pairs = list(itertools.combinations(NOUNS, 2))
     random.Random(0).shuffle(pairs)
     ask = 'Write one short sentence with the words "{}" and "{}".'
@@ -67,6 +85,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
+    if len(sys.argv) != 2 + (sys.argv[1:2] == ["frames"]):
         sys.exit(__doc__)
     main()
