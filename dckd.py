@@ -229,6 +229,8 @@ def load_data(args, tokenizer, load):
         train, test = tasks.split_pairs(load(args.dataset), args.test_rows, "test_rows")
         if args.task != "auto":
             task = tasks.load_task(args.task, args.test_dataset, args.reward_file, args.test_rows)
+            train = tasks.apart(train, task.test)
+            require(bool(train), f"{args.dataset}: its training prompts are all held-out ones of --task {args.task}")
         elif args.reward_file:
             task = tasks.Task("pairs", tasks.walk(train), test, tasks.load_reward(args.reward_file))
     sides = [side for side in ("chosen", "rejected") if side in train[0]]

@@ -46,7 +46,7 @@ class Args:
     dataset: str = arg("", "the data: a Hub name or a .jsonl, .json or .parquet file; empty: the built-in task")
     task: str = arg("auto", "the task: built-in, a kind of data (auto: by its columns), or gym:NAME of reasoning-gym")
     test_dataset: str = arg("", "the held-out rows; empty: the test split of the Hub, or the last rows of --dataset")
-    test_rows: int = arg(256, "held-out prompts per evaluation", at_least=1)
+    test_rows: int = arg(0, "held-out prompts per evaluation; 0: as in training, else 256", at_least=0)
     reward_file: str = arg("", "a Python file with reward(prompts, completions, rows) -> numbers, one per completion")
     right_from: float = arg(1.0, "the reward from which a completion that only --reward_file can grade counts as right")
     max_prompt: int = arg(0, "the longest prompt, in tokens; 0: as in training, else up to 512", at_least=0)
@@ -249,8 +249,8 @@ def grade(task, mine: list[tuple], tokenizer, stops: list[int], args) -> list[di
 
 
 def with_sizes(args):
-    """--max_prompt and --max_new_tokens where they are not given: those of the run that trained the model, which stand
-    in args.json beside its folder, else 512 or what its positions leave."""
+    """--test_rows, --max_prompt and --max_new_tokens where they are not given: those of the run that trained the model,
+    which stand in args.json beside its folder, else 256, and 512 or what its positions leave."""
     file, trained = Path(args.model).parent / "args.json", {}
     if Path(args.model).is_dir() and file.is_file():
         trained = common.stored(file)["args"]
@@ -260,7 +260,9 @@ def with_sizes(args):
     sizes = {name: size or max(1, min(512, left)) for name, size in sizes.items()}
     common.say("sizes of " + args.model + ": " + " ".join(f"--{name} {size}" for name, size in sizes.items()))
     lm.fits_context(args.model, sum(sizes.values()))
-    return replace(args, **sizes)
+    same = trained if trained.get("dataset") == args.dataset and not args.pairs_out else {}  # else it sees trained rows
+    apart = args.test_dataset or same.get("test_dataset", "")
+    return replace(args, test_rows=args.test_rows or same.get("test_rows", 256), test_dataset=apart, **sizes)
 
 
 def write(run, args, metrics: dict, samples: list[dict], task: str, prompts: int) -> None:

@@ -10,8 +10,10 @@ what is still judged otherwise than by a careful reader: docs/graders.md. tasks.
 
 import ast
 import itertools
+import logging
 import operator
 import re
+import signal
 import threading
 import unicodedata
 from fractions import Fraction
@@ -57,6 +59,7 @@ PLAIN = [  # LaTeX of a number as plain text
     (r"\^ *\{ *(-?\d+) *\}", r"^\1"),
     (r"(\d)[kK]\b", r"\1*10^3"),
     (r"(^|[=:(*~]) *- +(?=[\d.])", r"\1-"),  # - 5
+    (r"(?i)(^|[=:(*~]|\b(?:is|was|to|of|be|answer)) *(?:minus|negative) +(?=[\d.])", r"\1 -"),  # is minus 5
 ]
 # A minus sign belongs to the number unless something to subtract from stands before it: 10-3 ends in 3.
 NUMBER = re.compile(
@@ -260,6 +263,29 @@ def gsm8k_answered(completions: list[str]) -> list[bool]:
 
 
 def same_latex(reference: str, answer: str) -> bool:
+    """_same_latex() within 10 seconds of the CPU, not of the clock, so that a busy machine grades alike; else False."""
+    if threading.current_thread() is not threading.main_thread():
+        return _same_latex(reference, answer)  # signals only exist in the main thread
+
+    def stop(*_):
+        raise TooLong
+
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, 10)
+    try:
+        return _same_latex(reference, answer)
+    except TooLong:
+        return False
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+
+
+class TooLong(BaseException):  # math-verify swallows every Exception
+    pass
+
+
+def _same_latex(reference: str, answer: str) -> bool:
     r"""Whether two LaTeX answers mean the same: 1/2 and \frac12 do, 40 and 140 do not. Decided by math-verify.
 
     Before it, spellings are made alike, and what it ignores (bases, a.m.) is compared; after it, equations and small
@@ -276,11 +302,10 @@ def same_latex(reference: str, answer: str) -> bool:
         found = [re.findall(marks, text) for text in texts]
         if all(found) and found[0] != found[1]:
             return False
-    # its timeouts are built on SIGALRM, which only exists in the main thread
-    timeout = 5 if threading.current_thread() is threading.main_thread() else None
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own time limits are off
     how = [LatexExtractionConfig(boxed_match_priority=0)]
-    parsed = [parse(f"\\boxed{{{s}}}", extraction_config=how, parsing_timeout=timeout) for s in texts]
-    options = dict(allow_set_relation_comp=True, timeout_seconds=timeout)
+    parsed = [parse(f"\\boxed{{{s}}}", extraction_config=how, parsing_timeout=None) for s in texts]
+    options = dict(allow_set_relation_comp=True, timeout_seconds=None)
     if not verify(*parsed, **options) or WITHDRAWN.search(respell(texts[1], PLAIN)):
         return False
     if parsed[1][0] == sympy.EmptySet and re.search(r"\d", texts[1]):

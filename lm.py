@@ -1064,7 +1064,7 @@ def rollout_metrics(batch, task_rewards: list, finished: list[bool], samples: in
         "rows": len(task_rewards),
         "tokens": mask.sum(),
         "reward/mean": task_reward.sum(),
-        "reward/spread": (by_prompt.amax(1) > by_prompt.amin(1)).sum() * samples,
+        "reward/spread": (by_prompt.amax(1) - by_prompt.amin(1) > 1e-5 * by_prompt.abs().amax(1)).sum() * samples,
         "length/mean": mask.sum(),
         "length/finished": sum(finished),
     }

@@ -178,7 +178,8 @@ def estimate_advantages(batch, args) -> None:
     else:  # group: less the mean of the prompt's samples; a division by their deviation would favour few hits
         groups = rewards.sum(1).view(-1, args.samples_per_prompt)
         gaps = groups - groups.mean(1, keepdim=True)
-        gaps = gaps * (gaps.abs() > 1e-6 * groups.abs().amax(1, keepdim=True))  # rounding is no signal
+        rounding = 1e-5 if args.reward_model else 1e-6 * groups.abs().amax(1, keepdim=True)  # whitened scores: about 1
+        gaps = gaps * (gaps.abs() > rounding)  # which is no signal
         batch["advantages"] = gaps.view(-1, 1) * mask
 
 
@@ -351,9 +352,12 @@ def evaluate_models(models, batch, args):
 def token_rewards(task_rewards, batch, finished, args):
     """[B, T]: the task's reward on the last token, or its reward of each token, less the KL penalty per token."""
     mask, last = batch["mask"], batch["mask"].sum(1, keepdim=True) - 1
-    if args.reward_model:  # its scores instead, standardised over the tokens that it scores: all, or the last ones
-        only_last = lm.score_of(args.reward_model, args.reward_ref) == "last"
-        rewards = whiten(batch["scores"], mask & (mask.cumsum(1) > last) if only_last else mask)
+    how = lm.score_of(args.reward_model, args.reward_ref) if args.reward_model else ""
+    if how == "last" or how and args.advantage in ("reward", "group"):  # a score per answer, on its last token
+        scores = lm.answer_scores(batch["scores"], mask, how)[:, None] * mask
+        rewards = whiten(scores, mask & (mask.cumsum(1) > last))
+    elif how:  # scores of all tokens
+        rewards = whiten(batch["scores"], mask)
     else:
         rewards = lm.place_rewards(task_rewards, mask, by_token=args.advantage == "token")
         rewards = whiten(rewards, mask) if args.advantage == "token" else rewards

@@ -516,7 +516,7 @@ def evaluate_policy(models, policy, data, args):
     """Held-out accuracy or reward if there is a grader, and KL(pi || its start), exact over the vocabulary."""
     graded = data.task.correct or data.task.reward
     metrics, samples = policy.evaluate(data.task, args.seed) if data.task.test and graded else ({}, [])
-    rows = (data.task.test or data.prompts)[: 64 * common.world()]
+    rows = (data.task.test or data.prompts)[:64]
     mine = list(range(common.rank(), len(rows), common.world()))
     noise = common.uniforms(args.seed, common.EVAL, 0, mine, args.max_new_tokens) if mine else None
     prompts = [policy.encode(rows[i]) for i in mine]
@@ -595,6 +595,7 @@ def load_data(args, tokenizer) -> Data:
     pairs, test = [], []
     if args.dataset:
         pairs, test = tasks.split_pairs(tasks.load_pairs(args.dataset), args.test_rows, "test_rows")
+        pairs = tasks.apart(pairs, task.test)
     elif task.pairs:
         pairs, test = task.pairs(args.builtin_pairs, args.seed), task.pairs(args.test_rows, 0, held_out=True)
     if pairs:

@@ -10,6 +10,8 @@ import lm
 import dckd
 import dpo
 import pytest
+import seft
+import tasks
 from conftest import flags, read_metrics, run_here, run_forked
 
 SCRIPTS = {"dpo": dpo, "dckd": dckd, "adpa": adpa}
@@ -99,6 +101,29 @@ SWITCHES = [
     ("adpa", dict(objective="opd", opd_lambda=1.5, nll=0.0, refresh_every=1, state_temperature=1.0)),
     ("adpa", dict(dtype="bfloat16")),
 ]
+
+
+@pytest.mark.parametrize("name", ["dpo", "dckd", "adpa", "seft"])
+def test_graded_prompts_are_not_trained_on(name, tmp_path):
+    """--task holds prompts out of the built-in sums; a pair of --dataset with one of them is not trained on."""
+    held_out = tasks.load_task("chains", test_rows=8).test
+    prompts = [row["prompt"] for row in held_out] + [f"{i}+{i}+{i}+{i}=" for i in range(10, 22)]
+    data = written(tmp_path / "pairs.jsonl", [{"prompt": p, "chosen": "1", "rejected": "2"} for p in prompts])
+    script = seft if name == "seft" else SCRIPTS[name]
+    given = dict(dataset=data, task="chains", test_rows=8, prompts_per_step=4, max_prompt=24, max_new_tokens=24)
+    args, tokenizer = script.Args(**given), lm.load_tokenizer("builtin")
+    found = (
+        seft.load_data(args, tokenizer).pairs
+        if name == "seft"
+        else script.load_data(args, tokenizer, tasks.load_pairs)[0]
+    )
+    assert sorted(row["prompt"] for row in found) == sorted(prompts[8:12])
+
+
+def test_sft_leaves_no_reference(base, out):
+    """A model after SFT was not aligned from what its start was: adpa.py must be told its reference."""
+    folder = run_here(dpo, **base | dict(model="builtin-aligned", loss="sft", steps=1), out=out)
+    assert getattr(lm.load_config(str(folder / "model")), "aligned_from", None) is None
 
 
 @pytest.mark.parametrize("name, switches", SWITCHES, ids=str)

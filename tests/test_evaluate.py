@@ -169,6 +169,18 @@ def test_sizes_of_training(tiny_model, tmp_path):
     assert (found["max_prompt"], found["max_new_tokens"]) == (40, 24)
 
 
+def test_held_out_as_in_training(tiny_model, reward_file, tmp_path):
+    """Of a file, no row that the model was trained on counts as held out; of another file, 256 rows are."""
+    data = prompts_file(tmp_path)
+    settings = TINY | dict(model=tiny_model, steps=1, dataset=data, reward_file=reward_file, test_rows=3)
+    model = str(run_here(lco, **settings, out=str(tmp_path / "run")) / "model")
+    given = evaluate.with_sizes(evaluate.Args(model=model, dataset=data))
+    assert (given.test_rows, given.test_dataset) == (3, "")
+    assert evaluate.with_sizes(evaluate.Args(model=model, dataset="other.jsonl")).test_rows == 256
+    assert evaluate.with_sizes(evaluate.Args(model=model, dataset=data, test_rows=5)).test_rows == 5
+    assert evaluate.with_sizes(evaluate.Args(model=model, dataset=data, pairs_out="x")).test_rows == 256
+
+
 def test_first_command_after_training(tmp_path):
     """A copy of the built-in model, as a training run leaves it: its 128 positions are enough."""
     (tmp_path / "run").mkdir()

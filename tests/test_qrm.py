@@ -6,6 +6,7 @@ import math
 import shlex
 
 import common
+import lco
 import lm
 import ppo_baseline
 import pytest
@@ -102,6 +103,15 @@ def test_policies_with_it(kind, loss, reward_run, base, tiny_model, reward_file,
     lines = read_metrics(run_here(ppo_baseline, **settings, out=str(tmp_path / "run")))
     assert ("loss/value" in lines[1]) == (loss == "ppo") and lines[1]["policy/updates"] == 1
     assert abs(lines[1]["reward/mean"]) > 1e-3
+
+
+@pytest.mark.parametrize("penalty", ["kl_coef", "missing_eos_penalty"])
+def test_dense_advantages_do_not_see_constants(penalty, reward_run, tiny_model, reward_file):
+    """LCO's target ignores what is the same for all tokens of a state: such a penalty would do nothing, unheard."""
+    settings = TINY | dict(model=tiny_model, reward_file=reward_file, advantage="token") | {penalty: 0.5}
+    with pytest.raises(common.BadInput, match=f"--{penalty} 0.5 is the same for all tokens of a state"):
+        lco.prepare(lco.Args(**settings, reward_model=str(reward_run("qrm-lm") / "model")))
+    lco.prepare(lco.Args(**settings, reward_model=str(reward_run("qrm") / "model")))
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------

@@ -55,6 +55,25 @@ def test_advantage_token(script):
 
 
 @BOTH
+@pytest.mark.parametrize("kind", ["group", "reward"])
+@pytest.mark.parametrize("how", ["mean", "sum", "last"])
+def test_answers_are_ranked_by_the_score_of_the_model(script, kind, how, monkeypatch):
+    """By the mean over tokens of a Q-RM, the sum of log-ratios, the last token of an ORM: whatever their lengths."""
+    scores = {
+        "mean": [[0.5, 0.5, 0, 0], [0.4] * 4],
+        "sum": [[-0.5, -0.5, 0, 0], [-0.3] * 4],
+        "last": [[1, 2, 0, 0], [3, 3, 3, 1]],
+    }
+    monkeypatch.setattr(script.lm, "score_of", lambda model, ref: how)
+    args = script.Args(advantage=kind, samples_per_prompt=2, reward_model="any")
+    mask = torch.tensor([[True, True, False, False], [True] * 4])
+    batch = {"mask": mask, "scores": torch.tensor(scores[how], dtype=torch.float32)}
+    batch["rewards"] = script.token_rewards([0.0, 0.0], batch, [True, True], args)
+    script.estimate_advantages(batch, args)
+    assert (batch["advantages"][0][mask[0]] > 0).all() and (batch["advantages"][1] < 0).all()
+
+
+@BOTH
 @pytest.mark.parametrize("kind", ["token", "gae", "group", "reward"])
 def test_summed_aloud(script, kind, tiny_model, tmp_path, capsys):
     """One sentence, at the first step of a run, where positions are lost; a run with `token` learns from them."""
