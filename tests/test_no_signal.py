@@ -158,12 +158,12 @@ def test_rounding_is_no_signal(script, kind):
 @BOTH
 def test_rounding_of_scores_is_no_signal(script):
     """Equal answers in other micro-batches have scores that differ in the last digits; whitened ones are about 1."""
-    rewards = torch.zeros(4, 5)
+    rewards = torch.zeros(4, 3)
     rewards[:, 2] = torch.tensor([1e-4, 1e-4 + 2e-6, 1e-4, 1e-4 - 2e-6])
     given = advantages_of(script, "group", rewards, [3] * 4, reward_model="any")
     assert (given == 0).all()
     rewards[0, 2] = 1e-3
-    assert (advantages_of(script, "group", rewards, [3] * 4, reward_model="any")[0, :3] > 0).all()
+    assert (advantages_of(script, "group", rewards, [3] * 4, reward_model="any")[0] > 0).all()
 
 
 @BOTH
