@@ -226,8 +226,8 @@ def estimate_advantages(batch, args) -> None:
     else:  # group: less the mean of the prompt's samples; a division by their deviation would favour few hits
         groups = rewards.sum(1).view(-1, args.samples_per_prompt)
         gaps = groups - groups.mean(1, keepdim=True)
-        rounding = 1e-5 if args.reward_model else 1e-6 * groups.abs().amax(1, keepdim=True)  # whitened scores: about 1
-        gaps = gaps * (gaps.abs() > rounding)  # which is no signal
+        rounding = 1e-5 if args.reward_model else 1e-6 * groups.abs().amax(1, keepdim=True)  # scores are whitened
+        gaps = gaps * (gaps.abs() > rounding)  # rounding is no signal
         batch["advantages"] = gaps.view(-1, 1) * mask
 
 
@@ -469,7 +469,7 @@ def token_rewards(task_rewards, batch, finished, args):
     """[B, T]: the task's reward on the last token, or its reward of each token, less the KL penalty per token."""
     mask, last = batch["mask"], batch["mask"].sum(1, keepdim=True) - 1
     how = lm.score_of(args.reward_model, args.reward_ref) if args.reward_model else ""
-    if how == "last" or how and args.advantage in ("reward", "group"):  # a score per answer, on its last token
+    if how and (how == "last" or args.advantage in ("reward", "group")):  # a score per answer, on its last token
         scores = lm.answer_scores(batch["scores"], mask, how)[:, None] * mask
         rewards = whiten(scores, mask & (mask.cumsum(1) > last))
     elif how:  # scores of all tokens

@@ -1,6 +1,8 @@
 """graders.py: tables of right and wrong answers by reference, and of what docs/graders.md admits."""
 
 import re
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -542,3 +544,14 @@ def test_boxes():
     run_on = "\\boxed{18}\n\nProblem: What is $3+4$?\n\nSolution: \\boxed{7}"
     assert graders.math_correct([run_on, run_on], [{"answer": "18"}, {"answer": "7"}]) == [True, False]
     assert graders.math_answered(["\\boxed{18}", "18", "\\boxed{18"]) == [True, False, False]
+
+
+def test_time_limit_is_of_the_cpu(monkeypatch):
+    """A comparison that waits for the CPU is not cut off; one that uses it without end is, and is wrong."""
+    real, before = signal.setitimer, signal.getsignal(signal.SIGVTALRM)
+    monkeypatch.setattr(graders.signal, "setitimer", lambda which, seconds: real(which, seconds / 50))
+    monkeypatch.setattr(graders, "_same_latex", lambda *given: time.sleep(0.6) or True)
+    assert graders.same_latex("1", "1")
+    monkeypatch.setattr(graders, "_same_latex", lambda *given: sum(iter(lambda: 1, 0)))  # for ever
+    assert not graders.same_latex("1", "1")
+    assert signal.getsignal(signal.SIGVTALRM) == before
