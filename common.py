@@ -479,9 +479,8 @@ def encode_completion(tokenizer, text: str, prompt: str | list[dict] = (), chang
     The answer to messages ends as the chat template ends it, an answer to text with EOS or the end that it brings.
     """
     ids, ends = tokenizer(text, add_special_tokens=False)["input_ids"], end_tokens(tokenizer)
-    length = len(ids)
-    while length and ids[length - 1] in ends:
-        length -= 1
+    blank = (i for i, token in enumerate(ids) if token in ends and not decode(tokenizer, [ids[i:]])[0].strip())
+    length = next(blank, len(ids))  # from an end of its own on, with nothing but white space behind it
     if changes is not None:
         changes["answers had an end of their own, none added"] += length < len(ids)
     own_end = ids[length] if length < len(ids) else tokenizer.eos_token_id

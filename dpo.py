@@ -22,7 +22,7 @@ Run
 More in docs/dpo.md. Shapes: B sequences, T completion positions.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -203,19 +203,24 @@ def load_data(args, tokenizer, load):
     """Returns encoded training rows, held-out rows, and the task that grades answers, or None; load reads --dataset."""
     ranks, n = common.world(), args.prompts_per_step
     require(n % ranks == 0, f"--prompts_per_step {n} does not divide among {ranks} ranks")
-    task = None
+    task, graded = None, ("", args.reward_file, args.test_rows, args.test_dataset)
     if not args.dataset:
         require(args.task in ("auto", "chains"), f"--task {args.task} has no built-in pairs: --dataset is needed")
-        task = tasks.load_task("chains", "", args.reward_file, args.test_rows)
+        task = tasks.load_task("chains", *graded)
         train, test = tasks.builtin().slipping_pairs(args.seed, args.test_rows)
     else:
         train, test = tasks.split_pairs(load(args.dataset), args.test_rows, "test_rows")
-        if args.task != "auto":
-            task = tasks.load_task(args.task, args.test_dataset, args.reward_file, args.test_rows)
+        if args.task != "auto" or args.test_dataset:  # prompts of their own, not those of the held-out pairs
+            task = tasks.load_task(args.task, *graded, train=False)
             train = tasks.apart(train, task.test)
-            require(bool(train), f"{args.dataset}: its training prompts are all held-out ones of --task {args.task}")
+            require(bool(train), f"{args.dataset}: its training prompts are all held-out ones of the task {task.name}")
         elif args.reward_file:
-            task = tasks.Task("pairs", tasks.walk(train), test, tasks.load_reward(args.reward_file))
+            task = tasks.Task("pairs", None, test, tasks.load_reward(args.reward_file))
+    if task:
+        twice = task.correct and args.reward_file
+        require(not twice, f"--reward_file: the task {task.name} has a grader of its own; expected one of both")
+        task = tasks.fit_prompts(replace(task, train=[], note=""), tokenizer, args.max_prompt)
+        common.say(f"{len(task.test)} held-out prompts are graded{task.note}")
     sides = [side for side in ("chosen", "rejected") if side in train[0]]
     train, note = common.encode_pairs(tokenizer, train, args.max_prompt, args.max_new_tokens, sides)
     test, test_note = common.encode_pairs(tokenizer, test, args.max_prompt, args.max_new_tokens, sides)

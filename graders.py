@@ -29,6 +29,8 @@ SPELLINGS = [
     (r"[⁰¹²³⁴-⁹]+", lambda match: f"^{{{unicodedata.normalize('NFKC', match[0])}}}"),
     (r"[\s~]", " "),  # thin and unbreakable spaces too
     (r"\\varnothing\b", r"\\emptyset"),
+    (r"(?<=\d) *\^ *(\{ *)?(\\(?:text|mbox|mathrm) *\{ *)?(?:st|nd|rd|th)(?(2) *\})(?(1) *\})", ""),  # 17^{\text{th}}
+    (r"\\sqrt *\{ *-1 *\}", "i"),
     (r"\\[dtc]frac(?![a-z])", r"\\frac"),
     (r"(?<=\d)(?:,?(?:\\!)+,? ?|\\[,;: ]|\{,\}|[ '’])(?=\d{3}(?!\d))", ""),  # 1\,234
     # 27,000 - 4,500\pi, but (1,234) is a pair

@@ -424,16 +424,19 @@ def prepare(args):
     task = tasks.load_task(*source, graded=not args.reward_model)
     tokenizer = lm.load_tokenizer(args.model)
     if args.reward_model or args.reward_ref:
-        lm.score_of(args.reward_model, args.reward_ref)
-    if args.reward_model and args.advantage == "token" and not lm.has_scalar_head(lm.load_config(args.reward_model)):
-        blind = "is the same for all tokens of a state, so a dense --advantage token does not see it; expected 0"
-        require(not args.kl_coef, f"--kl_coef {args.kl_coef} {blind}")
-        require(not args.missing_eos_penalty, f"--missing_eos_penalty {args.missing_eos_penalty} {blind}")
+        how = lm.score_of(args.reward_model, args.reward_ref)
+        found = f"--advantage token: {args.reward_model} scores whole answers, on their last token"
+        require(how != "last" or args.advantage != "token", f"{found}; expected another one")
+    token_model = args.reward_model if args.advantage == "token" else ""
+    dense = bool(token_model) and not lm.has_scalar_head(lm.load_config(token_model))
+    found = "--kl_coef and --missing_eos_penalty are the same for all tokens of a state, so a dense --advantage token"
+    require(not dense or args.kl_coef == args.missing_eos_penalty == 0, f"{found} sees neither; expected 0")
     for name in filter(None, (args.model, args.reward_model, args.reward_ref)):
         lm.same_tokenizer(args.model, tokenizer, name, lm.load_tokenizer(name))
         lm.fits_context(name, args.max_prompt + args.max_new_tokens)
     task = tasks.fit_prompts(task, tokenizer, args.max_prompt, args.long_prompts)
-    common.say(f"{geometry}\nloss {args.loss}, beta {args.beta:g}, x{args.negative_beta_scale:g} if A < 0\n{task.note}")
+    times = 1 if dense else args.negative_beta_scale
+    common.say(f"{geometry}\nloss {args.loss}, beta {args.beta:g}, times {times:g} where A < 0\n{task.note}")
     return task, tokenizer
 
 

@@ -318,7 +318,9 @@ def prepare(args):
     task = tasks.load_task(*source, graded=not args.reward_model)
     tokenizer = lm.load_tokenizer(args.model)
     if args.reward_model or args.reward_ref:
-        lm.score_of(args.reward_model, args.reward_ref)
+        how = lm.score_of(args.reward_model, args.reward_ref)
+        found = f"--advantage token: {args.reward_model} scores whole answers, on their last token"
+        require(how != "last" or args.advantage != "token", f"{found}; expected another one")
     for name in filter(None, (args.model, args.reward_model, args.reward_ref)):
         lm.same_tokenizer(args.model, tokenizer, name, lm.load_tokenizer(name))
         lm.fits_context(name, args.max_prompt + args.max_new_tokens)

@@ -77,7 +77,7 @@ class Args:
     keep: Literal["last", "best", "all"] = arg("last", "checkpoints that stay; best: also the best one, as model/")
     track: Literal["none", "wandb", "trackio", "tensorboard"] = arg("none", "a tracker that gets metrics and samples")
     push_to_hub: str = arg("", "the Hub repository that gets model/ at the end; private if it is new")
-    steps: int = arg(0, "optimizer steps; 0: --epochs over all pairs", at_least=0)
+    steps: int = arg(0, "optimizer steps; 0: --epochs times the whole steps of a pass", at_least=0)
 
 
 # What the bare command changes: a small model takes large steps.

@@ -438,7 +438,9 @@ def find_threshold(reviser, answers: list[Answer], data, args) -> float:
     require(graded, "--keep_threshold auto: nothing can grade these answers; expected a number from 0 to 1")
     some = [a for a in answers if a.number < args.calibration and a.ended and a.before is not None]
     write_revisions(reviser, some, data, args)
-    known = common.gather([(a.chances[NO], a.before, 0.0 if a.fault else a.after) for a in some])
+    known = common.gather([(a.chances[NO], a.before, None if a.fault else a.after) for a in some])
+    worst = min([0.0, *(x for row in known for x in row[1:] if x is not None)])  # what a dropped revision counts as
+    known = [(chance, before, worst if after is None else after) for chance, before, after in known]
     return best_threshold(*zip(*known)) if known else 1.0
 
 
@@ -587,9 +589,9 @@ class Data:
 
 def load_data(args, tokenizer) -> Data:
     """Pairs, unannotated prompts and the task. No unannotated prompt is repeated, or in the pairs or the test set."""
-    if args.prompts or not args.dataset or args.task.startswith(("chains", "strings", "words", "gym:")):
-        held_out = dict(test_rows=args.test_rows, test_dataset=args.test_dataset, graded=False)
-        task = tasks.load_task(args.task, args.prompts, args.reward_file, **held_out)
+    if args.prompts or args.test_dataset or not args.dataset or args.task != "auto":
+        source = args.task, args.prompts, args.reward_file, args.test_rows, args.test_dataset
+        task = tasks.load_task(*source, graded=False, train=args.stage == "evolve")
     else:
         task = tasks.Task("pairs", None, [], tasks.load_reward(args.reward_file) if args.reward_file else None)
     pairs, test = [], []
@@ -602,10 +604,15 @@ def load_data(args, tokenizer) -> Data:
         limits = args.max_prompt, args.max_new_tokens
         (pairs, note), (test, test_note) = (common.encode_pairs(tokenizer, rows, *limits) for rows in (pairs, test))
         common.say(f"training: {note}; held out: {test_note}")
-    for pair in pairs:  # all pairs of a prompt are in one half
+    for pair in pairs + test:  # all pairs of a prompt are in one half
         pair["half"] = 1 - zlib.crc32(json.dumps(pair["prompt"]).encode()) % 2
+        pair |= {side: common.decode(tokenizer, [pair[f"{side}_ids"]])[0] for side in ("chosen", "rejected")}
     test = [pair | {"half": 0} for pair in test]  # scored by the second R0, from which R goes on
-    task = replace(task, test=task.test or test)
+    twice = task.correct and args.reward_file
+    require(not twice, f"--reward_file: the task {task.name} has a grader of its own; expected one of both")
+    fitted = replace(task, train=[], test=task.test or test, note="")
+    fitted = tasks.fit_prompts(fitted, tokenizer, args.max_prompt)  # load_prompts() tells of what is trained on
+    task = replace(task, test=fitted.test, note=f"{len(fitted.test)} held-out prompts{fitted.note}")
     prompts = load_prompts(args, task, pairs + test, tokenizer) if args.stage == "evolve" else []
     return Data(tokenizer, task, pairs, test, prompts)
 
@@ -621,7 +628,7 @@ def load_prompts(args, task, pairs: list[dict], tokenizer) -> list[dict]:
     short = [row for row in new if len(row["prompt_ids"]) <= args.max_prompt]
     found = short[: args.unannotated]
     left_out = f"{len(rows) - len(new)} seen before or elsewhere, {len(new) - len(short)} too long"
-    common.say(f"{len(found)} unannotated prompts; left out: {left_out}{common.changed(changes)}")
+    common.say(f"{len(found)} unannotated prompts; left out: {left_out}{common.changed(changes)}; {task.note}")
     require(len(found) >= args.rounds, f"--prompts: {len(found)} new prompts, expected {args.rounds} or more")
     return found
 
@@ -652,7 +659,16 @@ def prepare(args) -> Data:
         longest += len(ask) + len(tokenizer(args.then)["input_ids"]) + max(map(len, labels))
         lm.same_tokenizer(args.model, tokenizer, name, lm.load_tokenizer(name))
         lm.fits_context(name, longest)
+        file = Path(name).parent / "args.json"  # of the run that trained it
+        known = common.stored(file)["args"] if args.stage == "evolve" and file.is_file() else {}
+        for key in ("ask", "labels", "then"):
+            found = f"--{key} {getattr(args, key)!r}: {name} was trained with {known.get(key)!r}"
+            require(known.get(key, getattr(args, key)) == getattr(args, key), f"{found}; expected the same")
     data = load_data(args, tokenizer)
+    for prompt in (row["prompt"] for row in [*data.pairs, *data.test_pairs, *data.prompts]):
+        found = f"{getattr(prompt, 'where', 'a prompt')}: the last message is not the user's"
+        asked = isinstance(prompt, str) or prompt[-1]["role"] == "user"
+        require(asked, f"{found}; expected one, as whole answers are revised")
     unneeded = args.stage == "evolve" and not args.pair_share
     require(data.pairs or unneeded, "--dataset is empty: --stage reviser and --pair_share need preference pairs")
     halves = len({pair["half"] for pair in data.pairs})

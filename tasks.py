@@ -15,7 +15,6 @@ where they are needed, so a copy that brings --dataset with prompts and --reward
 """
 
 import contextlib
-import importlib
 import importlib.util
 import inspect
 import itertools
@@ -30,13 +29,13 @@ import zlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cache
 from importlib.machinery import PathFinder
 from pathlib import Path
 
 import numpy as np
 
 from common import BadInput, changed, encode_prompt, require
-
 
 KINDS = ("auto", "chains", "strings", "words", "gsm8k", "math", "prompts")  # of a task; or gym:NAME
 
@@ -106,8 +105,7 @@ def read_rows(dataset: str, split: str = "train") -> list[dict]:
         rows = splits[split].to_list()
     require(len(rows) > 0, f"{dataset}: it has no rows; expected at least one")
     for i, row in enumerate(rows, 1):
-        found = type(row).__name__
-        require(isinstance(row, dict), f"{dataset}: row {i} is a {found}; expected an object with named columns")
+        require(isinstance(row, dict), f"{dataset}: row {i} is a {type(row).__name__}; expected an object with columns")
     return rows
 
 
@@ -183,8 +181,8 @@ def column(row: dict, name: str, where: str, kind: type | tuple = str) -> str | 
 def messages(row: dict, name: str, where: str) -> Messages:
     """The messages in a column; what else would go to a chat template is refused."""
     for m in row[name]:
-        plain = isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-        plain = plain and m["role"] in ("system", "user", "assistant")
+        plain = isinstance(m, dict) and isinstance(m.get("content"), str)
+        plain = plain and m.get("role") in ("system", "user", "assistant")
         plain = plain and not any(value for key, value in m.items() if key not in ("role", "content"))
         found = f"{where}: '{name}' has the message {m!r:.200}"
         require(plain, f"{found}; expected role (system, user, assistant) and content as text, no other keys")
@@ -268,8 +266,7 @@ def pair_row(row: dict, where: str) -> dict:
     if isinstance(chosen, str) or isinstance(row.get("prompt"), list):
         prompt = column(row, "prompt", where, (str, list))
     else:
-        # the last message is always left for the answer, also when both answers are the same
-        both = zip(chosen[:-1], rejected[:-1], strict=False)
+        both = zip(chosen[:-1], rejected[:-1], strict=False)  # the last message is always the answer
         prompt = Messages([a for a, b in itertools.takewhile(lambda pair: pair[0] == pair[1], both)], where)
         chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
     answers = {"chosen": chosen, "rejected": rejected}
@@ -409,8 +406,7 @@ def load_task(
 
     Held out are the rows of `test_dataset`, else the Hub's test split, else the last `test_rows` rows of the
     dataset; at most `test_rows` of them are used, and no training row has the prompt of any of them. `graded` False
-    allows prompts that nobody can grade; then Task.reward is None. `train` False allows a task without training rows,
-    such as a `test_dataset` alone.
+    allows prompts that nobody can grade; then Task.reward is None. `train` False allows a `test_dataset` alone.
     """
     gym = task.startswith("gym:")
     require(task in KINDS or gym, f"--task must be one of {', '.join(KINDS)}, or gym:NAME, found {task!r}")
@@ -463,13 +459,9 @@ def walk(rows: list[dict]) -> Callable:
     """rows(seed, step, n) that goes through a new permutation of `rows` in each epoch."""
 
     def of_step(seed: int, step: int, n: int) -> list[dict]:
-        orders, picked = {}, []
-        for position in range(step * n, (step + 1) * n):
-            epoch, i = divmod(position, len(rows))
-            if epoch not in orders:
-                orders[epoch] = generator(seed, "epoch", epoch).permutation(len(rows))
-            picked.append(rows[orders[epoch][i]])
-        return picked
+        order = cache(lambda epoch: generator(seed, "epoch", epoch).permutation(len(rows)))
+        places = (divmod(position, len(rows)) for position in range(step * n, (step + 1) * n))
+        return [rows[order(epoch)[i]] for epoch, i in places]
 
     return of_step
 
@@ -478,18 +470,27 @@ def fit_prompts(task: Task, tokenizer, max_prompt: int, long_prompts: str = "dro
     """`task` without the prompts of more than `max_prompt` tokens.
 
     "drop" leaves them out of train and test, "error" refuses them, and "truncate" keeps them all, for it is the
-    tokens that are cut, where they are made. The task's note says how many there were, and what else was changed.
+    tokens that are cut, where they are made. A task that makes its training rows makes others for those left out.
     """
-    changes, left, long = Counter(), {}, {}
-    for name, rows in (("train", task.train), ("test", task.test)):
-        left[name] = [row for row in rows if len(encode_prompt(tokenizer, row["prompt"], changes)) <= max_prompt]
-        long[name] = len(rows) - len(left[name])
-    found = f"{long['train']} training and {long['test']} held-out prompts are longer than {max_prompt} tokens"
-    task = replace(task, note=task.note + changed(changes))
-    if not any(long.values()):
-        return task
+    changes = Counter()
+
+    def fit(rows: list[dict]) -> list[dict]:
+        return [row for row in rows if len(encode_prompt(tokenizer, row["prompt"], changes)) <= max_prompt]
+
+    def made(seed: int, step: int, n: int) -> list[dict]:
+        rows, more = fit(task.rows(seed, step, n)), n
+        while len(rows) < n:
+            rows, more = fit(task.rows(seed, step, 2 * more)), 2 * more  # begins with the same rows
+        return rows[:n]
+
+    left = {"train": fit(task.train), "test": fit(task.test)}
+    long = len(task.train) - len(left["train"]), len(task.test) - len(left["test"])
+    found, note = f"{long[0]} training and {long[1]} held-out prompts are longer than {max_prompt} tokens", task.note
+    note += changed(changes) + f"; {found}, {'truncated' if long_prompts == 'truncate' else 'left out'}" * any(long)
     if long_prompts == "truncate":
-        return replace(task, note=f"{task.note}; {found}, truncated")
-    enough = left["train"] and (left["test"] or not task.test) and long_prompts == "drop"
-    require(bool(enough), f"--max_prompt {max_prompt}: {found}; expected a larger limit, or --long_prompts truncate")
-    return replace(task, rows=walk(left["train"]), **left, note=f"{task.note}; {found}, left out")
+        return replace(task, note=note)
+    enough = not any(long) or long_prompts == "drop" and all(left[name] or not getattr(task, name) for name in left)
+    expected = "expected a larger limit" + " or --long_prompts truncate" * (long_prompts == "error")
+    require(enough, f"--max_prompt {max_prompt}: {found}; {expected}")
+    rows = made if task.rows and not task.train else walk(left["train"]) if any(long) else task.rows
+    return replace(task, rows=rows, **left, note=note)

@@ -120,6 +120,23 @@ def test_graded_prompts_are_not_trained_on(name, tmp_path):
     assert sorted(row["prompt"] for row in found) == sorted(prompts[8:12])
 
 
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_what_is_graded(name, base, tmp_path, capsys):
+    """--test_dataset holds the graded prompts, without --task too; long ones are left out; pairs have no part in it."""
+    pairs = [{"prompt": f"{i}+1=", "chosen": str(i + 1), "rejected": str(i)} for i in range(10, 22)]
+    prompts = [{"prompt": f"{i}+1="} for i in ("1+1+1+1+1+1", 10, 11, 30)]
+    data, test = (written(tmp_path / f"{n}.jsonl", rows) for n, rows in (("pairs", pairs), ("test", prompts)))
+    reward = tmp_path / "reward_of_length.py"
+    reward.write_text("def reward(prompts, completions, rows):\n    return [float(len(c)) for c in completions]\n")
+    given = dict(dataset=data, test_dataset=test, reward_file=str(reward), max_prompt=8)
+    args, tokenizer = SCRIPTS[name].Args(**settings_of(name, base, **given)), lm.load_tokenizer("builtin")
+    train, held_out, task = SCRIPTS[name].load_data(args, tokenizer, tasks.load_pairs)
+    assert [row["prompt"] for row in task.test] == ["10+1=", "11+1=", "30+1="]
+    assert [row["prompt"] for row in train] == [f"{i}+1=" for i in range(12, 18)] and len(held_out) == 4
+    said = "3 held-out prompts are graded; 0 training and 1 held-out prompts are longer than 8 tokens, left out"
+    assert said in capsys.readouterr().out
+
+
 def test_sft_leaves_no_reference(base, out):
     """A model after SFT was not aligned from what its start was: adpa.py must be told its reference."""
     folder = run_here(dpo, **base | dict(model="builtin-aligned", loss="sft", steps=1), out=out)
@@ -233,11 +250,21 @@ def refused(base, out, monkeypatch):
         (dict(dataset="", task="gsm8k"), ["--task gsm8k", "--dataset is needed"]),
         (dict(max_prompt=2), ["no pair is left", "are too long"]),
         (dict(max_new_tokens=60), ["--max_prompt + --max_new_tokens is 84", "64 positions"]),
+        (dict(task="chains", reward_file=__file__), ["--reward_file", "it has no function 'reward'"]),
+        (dict(dataset="", test_dataset=__file__), ["--task chains makes its own rows"]),
     ],
     ids=str,
 )
 def test_wrong_value(name, changes, parts, refused):
     refused(name, parts, **changes)
+
+
+@pytest.mark.parametrize("dataset", [True, False])
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_two_graders(name, dataset, refused, reward_file, base):
+    """A reward file beside a task that grades its answers would never be called."""
+    parts = ["--reward_file", "the task chains has a grader of its own; expected one of both"]
+    refused(name, parts, dataset=base["dataset"] if dataset else "", task="chains", reward_file=reward_file)
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ def test_exported_reward_model(kind, reward_run, base):
     assert found == pytest.approx({k: last[k] for k in found}, abs=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["qrm", "qrm-lm", "orm"])
+@pytest.mark.parametrize("kind", ["qrm", "qrm-lm"])
 @pytest.mark.parametrize("loss", ["ppo", "reinforce"])
 def test_policies_with_it(kind, loss, reward_run, base, tiny_model, reward_file, tmp_path):
     """Rewards of tokens have mean 0 and variance 1 over the tokens that are scored; the task's reward is logged."""
@@ -105,11 +105,20 @@ def test_policies_with_it(kind, loss, reward_run, base, tiny_model, reward_file,
     assert abs(lines[1]["reward/mean"]) > 1e-3
 
 
+@pytest.mark.parametrize("script", [ppo_baseline, lco])
+def test_scores_of_whole_answers_are_none_of_tokens(script, reward_run, tiny_model):
+    """With an ORM --advantage token would train the last token alone."""
+    settings = TINY | dict(model=tiny_model, reward_model=str(reward_run("orm") / "model"))
+    with pytest.raises(common.BadInput, match="scores whole answers, on their last token; expected another one"):
+        script.prepare(script.Args(**settings, advantage="token"))
+    script.prepare(script.Args(**settings, advantage="gae"))
+
+
 @pytest.mark.parametrize("penalty", ["kl_coef", "missing_eos_penalty"])
 def test_dense_advantages_do_not_see_constants(penalty, reward_run, tiny_model, reward_file):
     """LCO's target ignores what is the same for all tokens of a state: such a penalty would do nothing, unheard."""
     settings = TINY | dict(model=tiny_model, reward_file=reward_file, advantage="token") | {penalty: 0.5}
-    with pytest.raises(common.BadInput, match=f"--{penalty} 0.5 is the same for all tokens of a state"):
+    with pytest.raises(common.BadInput, match="are the same for all tokens of a state, so a dense"):
         lco.prepare(lco.Args(**settings, reward_model=str(reward_run("qrm-lm") / "model")))
     lco.prepare(lco.Args(**settings, reward_model=str(reward_run("qrm") / "model")))
 

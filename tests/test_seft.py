@@ -189,6 +189,33 @@ def test_nothing_to_find_a_threshold_by(base, out, tmp_path):
         run_here(seft, **base | dict(prompts=str(prompts), keep_threshold="auto"), out=out)
 
 
+def test_a_dropped_revision_counts_as_the_worst(base, monkeypatch):
+    """Rewards may be below 0: then a dropped revision, from which nothing is learnt, must not look like a good one."""
+    args = seft.Args(**base | dict(keep_threshold="auto"))
+    revised = {0: (-5.0, None), 1: (-4.0, None), 2: (None, "long")}  # grade and fault of each revision
+
+    def write(reviser, answers, data, args):
+        for a in answers:
+            a.after, a.fault = revised[a.number]
+
+    monkeypatch.setattr(seft, "write_revisions", write)
+    answers = [seft.Answer(i, {}, [], "", True, -4.0 - (i == 1)) for i in range(3)]  # -4, -5, -4
+    for a, chance in zip(answers, (0.6, 0.2, 0.5)):
+        a.chances = [1 - chance, 0.0, chance]
+    assert 0.2 <= seft.find_threshold(None, answers, None, args) < 0.5  # the first and the last are kept
+
+
+def test_pairs_with_an_end_of_their_own(base, tmp_path):
+    """<eos> in the text of a pair is the end of its answer, not a part of what a reviser reads and a grader judges."""
+    rows = [dict(prompt=f"{i}+1=", chosen=f"{i + 1}<eos>", rejected="1<eos>") for i in range(10, 40)]
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = seft.prepare(seft.Args(**base | dict(stage="reviser", dataset=str(pairs), task="chains")))
+    assert [pair["chosen"] for pair in data.test_pairs] == [str(i + 1) for i in range(35, 40)]
+    assert data.grade([pair["chosen"] for pair in data.test_pairs], data.test_pairs) == [1.0] * 5
+    assert all(pair["rejected"] == "1" for pair in data.pairs)
+
+
 def test_prompts_are_new(base, out, tmp_path, capsys):
     """No prompt is there twice, in a pair or in the test set; what was left out is counted."""
     pairs = tmp_path / "pairs.jsonl"
@@ -271,12 +298,26 @@ def refused(base, out, monkeypatch):
             ["--dataset is empty: --stage reviser and --pair_share need preference pairs"],
         ),
         (dict(stage="reviser", builtin_pairs=1), ["1 pairs", "two halves"]),
+        (dict(reward_file="REWARD"), ["--reward_file", "the task chains has a grader of its own"]),
         (dict(max_prompt=2), ["no pair is left", "are too long"]),
     ],
     ids=str,
 )
-def test_wrong_value(changes, parts, refused):
-    refused(parts, **changes)
+def test_wrong_value(changes, parts, refused, reward_file):
+    refused(parts, **{k: v.replace("REWARD", reward_file) if k == "reward_file" else v for k, v in changes.items()})
+
+
+def test_a_reviser_of_other_words(bare, refused):
+    """What the reviser learnt to read and to write stands in the args.json of its run."""
+    reviser = dict(model="builtin", reviser=str(bare[0] / "reviser" / "model"))
+    refused(["--then ''", "was trained with '{prompt}'; expected the same"], **reviser, then="")
+
+
+def test_begun_answers_are_refused(refused, tmp_path):
+    rows = [[dict(role="user", content=f"{i}+1"), dict(role="assistant", content="=")] for i in range(30)]
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": row}) + "\n" for row in rows))
+    refused(["row 1", "the last message is not the user's"], prompts=str(prompts), revise="never", reviser="")
 
 
 def test_the_source_says_what_is_reconstructed():

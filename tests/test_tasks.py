@@ -625,6 +625,19 @@ def test_fit_prompts(tmp_path, monkeypatch):
     refused("--max_prompt 3: 0 training and", tasks.fit_prompts, tasks.load_task(), length, 3)
 
 
+def test_a_task_that_makes_its_rows_makes_short_ones(monkeypatch):
+    """Long prompts of an endless task are replaced by the next ones; where all are short, nothing changes."""
+    monkeypatch.setattr(tasks, "encode_prompt", lambda tokenizer, prompt, changes: [0] * len(prompt))
+    task = tasks.load_task("chains", test_rows=64)
+    lengths = sorted({len(row["prompt"]) for row in task.rows(0, 3, 64)})
+    assert len(lengths) > 1
+    assert tasks.fit_prompts(task, None, lengths[-1]).rows(0, 3, 64) == task.rows(0, 3, 64)
+    short = tasks.fit_prompts(task, None, lengths[0])
+    expected = [row for row in task.rows(0, 3, 1024) if len(row["prompt"]) <= lengths[0]]
+    assert short.rows(0, 3, 64) == expected[:64] and short.rows(0, 3, 2) == expected[:2]
+    assert tasks.fit_prompts(task, None, lengths[0], "truncate").rows(0, 3, 64) == task.rows(0, 3, 64)
+
+
 # preference pairs
 
 

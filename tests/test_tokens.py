@@ -69,7 +69,9 @@ def test_answers_end_as_the_template_ends_a_turn():
     assert answer(tokenizer, "2", "1+1=", changes) == "2<eos>"
     assert answer(tokenizer, "2<eos>", "1+1=", changes) == "2<eos>"
     assert answer(tokenizer, "2<eot><eos>", "1+1=", changes) == "2<eot>"
-    assert changes == {"answers had an end of their own, none added": 3}
+    assert answer(tokenizer, "2<eot> ", user("1+1"), changes) == "2<eot>"  # as templates write it, space behind it
+    assert answer(tokenizer, "2<eot>3", user("1+1")) == "2<eot>3<eot>"
+    assert changes == {"answers had an end of their own, none added": 4}
     whole = tokenizer.apply_chat_template(user("1") + [{"role": "assistant", "content": "2"}], return_dict=True)
     assert whole["input_ids"] == common.encode_prompt(tokenizer, user("1")) + common.encode_completion(
         tokenizer, "2", user("1")
