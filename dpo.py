@@ -171,7 +171,7 @@ def train(args) -> None:
         local = args.model not in common.BUILTIN and Path(args.model).is_dir()
         policy.config.aligned_from = str(Path(args.model).resolve()) if local else args.model
     else:
-        policy.config.aligned_from = None  # what --model may have brought is not true of this one
+        vars(policy.config).pop("aligned_from", None)  # what --model may have brought is not true of this one
     run.finish(policy, tokenizer)
 
 
