@@ -168,12 +168,17 @@ def run(study: str, name: str, command: str, seed: int, threads: int) -> dict:
     }
 
 
+def spread(values) -> str:
+    """Median [lowest, highest] of the values that are known; of one alone the value."""
+    values = [v for v in values if v is not None]
+    if not values:
+        return "–"
+    ends = f" [{min(values):.3f}, {max(values):.3f}]" if len(values) > 1 else ""
+    return f"{statistics.median(values):.3f}{ends}"
+
+
 def table(rows: list[dict], settings: dict[str, str], columns: dict[str, str], titles: dict[str, str]) -> str:
     """Markdown: a line for each setting, median [lowest, highest] over seeds; columns: {title: another metric}."""
-
-    def spread(values: list[float]) -> str:
-        return f"{statistics.median(values):.3f} [{min(values):.3f}, {max(values):.3f}]" if values else "–"
-
     columns = {"entropy at the end": "policy/entropy"} | columns
     header = ["setting", "seeds", "greedy after", "sampled after", *columns, "failed"]
     lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
@@ -196,8 +201,7 @@ def pairs_table(rows: list[dict], names: dict[str, str], titles: dict[str, str])
         values = [r["last"]["eval/pair_accuracy"] for r in rows if r["setting"] == name and r["ok"]
                   and "eval/pair_accuracy" in r["last"]]  # fmt: skip
         if values:
-            spread = f"{statistics.median(values):.3f} [{min(values):.3f}, {max(values):.3f}]"
-            lines.append(f"| {titles.get(name, name)} | {len(values)} | {spread} |")
+            lines.append(f"| {titles.get(name, name)} | {len(values)} | {spread(values)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -214,7 +218,7 @@ def steps_table(rows: list[dict], settings: dict[str, str], goal: float) -> str:
             f"{x:.0f}" if x < float("inf") else "never" for x in (statistics.median(first), min(first), max(first))
         ]
         ends = [[r["last"][k] for r in mine] for k in ("eval/greedy", "eval/sampled")]
-        spreads = [f"{statistics.median(v):.3f} [{min(v):.3f}, {max(v):.3f}]" for v in ends]
+        spreads = map(spread, ends)
         reached = f"{sum(x < float('inf') for x in first)} of {len(mine)}"
         cells = [name, len(mine), reached, f"{words[0]} [{words[1]}, {words[2]}]", *spreads]
         lines.append(f"| {' | '.join(map(str, cells))} |")
@@ -239,8 +243,7 @@ def rounds_table(rows: list[dict], settings: dict[str, str]) -> str:
 
     def path(runs: list[dict], key: str) -> str:
         *before, last = list(zip(*[[e[key] for e in r["eval"]] for r in runs]))
-        middles = [f"{statistics.median(values):.3f}" for values in (*before, last)]
-        return f"{' → '.join(middles)} [{min(last):.3f}, {max(last):.3f}]"
+        return " → ".join([*(f"{statistics.median(values):.3f}" for values in before), spread(last)])
 
     header = ["setting", "seeds", "greedy", "sampled", "failed"]
     lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
@@ -253,11 +256,9 @@ def rounds_table(rows: list[dict], settings: dict[str, str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def spread(values) -> str:
-    """Median [lowest, highest] of those that are known, without the zero before the point: ten such columns fit a page."""
-    values = [v for v in values if v is not None]
-    text = f"{statistics.median(values):.3f} [{min(values):.3f}, {max(values):.3f}]" if values else "–"
-    return re.sub(r"\b0\.", ".", text)
+def short(values) -> str:
+    """`spread` without the zero before the point: ten such columns fit a page."""
+    return re.sub(r"\b0\.", ".", spread(values))
 
 
 def first_rounds(rows: list[dict], name: str) -> dict[int, dict]:
@@ -284,9 +285,9 @@ def revision_table(rows: list[dict], settings: dict[str, str]) -> str:
             if "adaptive" in name and seed in all_revised and m.get("revise/keep_right") is not None:
                 p, d, f = (all_revised[seed][f"revise/{key}"] for key in ("before", "damage", "fix"))
                 limits.append(p * d * m["revise/keep_right"] / ((1 - p) * f) if f else None)
-        cells = [spread(m.get(f"revise/{key}") for m in mine.values()) for key in names.values()]
-        dropped = spread(sum(v or 0 for k, v in m.items() if k.startswith("drop/")) for m in mine.values())
-        lines.append(f"| {' | '.join([name, str(len(mine)), *cells, spread(limits), dropped])} |")
+        cells = [short(m.get(f"revise/{key}") for m in mine.values()) for key in names.values()]
+        dropped = short(sum(v or 0 for k, v in m.items() if k.startswith("drop/")) for m in mine.values())
+        lines.append(f"| {' | '.join([name, str(len(mine)), *cells, short(limits), dropped])} |")
     return "\n".join(lines) + "\n"
 
 
@@ -300,7 +301,7 @@ def labels_table(rows: list[dict], settings: dict[str, str]) -> str:
     for name in settings:
         mine = [m for m in first_rounds(rows, name).values() if m.get("revise/auc") is not None]
         if mine:
-            cells = [spread(m.get(f"revise/{key}") for m in mine) for key in names.values()]
+            cells = [short(m.get(f"revise/{key}") for m in mine) for key in names.values()]
             lines.append(f"| {' | '.join([name, str(len(mine)), *cells])} |")
     return "\n".join(lines) + "\n"
 
@@ -313,7 +314,7 @@ def revisers_table(rows: list[dict], names: dict[str, str], titles: dict[str, st
     for name in names:
         mine = [r["last"] for r in rows if r["setting"] == name and "eval/fix" in r["last"]]
         if mine:
-            cells = [spread(last.get(f"eval/{key}") for last in mine) for key in (*metrics.values(), "nll")]
+            cells = [short(last.get(f"eval/{key}") for last in mine) for key in (*metrics.values(), "nll")]
             lines.append(f"| {' | '.join([titles.get(name, name), str(len(mine)), *cells])} |")
     return "\n".join(lines) + "\n"
 
