@@ -775,15 +775,20 @@ class Run(RunFolder):
         """The steps whose checkpoints stay."""
         return {"last": {newest}, "best": {newest, -self.best[1]}, "all": range(newest + 1)}[self.settings["keep"]]
 
+    def take_best(self) -> int:
+        """With --keep best, load the best weights, unless the run was stopped; returns the step of what is loaded."""
+        at = -self.best[1] or self.total
+        if at < self.total and not self.stopped:
+            load_checkpoint(self.path / "checkpoint" / f"step-{at:06d}", self.models, self.optimizer)
+        return at
+
     def finish(self, policy, tokenizer, then: str = "") -> None:
         """A run has ended when it has model/. One that was stopped exports nothing and leaves with an exit code.
 
         With --keep best, model/ is the best one. then: the command on the last line, else that which evaluates model/.
         """
-        at = -self.best[1] or self.total
+        at = self.take_best()
         if not self.stopped:
-            if at < self.total:
-                load_checkpoint(self.path / "checkpoint" / f"step-{at:06d}", self.models, self.optimizer)
             card = self._with("publish", lambda publish: publish.card(self.path, self.script.stem, at))
             export_model(self.path / "model", policy, tokenizer, card or "")
         self.report()

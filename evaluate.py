@@ -153,6 +153,7 @@ def measure_accuracy(args) -> None:
     held_out = args.test_rows, args.test_dataset
     task = tasks.load_task(args.task, args.dataset, args.reward_file, *held_out, train=train)
     tokenizer = lm.load_tokenizer(args.model)
+    task = task if train else replace(task, train=[])  # a long training prompt is nothing to refuse then
     task = tasks.fit_prompts(task, tokenizer, args.max_prompt, args.long_prompts)
     if train:
         rows = task.rows(args.seed, 0, min(args.test_rows, len(task.train) or args.test_rows))

@@ -30,7 +30,6 @@ SPELLINGS = [
     (r"[\s~]", " "),  # thin and unbreakable spaces too
     (r"\\varnothing\b", r"\\emptyset"),
     (r"(?<=\d) *\^ *(\{ *)?(\\(?:text|mbox|mathrm) *\{ *)?(?:st|nd|rd|th)(?(2) *\})(?(1) *\})", ""),  # 17^{\text{th}}
-    (r"\\sqrt *\{ *-1 *\}", "i"),
     (r"\\[dtc]frac(?![a-z])", r"\\frac"),
     (r"(?<=\d)(?:,?(?:\\!)+,? ?|\\[,;: ]|\{,\}|[ '’])(?=\d{3}(?!\d))", ""),  # 1\,234
     # 27,000 - 4,500\pi, but (1,234) is a pair
@@ -296,7 +295,7 @@ def _same_latex(reference: str, answer: str) -> bool:
     import sympy
     from math_verify import LatexExtractionConfig, parse, verify
 
-    texts = [respell(s, SPELLINGS) for s in (reference, answer)]
+    texts = [respell(s, [*SPELLINGS, (r"\\sqrt *\{ *-1 *\}", "i")]) for s in (reference, answer)]
     words = [re.sub(r"\\(?:text\w*|mbox|mathrm) *\{([^{}]*)\}", r"\1", text).split() for text in texts]
     if words[0] == words[1]:
         return bool(words[0])

@@ -164,6 +164,7 @@ def train(args) -> None:
 
         # ---- 3. log; evaluate and save when it is time
         run.end_step(metrics | {"lr": optimizer.param_groups[0]["lr"]})
+    run.take_best()
     show_credit(run, models, test_pairs[:12], tokenizer, args, device)
     advantage = "token" if args.objective == "qrm" else "gae"
     model = "" if args.model in common.BUILTIN else f" --model {args.model} --dataset PROMPTS"

@@ -479,6 +479,8 @@ def fit_prompts(task: Task, tokenizer, max_prompt: int, long_prompts: str = "dro
 
     def made(seed: int, step: int, n: int) -> list[dict]:
         rows, more = fit(task.rows(seed, step, n)), n
+        refused = f"--max_prompt {max_prompt}: {n - len(rows)} of the {n} prompts of step {step} are longer"
+        require(len(rows) == n or long_prompts == "drop", f"{refused}; expected a larger limit")
         while len(rows) < n:
             rows, more = fit(task.rows(seed, step, 2 * more)), 2 * more  # begins with the same rows
         return rows[:n]

@@ -361,6 +361,7 @@ PAIRS = {name: value for name, value in RL.items() if name != "samples_per_promp
         (PAIRS | dict(dataset="x/pairs", task="math", test_dataset="t"), True, "--task math --test_dataset t"),
         (PAIRS | dict(dataset="p.jsonl", reward_file="r.py"), False, "--dataset p.jsonl --reward_file r.py"),
         (PAIRS | dict(dataset="p.jsonl", test_dataset="t"), True, "--test_dataset t"),
+        (PAIRS | dict(dataset="p.jsonl", prompts="q.jsonl"), True, "--dataset q.jsonl"),
     ],
 )
 def test_the_command_that_evaluates(settings, graded, words):

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import threading
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -633,9 +634,12 @@ def test_a_task_that_makes_its_rows_makes_short_ones(monkeypatch):
     assert len(lengths) > 1
     assert tasks.fit_prompts(task, None, lengths[-1]).rows(0, 3, 64) == task.rows(0, 3, 64)
     short = tasks.fit_prompts(task, None, lengths[0])
-    expected = [row for row in task.rows(0, 3, 1024) if len(row["prompt"]) <= lengths[0]]
+    expected = [row for row in task.rows(0, 3, 4096) if len(row["prompt"]) <= lengths[0]]
     assert short.rows(0, 3, 64) == expected[:64] and short.rows(0, 3, 2) == expected[:2]
     assert tasks.fit_prompts(task, None, lengths[0], "truncate").rows(0, 3, 64) == task.rows(0, 3, 64)
+    strict = tasks.fit_prompts(replace(task, test=[]), None, lengths[0], "error")
+    long = sum(len(row["prompt"]) > lengths[0] for row in task.rows(0, 3, 64))
+    refused(f"--max_prompt {lengths[0]}: {long} of the 64 prompts of step 3 are longer", strict.rows, 0, 3, 64)
 
 
 # preference pairs
