@@ -94,6 +94,17 @@ def test_exported_reward_model(kind, reward_run, base):
     assert found == pytest.approx({k: last[k] for k in found}, abs=1e-5)
 
 
+def test_the_kept_model_is_shown(base, out, monkeypatch):
+    """With --keep best, credit.html has the scores of model/, and not those of the last step."""
+    found, shown = iter([0.1, 0.9, 0.2]), {}  # the held-out pair accuracy of steps 0, 2 and 4
+    monkeypatch.setattr(qrm, "evaluate", lambda *args: {"eval/pair_accuracy": next(found)})
+    now = lambda models: {name: x.clone() for name, x in models["reward"].state_dict().items()}  # noqa: E731
+    monkeypatch.setattr(qrm, "show_credit", lambda run, models, *args: shown.update(now(models)))
+    folder = run_here(qrm, **base | KINDS["qrm-lm"], keep="best", out=out)
+    kept = lm.load_model(str(folder / "model"), head="saved", device=CPU, trainable=False).state_dict()
+    assert shown.keys() == kept.keys() and all(torch.equal(shown[name], kept[name]) for name in kept)
+
+
 @pytest.mark.parametrize("kind", ["qrm", "qrm-lm"])
 @pytest.mark.parametrize("loss", ["ppo", "reinforce"])
 def test_policies_with_it(kind, loss, reward_run, base, tiny_model, reward_file, tmp_path):
