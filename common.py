@@ -927,10 +927,10 @@ def _watch(script: Path, settings: dict) -> dict[str, str]:
         imported = [Path(getattr(module, "__file__", None) or "") for module in list(sys.modules.values())]
         own = [path for path in imported if reward.parent in path.parents and path.suffix == ".py" and path != reward]
         files |= {f"{path.relative_to(reward.parent)}": path for path in own if "site-packages" not in path.parts}
-    return {name: _digest(path) for name, path in files.items() if os.path.exists(path)}
+    return {name: digest(path) for name, path in files.items() if os.path.exists(path)}
 
 
-def _digest(path: Path) -> str:
+def digest(path: Path) -> str:
     """Of a file, or of a model in a folder: sizes and contents, of which 32 MiB at both ends stand for a large file."""
     sha, some = hashlib.sha256(), 2**25  # a model takes a moment, and trained weights differ everywhere
     for file in sorted(path.iterdir()) if path.is_dir() else [path]:

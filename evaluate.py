@@ -261,7 +261,12 @@ def with_sizes(args):
     sizes = {name: size or max(1, min(512, left)) for name, size in sizes.items()}
     common.say("sizes of " + args.model + ": " + " ".join(f"--{name} {size}" for name, size in sizes.items()))
     lm.fits_context(args.model, sum(sizes.values()))
-    same = trained if trained.get("dataset") == args.dataset and not args.pairs_out else {}  # else it sees trained rows
+    # Held out is what training held out: of the same name, or the same file under another; else it sees trained rows.
+    names = [name for name in ("dataset", "prompts") if name in trained]
+    read = common.stored(file).get("watched", {}) if trained else {}  # digests of files
+    digest = common.digest(Path(args.dataset)) if Path(args.dataset).is_file() else ""
+    same = any(args.dataset == trained[name] or digest == read.get(f"--{name} {trained[name]}", 0) for name in names)
+    same = trained if same and not args.pairs_out else {}
     apart = args.test_dataset or same.get("test_dataset", "")
     return replace(args, test_rows=args.test_rows or same.get("test_rows", 256), test_dataset=apart, **sizes)
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -176,6 +177,8 @@ def test_held_out_as_in_training(tiny_model, reward_file, tmp_path):
     model = str(run_here(lco, **settings, out=str(tmp_path / "run")) / "model")
     given = evaluate.with_sizes(evaluate.Args(model=model, dataset=data))
     assert (given.test_rows, given.test_dataset) == (3, "")
+    for same in (os.path.relpath(data), str(shutil.copy(data, tmp_path / "copy.jsonl"))):  # the file, spelled otherwise
+        assert evaluate.with_sizes(evaluate.Args(model=model, dataset=same)).test_rows == 3
     assert evaluate.with_sizes(evaluate.Args(model=model, dataset="other.jsonl")).test_rows == 256
     assert evaluate.with_sizes(evaluate.Args(model=model, dataset=data, test_rows=5)).test_rows == 5
     assert evaluate.with_sizes(evaluate.Args(model=model, dataset=data, pairs_out="x")).test_rows == 256
