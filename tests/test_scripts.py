@@ -212,10 +212,10 @@ def test_token_rewards_of_a_reward_model(base, scalar_model):
     mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]]).bool()
     batch = {"mask": mask, "scores": torch.tensor([[1.0, 2.0, 6.0, 0], [3.0, 4.0, 0, 0]])}
     args = ppo_baseline.Args(reward_model=scalar_model)
-    last = ppo_baseline.token_rewards(None, batch, [True, True], args)
+    with mock.patch.object(lm, "score_of", return_value="last"):
+        last = ppo_baseline.token_rewards(None, batch, [True, True], args)
     torch.testing.assert_close(last, torch.tensor([[0, 0, 1.0, 0], [0, -1.0, 0, 0]]))
-    with mock.patch.object(lm, "score_of", return_value="mean"):
-        every = ppo_baseline.token_rewards(None, batch, [True, True], args)
+    every = ppo_baseline.token_rewards(None, batch, [True, True], args)
     z = torch.tensor([1.0, 2.0, 6.0, 3.0, 4.0])
     torch.testing.assert_close(every[mask], (z - z.mean()) / z.std(correction=0))
 
@@ -256,9 +256,10 @@ def lm_judge(other_model, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def scalar_model(tiny_model, tmp_path_factory):
-    """The body of the tiny model with a random head to one number."""
+    """The body of the tiny model with a random head to one number for each token, as a Q-RM has it."""
     folder = tmp_path_factory.mktemp("scalar") / "model"
     model = lm.load_model(tiny_model, head="scalar", device=torch.device("cpu"))
+    model.config.reward_score = "mean"
     torch.nn.init.normal_(lm.scalar_head(model).weight)
     common.export_model(folder, model, lm.load_tokenizer(tiny_model))
     return str(folder)
