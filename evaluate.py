@@ -264,8 +264,8 @@ def with_sizes(args):
     # Held out is what training held out: of the same name, or the same file under another; else it sees trained rows.
     names = [name for name in ("dataset", "prompts") if name in trained]
     read = common.stored(file).get("watched", {}) if trained else {}  # digests of files
-    digest = common.digest(Path(args.dataset)) if Path(args.dataset).is_file() else ""
-    same = any(args.dataset == trained[name] or digest == read.get(f"--{name} {trained[name]}", 0) for name in names)
+    mine = common.digest(Path(args.dataset)) if Path(args.dataset).is_file() else "no file"
+    same = any(args.dataset == trained[name] or mine == read.get(f"--{name} {trained[name]}") for name in names)
     same = trained if same and not args.pairs_out else {}
     apart = args.test_dataset or same.get("test_dataset", "")
     return replace(args, test_rows=args.test_rows or same.get("test_rows", 256), test_dataset=apart, **sizes)

@@ -604,9 +604,10 @@ def load_data(args, tokenizer) -> Data:
         limits = args.max_prompt, args.max_new_tokens
         (pairs, note), (test, test_note) = (common.encode_pairs(tokenizer, rows, *limits) for rows in (pairs, test))
         common.say(f"training: {note}; held out: {test_note}")
-    for pair in pairs + test:  # all pairs of a prompt are in one half
-        pair["half"] = 1 - zlib.crc32(json.dumps(pair["prompt"]).encode()) % 2
-        pair |= {side: common.decode(tokenizer, [pair[f"{side}_ids"]])[0] for side in ("chosen", "rejected")}
+    for pair in pairs + test:
+        pair["half"] = 1 - zlib.crc32(json.dumps(pair["prompt"]).encode()) % 2  # all pairs of a prompt are in one half
+        for side in ("chosen", "rejected"):  # as answers of a policy are read: without an end that the text may bring
+            pair[side] = common.decode(tokenizer, [pair[f"{side}_ids"]])[0]
     test = [pair | {"half": 0} for pair in test]  # scored by the second R0, from which R goes on
     twice = task.correct and args.reward_file
     require(not twice, f"--reward_file: the task {task.name} has a grader of its own; expected one of both")
