@@ -917,7 +917,8 @@ def _lock(folder: Path):
 
 def _watch(script: Path, settings: dict) -> dict[str, str]:
     """Hashes of what a resumed run must find as it was: code, and the files and models that arguments name."""
-    files = {path.name: path for path in (script, *map(script.with_name, ("common.py", "lm.py", "tasks.py")))}
+    code = (script.name, "common.py", "lm.py", "gpu.py", "tasks.py", "graders.py", "builtin/tasks.py", "builtin/gym.py")
+    files = {name: script.parent / name for name in code}
     for name, value in settings.items():
         if isinstance(value, str) and value and name not in FREE_TO_CHANGE:
             here, on_hub = BUILTIN.get(value, Path(value)), Path(HF_HUB_CACHE, f"models--{value.replace('/', '--')}")

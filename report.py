@@ -205,10 +205,8 @@ def chain(runs: list[Stored], out: Path) -> str:
 
 
 def token_page(path: Path, title: str, answers: list[dict], note: str = "") -> None:
-    """Answers with their tokens coloured by numbers, one colouring under the other; the number shows on hovering.
-
-    answers: rows {prompt, kind, tokens: [str], scores: {name: [float]}}. A colouring is standardised over the page.
-    """
+    """Answers, one line for each of their scores, which are standardised over the page and colour the tokens.
+    answers: rows {prompt, kind, tokens: [str], scores: {name: [float]}}."""
     scale = {}
     for name in dict.fromkeys(name for answer in answers for name in answer["scores"]):
         values = [x for answer in answers for x in answer["scores"].get(name, [])]
@@ -235,16 +233,18 @@ def token_page(path: Path, title: str, answers: list[dict], note: str = "") -> N
 
 def compare(runs: list[Stored], out: Path) -> str:
     """compare.html; returns what the screen shows."""
-    settings = [{k: v for k, v in run.about["args"].items() if k not in OF_EVERY_RUN} for run in runs]
+    settings = [{f"--{k}": v for k, v in run.about["args"].items() if k not in OF_EVERY_RUN} for run in runs]
+    settings = [own | {k: v[:8] for k, v in r.about.get("watched", {}).items()} for own, r in zip(settings, runs)]
     differ = [n for n in sorted(set.intersection(*map(set, settings))) if any(s[n] != settings[0][n] for s in settings)]
     versions = [run.source for i, run in enumerate(runs) if run.source not in [r.source for r in runs[:i]]]
     together, code = {}, []
     for run, own in zip(runs, settings):
-        together.setdefault(json.dumps([own | {"seed": None}, versions.index(run.source)]), []).append(run)
+        same = [own[name] for name in differ if name != "--seed"]
+        together.setdefault(json.dumps([same, versions.index(run.source)]), []).append(run)
     groups = {f"{m[0].folder}" + f" and {len(m) - 1} more" * (len(m) > 1): m for m in together.values()}
     lines = [f"{label}: {', '.join(str(run.folder) for run in members)}" for label, members in groups.items()]
-    lines += [f"--{name}: {' | '.join(str(s[name]) for s in settings)}" for name in differ]
-    lines += [] if differ or versions[1:] else ["the same arguments and the same code"]
+    lines += [f"{name}: {' | '.join(str(s[name]) for s in settings)}" for name in differ]
+    lines += [] if differ or versions[1:] else ["the same arguments, files and code"]
     for number, other in enumerate(versions[1:], 2):
         code += difflib.unified_diff(versions[0], other, "code 1", f"code {number}", lineterm="", n=1)
     figures = panels([m for run in runs for m in run.metrics])

@@ -339,7 +339,8 @@ def test_what_a_reward_file_imports_is_watched(tmp_path, monkeypatch):
     tasks.load_reward("with_imports.py")
     before = common._watch(Path(lco.__file__), {"reward_file": "with_imports.py"})
     own = {"--reward_file with_imports.py", "beside_it.py", "parts/below_it.py"}
-    assert before.keys() == own | {"lco.py", "common.py", "lm.py", "tasks.py"}
+    code = {"lco.py", "common.py", "lm.py", "gpu.py", "tasks.py", "graders.py", "builtin/tasks.py", "builtin/gym.py"}
+    assert before.keys() == own | code
     (tmp_path / "parts" / "below_it.py").write_text("x = 2\n")
     after = common._watch(Path(lco.__file__), {"reward_file": str(reward)})
     assert [name for name in after if before.get(name, after[name]) != after[name]] == ["parts/below_it.py"]

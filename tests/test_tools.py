@@ -20,10 +20,11 @@ from builtin import tasks as toys
 from conftest import ROOT, run_forked
 
 
-def write_run(folder: Path, lr: float, line: str, values: list[float], seed: int = 0) -> Path:
+def write_run(folder: Path, lr: float, line: str, values: list[float], seed: int = 0, data: str = "0" * 64) -> Path:
     folder.mkdir()
     args = {"lr": lr, "seed": seed, "out": str(folder), "steps": len(values) - 1}
     about = {"args": args, "command": "lco.py <x>", "world": 1, "torch": "2", "git": None, "time": "now"}
+    about["watched"] = {"--dataset pairs.jsonl": data}
     (folder / "args.json").write_text(json.dumps(about))
     (folder / "source.py").write_text(f"def loss(gap):\n    {line}\n")
     rows = [{"step": i, "reward/mean": v, "eval/greedy": None, "time/step": 9.0} for i, v in enumerate(values)]
@@ -58,7 +59,11 @@ def test_comparison_tells_what_differs_and_where_runs_ended(tmp_path):
     assert "0.600 [0.500, 0.700]" in page and "data:image/png" in page
     assert page.index("<table>") < page.index("data:image/png") < page.index("+++ code 2"), "the code comes last"
     same = run_forked("report.py", a, a, "--out", tmp_path / "x.html")
-    assert "the same arguments and the same code" in same.stdout
+    assert "the same arguments, files and code" in same.stdout
+    other = write_run(tmp_path / "other", 1e-4, "return gap.square()", [0.35, 0.9], seed=2, data="1" * 64)
+    done = run_forked("report.py", a, other, "--out", tmp_path / "y.html")
+    assert "--dataset pairs.jsonl: 00000000 | 11111111" in done.stdout, "the same name with another content"
+    assert "0.250 -> 0.500" in done.stdout and "0.350 -> 0.900" in done.stdout, "they are no seeds of one setting"
 
 
 def test_report_of_a_run_that_still_goes_on(tmp_path, monkeypatch):
