@@ -576,10 +576,13 @@ class Data:
 
     def grade(self, texts: list[str], rows: list[dict]) -> list[float | None]:
         """1 and 0 for right and wrong, or a user's reward, or None if these rows have no grader."""
-        task = self.task  # rows of a file need an `answer`, a number or LaTeX, for words, gsm8k and math
-        if task.correct and (task.name in ("chains", "strings") or all("answer" in row for row in rows)):
-            return list(map(float, task.correct(texts, rows)))
-        if task.correct or not task.reward or not rows:
+        task = self.task
+        if task.correct:  # a pair has what the grader reads if its file brings it
+            needed = {"chains": "prompt", "strings": "prompt"}.get(task.name, "entry" if ":" in task.name else "answer")
+            known = [row.get(needed) is not None for row in rows]
+            right = iter(task.correct(list(itertools.compress(texts, known)), list(itertools.compress(rows, known))))
+            return [float(next(right)) if there else None for there in known]
+        if not task.reward or not rows:
             return [None] * len(rows)
         ids = [common.encode_completion(self.tokenizer, text, row["prompt"]) for row, text in zip(rows, texts)]
         rows = [row | {"completion_ids": answer} for row, answer in zip(rows, ids)]
@@ -608,6 +611,8 @@ def load_data(args, tokenizer) -> Data:
         pair["half"] = 1 - zlib.crc32(json.dumps(pair["prompt"]).encode()) % 2  # all pairs of a prompt are in one half
         for side in ("chosen", "rejected"):  # as answers of a policy are read: without an end that the text may bring
             pair[side] = common.decode(tokenizer, [pair[f"{side}_ids"]])[0]
+        if task.name in ("gsm8k", "math"):
+            pair["answer"] = tasks.reference(task.name, pair, args.dataset)
     test = [pair | {"half": 0} for pair in test]  # scored by the second R0, from which R goes on
     twice = task.correct and args.reward_file
     require(not twice, f"--reward_file: the task {task.name} has a grader of its own; expected one of both")
@@ -665,6 +670,8 @@ def prepare(args) -> Data:
         for key in ("ask", "labels", "then"):
             found = f"--{key} {getattr(args, key)!r}: {name} was trained with {known.get(key)!r}"
             require(known.get(key, getattr(args, key)) == getattr(args, key), f"{found}; expected the same")
+    some = not args.pair_share or round(args.pair_share * n)
+    require(some, f"--pair_share {args.pair_share}: that is no pair of --prompts_per_step {n}; expected more, or 0")
     data = load_data(args, tokenizer)
     for prompt in (row["prompt"] for row in [*data.pairs, *data.test_pairs, *data.prompts]):
         found = f"{getattr(prompt, 'where', 'a prompt')}: the last message is not the user's"

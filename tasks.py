@@ -29,7 +29,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from importlib.machinery import PathFinder
 from pathlib import Path
 
@@ -212,8 +212,8 @@ def load_rows(dataset: str, kinds: list[str], split: str = "train") -> tuple[str
     found = [kind for kind, columns in sets if columns <= set(raw[0])]
     names, expected = ", ".join(raw[0])[:200] or "(none)", " or ".join("+".join(sorted(names)) for _, names in sets)
     require(bool(found), f"{dataset}: it has the columns {names}; expected {expected}")
-    make_row = {"gsm8k": gsm8k_row, "math": math_row, "prompts": prompt_row, "pairs": pair_row}
-    make_row = make_row.get(found[0], demonstration_row)
+    make_row = {"prompts": prompt_row, "pairs": pair_row, "demonstrations": demonstration_row}
+    make_row = make_row.get(found[0]) or partial(graded_row, found[0])
     rows = [make_row(row, f"{dataset}: row {i}") for i, row in enumerate(raw, 1)]
     missing = [i for i, row in enumerate(rows, 1) if row is None]
     expected = "'#### ' and a number, \\boxed{} or a column 'answer'"
@@ -222,21 +222,21 @@ def load_rows(dataset: str, kinds: list[str], split: str = "train") -> tuple[str
     return found[0], [row for row in rows if row is not None], note
 
 
-def gsm8k_row(row: dict, where: str) -> dict | None:
-    """`answer` becomes the number in it, and stays as `solution`; None without a number."""
-    question, solution = column(row, "question", where), given(row, "answer", where)
-    number = optional("graders").gsm8k_reference(solution)
-    prompt = Messages([{"role": "user", "content": question + GSM8K_ASK}], where)
-    return {**row, "prompt": prompt, "solution": solution, "answer": number} if number else None
+def graded_row(kind: str, row: dict, where: str) -> dict | None:
+    """A row of `gsm8k` or `math` with `prompt` and the right `answer`; None without one."""
+    name, ask = ("question", GSM8K_ASK) if kind == "gsm8k" else ("problem", MATH_ASK)
+    asked, answer = [{"role": "user", "content": column(row, name, where) + ask}], reference(kind, row, where)
+    kept = {"solution": given(row, "answer", where)} if kind == "gsm8k" else {}
+    return {**row, **kept, "prompt": Messages(asked, where), "answer": answer} if answer else None
 
 
-def math_row(row: dict, where: str) -> dict | None:
-    """`answer` is the column of that name, else what stands in the last \\boxed{} of `solution`; None without one."""
-    problem, last_boxed = column(row, "problem", where), optional("graders").last_boxed
-    answer, solution = given(row, "answer", where), given(row, "solution", where)
-    answer = last_boxed(answer) or answer.strip(" $") or last_boxed(solution)
-    prompt = Messages([{"role": "user", "content": problem + MATH_ASK}], where)
-    return {**row, "prompt": prompt, "answer": answer} if answer else None
+def reference(kind: str, row: dict, where: str) -> str | None:
+    r"""The right answer as the grader reads it: of gsm8k the number in `answer`; of math what stands in the last
+    \boxed{} of `answer`, else `answer` itself, else the last \boxed{} of `solution`. None where there is none."""
+    answer, graders = given(row, "answer", where), optional("graders")
+    if kind == "gsm8k":
+        return graders.gsm8k_reference(answer)
+    return graders.last_boxed(answer) or answer.strip(" $") or graders.last_boxed(given(row, "solution", where))
 
 
 def given(row: dict, name: str, where: str) -> str:

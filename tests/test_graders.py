@@ -463,12 +463,12 @@ GRADERS = Path(__file__).resolve().parent.parent / "docs" / "graders.md"
 
 
 def number_is_right(reference: str, answer: str) -> bool:
-    row = tasks.gsm8k_row({"question": "?", "answer": f"so\n#### {reference}"}, "here")
+    row = tasks.graded_row("gsm8k", {"question": "?", "answer": f"so\n#### {reference}"}, "here")
     return graders.gsm8k_correct([answer], [row])[0]
 
 
 def latex_is_right(reference: str, answer: str) -> bool:
-    row = tasks.math_row({"problem": "?", "solution": f"It is $\\boxed{{{reference}}}$."}, "here")
+    row = tasks.graded_row("math", {"problem": "?", "solution": f"It is $\\boxed{{{reference}}}$."}, "here")
     return graders.math_correct([f"so \\boxed{{{answer}}}."], [row])[0]
 
 

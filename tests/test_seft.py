@@ -216,6 +216,25 @@ def test_pairs_with_an_end_of_their_own(base, tmp_path):
     assert all(pair["rejected"] == "1" for pair in data.pairs)
 
 
+@pytest.mark.parametrize("task, answer, right", [
+    ("gsm8k", 72, "72"), ("gsm8k", "72.0", "72"), ("gsm8k", "24*3 = 72\n#### 72", "72"),
+    ("math", 72, "\\boxed{72}"), ("math", "$72$", "\\boxed{72}"), ("math", "It is \\boxed{72}.", "\\boxed{72}"),
+])  # fmt: skip
+def test_pairs_with_an_answer_are_graded(base, tmp_path, task, answer, right):
+    """The `answer` of a pair is read as that of the task's own rows; a pair without one is not graded."""
+    if task == "math":
+        pytest.importorskip("math_verify")
+    rows = [dict(prompt=f"{i}+1=", chosen="2", rejected="1", answer=answer) for i in range(10, 40)]
+    rows[-1]["answer"] = None
+    pairs, prompts = tmp_path / "pairs.jsonl", tmp_path / "prompts.jsonl"
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    question, wrong = {"gsm8k": "question", "math": "problem"}[task], right.replace("2", "3")
+    prompts.write_text("".join(json.dumps({question: f"{i}+2=", "answer": "1"}) + "\n" for i in range(40)))
+    args = base | dict(stage="reviser", dataset=str(pairs), prompts=str(prompts), task=task, max_prompt=999)
+    data = seft.load_data(seft.Args(**args), lm.load_tokenizer("builtin"))
+    assert data.grade([right, wrong, right], data.test_pairs[2:]) == [1.0, 0.0, None]
+
+
 def test_prompts_are_new(base, out, tmp_path, capsys):
     """No prompt is there twice, in a pair or in the test set; what was left out is counted."""
     pairs = tmp_path / "pairs.jsonl"
@@ -282,6 +301,7 @@ def refused(base, out, monkeypatch):
     "changes, parts",
     [
         (dict(keep_threshold="high"), ["--keep_threshold 'high'", "auto or a number"]),
+        (dict(pair_share=0.1), ["--pair_share 0.1", "no pair of --prompts_per_step 4"]),
         (dict(keep_threshold="1.5"), ["--keep_threshold '1.5'", "from 0 to 1"]),
         (dict(labels=["++", "+="]), ["--labels takes three", "found 2"]),
         (dict(labels=["+", "+=", "=+"]), ["--labels ['+', '+=', '=+']", "one of them begins another"]),
