@@ -256,7 +256,7 @@ def build(args, device):
     if not args.lora_rank:  # with LoRA, the policy without its adapters is the start
         models["ref"] = lm.load_model(args.model, trainable=False, **shared)
     models["teacher"] = lm.load_model(args.teacher, trainable=False, **shared)
-    models["ref_teacher"] = lm.load_model(reference_teacher(args), trainable=False, **shared)
+    models["ref_teacher"] = lm.load_model(args.ref_teacher, trainable=False, **shared)
     return models, torch.optim.Adam(lm.trainable_parameters(models["policy"]), lr=args.lr, fused=True)
 
 
@@ -267,10 +267,11 @@ def prepare(args):
     tokenizer = lm.load_tokenizer(args.model)
     fresh = args.objective != "opd" or (args.refresh_every and args.state_temperature)
     require(fresh, "--objective opd is on-policy: it needs --refresh_every 1 and --state_temperature 1")
-    for name in (args.model, args.teacher, reference_teacher(args)):
+    args.ref_teacher = reference_teacher(args)  # from now on, args.json and --resume too
+    for name in (args.model, args.teacher, args.ref_teacher):
         lm.fits_context(name, args.max_prompt + args.max_new_tokens)
         lm.same_tokenizer(args.model, tokenizer, name, lm.load_tokenizer(name))
-    common.say(f"the advantage is that of {args.teacher} over {reference_teacher(args)}")
+    common.say(f"the advantage is that of {args.teacher} over {args.ref_teacher}")
     return *load_data(args, tokenizer, tasks.load_pairs), tokenizer
 
 

@@ -170,8 +170,6 @@ def train(args) -> None:
     if args.loss == "dpo":  # adpa.py compares the model with what it was aligned from
         local = args.model not in common.BUILTIN and Path(args.model).is_dir()
         policy.config.aligned_from = str(Path(args.model).resolve()) if local else args.model
-    else:
-        vars(policy.config).pop("aligned_from", None)  # what --model may have brought is not true of this one
     run.finish(policy, tokenizer)
 
 

@@ -169,6 +169,8 @@ def load_model(
     check_model(name, head)
     torch.manual_seed(seed)  # new weights (adapters, heads) are the same on every rank
     model, file_dtype = _load(name, head)
+    if trainable:
+        vars(model.config).pop("aligned_from", None)  # what a file brings is not true of what is trained from it
     head = "scalar" if has_scalar_head(model.config) else "lm"
     _fp32_buffers(model)
     model.requires_grad_(trainable)

@@ -300,7 +300,8 @@ def test_opd_imitates_its_teacher(base, out):
 def test_reference_teacher_is_known(base):
     """An empty --ref_teacher is what the config of the teacher names; a teacher that names none needs it."""
     args = adpa.Args(**base | dict(ref_teacher=""))
-    assert adpa.reference_teacher(args) == "builtin"
+    adpa.prepare(args)
+    assert args.ref_teacher == "builtin", "args.json and --resume know what it is"
     assert adpa.reference_teacher(adpa.Args(**base)) == "builtin-small"
     with pytest.raises(common.BadInput, match="--ref_teacher is empty, and builtin does not name"):
         adpa.prepare(adpa.Args(**base | dict(ref_teacher="", teacher="builtin")))

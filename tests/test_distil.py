@@ -137,9 +137,10 @@ def test_what_is_graded(name, base, tmp_path, capsys):
     assert said in capsys.readouterr().out
 
 
-def test_sft_leaves_no_reference(base, out):
-    """A model after SFT was not aligned from what its start was: adpa.py must be told its reference."""
-    folder = run_here(dpo, **base | dict(model="builtin-aligned", loss="sft", steps=1), out=out)
+@pytest.mark.parametrize("script, changes", [(dpo, dict(loss="sft")), (dckd, dict(teacher="builtin-aligned"))])
+def test_only_dpo_names_a_reference(script, changes, base, out):
+    """A model after SFT or distillation was not aligned from what its start was: adpa.py must be told its reference."""
+    folder = run_here(script, **base | dict(model="builtin-aligned", steps=1) | changes, out=out)
     assert "aligned_from" not in json.loads((folder / "model" / "config.json").read_text())
 
 
