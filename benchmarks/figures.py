@@ -290,36 +290,35 @@ def credit() -> None:
 
 
 def real() -> None:
-    """SmolLM2: accuracy after each method, and where it started; one mark per seed."""
+    """SmolLM2: accuracy after each method, one mark per seed, and the median before."""
     figure, axes = plt.subplots(3, 2, figsize=(9.4, 10.4), gridspec_kw={"height_ratios": (13, 10, 8)})
-    titles = {"real_rl": "LCO, PPO and REINFORCE", "real_text": "LCO and PPO: sentences", "real_distil": "Distillation"}
-    titles |= {"real_qrm": "RL with reward models", "real_seft": "SEFT"}
+    titles = {"real_rl": "LCO, PPO and REINFORCE", "real_text": "LCO and PPO: sentences"}
+    titles |= {"real_distil_more": "Distillation", "real_qrm_bf16": "RL with reward models", "real_seft": "SEFT"}
     for axis, (name, title) in zip(axes.flat, titles.items()):
         study = STUDIES[name]
-        names = {"teacher": "the teacher", "dckd": "DCKD"} if name == "real_distil" else {}
+        names = {"teacher": "the teacher", "dckd": "DCKD"} if name == "real_distil_more" else {}
         ended = {s: [] for s in [*names, *study["settings"]]}
         for r in rows_of(name):
             if r["ok"] and r["setting"] in ended:
                 ended[r["setting"]].append(r)
         ended = {s: rows for s, rows in ended.items() if rows}
         for y, rows in enumerate(ended.values()):
-            for key, shift, look in (
-                ("eval/greedy", 0.14, dict(color=BLUE, marker="o")),
-                ("eval/sampled", -0.14, dict(edgecolor=ORANGE, facecolor="none", marker="s")),
+            for key, shift, color, look in (
+                ("eval/greedy", 0.14, BLUE, dict(facecolor=BLUE, marker="o")),
+                ("eval/sampled", -0.14, ORANGE, dict(facecolor="none", marker="s")),
             ):
                 values = [r["last"][key] for r in rows]
-                axis.scatter(values, [y - shift] * len(rows), s=18, zorder=3, **look)
+                axis.scatter(values, [y - shift] * len(rows), s=18, zorder=3, edgecolor=color, **look)
                 axis.vlines(statistics.median(values), y - shift - 0.14, y - shift + 0.14, color=BLACK, linewidth=1.2)
-            axis.plot(
-                [rows[0]["eval"][0]["eval/greedy"]] * 2, [y - 0.4, y + 0.4], color=GREY, linestyle=":", linewidth=1.2
-            )
+                before = statistics.median(r["eval"][0][key] for r in rows)
+                axis.vlines(before, y - 0.4, y + 0.4, color=color, linestyle=":", linewidth=1.2)
         axis.set_yticks(range(len(ended)), [names.get(s, s) for s in ended])
         axis.set_ylim(len(ended) - 0.4, -0.6)
         axis.set_xlim(-0.02, 1.02 if name == "real_text" else 0.62)
         axis.set_title(title)
         axis.set_xlabel("held-out accuracy")
     axes.flat[-1].axis("off")
-    legend = (BLUE, "● greedy"), (ORANGE, "□ sampled"), (BLACK, "| median"), (GREY, "┊ greedy at the start")
+    legend = (BLUE, "● greedy"), (ORANGE, "□ sampled"), (BLACK, "| median"), (GREY, "┊ before")
     for line, (color, words) in enumerate(legend):
         axes.flat[-1].text(0.1, 0.8 - 0.15 * line, words, color=color)
     save(figure, "real")
@@ -328,7 +327,7 @@ def real() -> None:
 PICTURES = {  # name: its studies
     stability: ("stability", "lco"), limits: ("rates", "epochs"), convergence: ("qrm",), gamma: ("gamma",),
     revision: ("base_rate", "unannotated"), credit: ("credit",),
-    real: ("real_rl", "real_text", "real_distil", "real_qrm", "real_seft"),
+    real: ("real_rl", "real_text", "real_distil_more", "real_qrm_bf16", "real_seft"),
 }  # fmt: skip
 
 
