@@ -59,7 +59,7 @@ class Args:
     ref_teacher: str = arg("", "the reference teacher pi_ref; empty: what --teacher was aligned from, by its config")
     dataset: str = arg("", "the data: a Hub name or a .jsonl, .json or .parquet file; empty: the built-in task")
     task: str = arg("auto", "the task: built-in, a kind of data (auto: by its columns), or gym:NAME of reasoning-gym")
-    test_dataset: str = arg("", "the held-out rows; empty: the test split of the Hub, or the last rows of --dataset")
+    test_dataset: str = arg("", "held-out prompts; empty: those of the Hub's test split, or the last of --dataset")
     test_rows: int = arg(256, "held-out prompts per evaluation", at_least=1)
     reward_file: str = arg("", "a Python file with reward(prompts, completions, rows) -> numbers, one per completion")
     max_prompt: int = arg(512, "the longest prompt, in tokens", at_least=1)
@@ -296,7 +296,7 @@ def load_data(args, tokenizer, load):
         train, test = tasks.split_pairs(load(args.dataset), args.test_rows, "test_rows")
         if args.task != "auto" or args.test_dataset:  # prompts of their own, not those of the held-out pairs
             task = tasks.load_task(args.task, *graded, train=False)
-            train = tasks.apart(train, task.test)
+            train = tasks.apart(train, task.held_out)
             require(bool(train), f"{args.dataset}: its training prompts are all held-out ones of the task {task.name}")
         elif args.reward_file:
             task = tasks.Task("pairs", None, test, tasks.load_reward(args.reward_file))

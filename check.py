@@ -9,7 +9,7 @@ program with 1.
 """
 
 import contextlib
-import importlib
+import importlib.util
 import inspect
 import json
 import shutil
@@ -21,7 +21,6 @@ from unittest import mock
 
 import common  # before torch: it sets how threads wait
 import lm
-import gpu
 
 import torch
 import torch.nn.functional as F
@@ -60,8 +59,10 @@ class Checks:
                 stack.enter_context(mock.patch.object(place, name, spy))
             stack.enter_context(mock.patch.object(common.RunFolder, "report"))
             stack.enter_context(contextlib.redirect_stdout(None))  # the script's own lines are not shown
-            script = self.module.train if self.trains else self.module.evaluate
-            script(replace(self.args, **{name: less[name] for name in names}))
+            if self.trains:
+                self.module.prepare(self.args)  # may refuse sizes that are smaller below
+            start = self.module.train if self.trains else self.module.evaluate
+            start(replace(self.args, **{name: less[name] for name in names}))
         self.say("all checks passed")
 
     def say(self, text: str) -> None:
@@ -150,7 +151,7 @@ class Checks:
         self.report("dropout is off", *dropout_is_off(models))
         if id(batch["mask"]) in self.answers:
             first = next(iter(models.values()))
-            stops = {*lm.stop_ids(first, tokenizer)} if first.can_generate() else {tokenizer.eos_token_id}
+            stops = {*lm.stop_ids(first, tokenizer)} if first.can_generate() else {*common.end_tokens(tokenizer)}
             self.report("EOS is inside the loss", *self.end_of_sequence(batch, stops))
         for name, model in models.items():
             self.report(f"{name}: padding and batch size do not matter", *self.padding(model, batch))
@@ -165,7 +166,9 @@ class Checks:
         rows = int(rows * small * getattr(args, "prompts_per_step", getattr(args, "pairs_per_step", 4)))
         names = ("micro_batch", "max_prompt", "max_new_tokens", "dtype", "rollout_rows")
         sizes = {name: getattr(args, name, 0) for name in names}  # not all scripts sample
-        self.report("peak memory", *gpu.estimate_memory(models, rows=rows, **sizes))
+        if importlib.util.find_spec("gpu"):
+            estimate = importlib.import_module("gpu").estimate_memory
+            self.report("peak memory", *estimate(models, rows=rows, **sizes))
 
     def look_at_gradients(self, bound) -> None:
         if "advantages" in bound["batch"]:  # a few rewards may be all equal; here is something to learn

@@ -359,7 +359,9 @@ def _nearest(word: str, words, prefix: str = "") -> str:
 
 
 def _boolean(word: str) -> bool:
-    return bool(("false", "true").index(word.lower()))
+    if word.lower() not in ("false", "true"):
+        raise argparse.ArgumentTypeError(f"must be one of true, false, found {word!r}")
+    return word.lower() == "true"
 
 
 @lru_cache
@@ -801,10 +803,13 @@ class Run(RunFolder):
                 _store.set("pushed", "") if rank() == 0 else _store.wait(["pushed"], timedelta(days=1))
         else:
             words = sys.argv + ([] if self.settings["out"] else ["--out", str(self.path)])
-            words += [] if any(word.startswith("--resume") for word in words) else ["--resume"]
+            command = re.sub(r"(?i) --resume[ =]false", "", shlex.join(words))
+            command += " --resume" * (not self.settings["resume"])
+            nodes = " --nnodes=... --rdzv_..." * (ranks_of_node() < world())  # as before
+            launcher = f"torchrun --nproc_per_node={ranks_of_node()}{nodes}" if world() > 1 else "python"
             leave_stopped(
                 f"stopped after step {self.step + 1} of {self.total}: {self.path} has its checkpoint, and no model/ "
-                f"before the last step; to go on: python {shlex.join(words)}"
+                f"before the last step; to go on: {launcher} {command}"
             )
 
     def _resume(self) -> int:
@@ -850,7 +855,7 @@ def kept(path: Path, make, *given) -> list:
         rows = gather(make(*given))
         if rank() == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
+            write_whole(path, "".join(json.dumps(row, default=str) + "\n" for row in rows))
         dist.barrier()
     try:
         return [json.loads(line) for line in path.read_text().splitlines()]

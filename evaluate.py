@@ -45,7 +45,7 @@ class Args:
     model: str = arg("builtin", "the model: a Hub name, a folder, or builtin, which comes with this repository")
     dataset: str = arg("", "the data: a Hub name or a .jsonl, .json or .parquet file; empty: the built-in task")
     task: str = arg("auto", "the task: built-in, a kind of data (auto: by its columns), or gym:NAME of reasoning-gym")
-    test_dataset: str = arg("", "the held-out rows; empty: the test split of the Hub, or the last rows of --dataset")
+    test_dataset: str = arg("", "held-out prompts; empty: those of the Hub's test split, or the last of --dataset")
     test_rows: int = arg(0, "held-out prompts per evaluation; 0: as in training, else 256", at_least=0)
     reward_file: str = arg("", "a Python file with reward(prompts, completions, rows) -> numbers, one per completion")
     right_from: float = arg(1.0, "the reward from which a completion that only --reward_file can grade counts as right")
@@ -147,11 +147,11 @@ def pick_pairs(sampled: list[dict]) -> list[dict]:
 # ---- the evaluations -------------------------------------------------------------------------------------------------
 
 
-def measure_accuracy(args) -> None:
+def measure_accuracy(args, held_out: int) -> None:
     """Greedy and sampled accuracy on held-out prompts, or on training prompts, whose samples make --pairs_out."""
     device, n, train = common.local_device(args.device), args.samples_per_prompt, bool(args.pairs_out)
-    held_out = args.test_rows, args.test_dataset
-    task = tasks.load_task(args.task, args.dataset, args.reward_file, *held_out, train=train)
+    task = args.task, args.dataset, args.reward_file, held_out, args.test_dataset
+    task = tasks.load_task(*task, train=train)
     tokenizer = lm.load_tokenizer(args.model)
     task = task if train else replace(task, train=[])  # a long training prompt is nothing to refuse then
     task = tasks.fit_prompts(task, tokenizer, args.max_prompt, args.long_prompts)
@@ -251,7 +251,8 @@ def grade(task, mine: list[tuple], tokenizer, stops: list[int], args) -> list[di
 
 def with_sizes(args):
     """--test_rows, --max_prompt and --max_new_tokens where they are not given: those of the run that trained the model,
-    which stand in args.json beside its folder, else 256, and 512 or what its positions leave."""
+    which stand in args.json beside its folder, else 256, and 512 or what its positions leave. And how many rows are
+    held out: with --pairs_out those of training, as --test_rows is then the number of the prompts that are sampled."""
     file, trained = Path(args.model).parent / "args.json", {}
     if Path(args.model).is_dir() and file.is_file():
         trained = common.stored(file)["args"]
@@ -266,9 +267,12 @@ def with_sizes(args):
     read = common.stored(file).get("watched", {}) if trained else {}  # digests of files
     mine = common.digest(Path(args.dataset)) if Path(args.dataset).is_file() else "no file"
     same = any(args.dataset == trained[name] or mine == read.get(f"--{name} {trained[name]}") for name in names)
-    same = trained if same and not args.pairs_out else {}
+    same = trained if same else {}
+    held_out = rows = args.test_rows or same.get("test_rows", 256)
+    if args.pairs_out:
+        held_out, rows = same.get("test_rows", rows), args.test_rows or 256
     apart = args.test_dataset or same.get("test_dataset", "")
-    return replace(args, test_rows=args.test_rows or same.get("test_rows", 256), test_dataset=apart, **sizes)
+    return replace(args, test_rows=rows, test_dataset=apart, **sizes), held_out
 
 
 def write(run, args, metrics: dict, samples: list[dict], task: str, prompts: int) -> None:
@@ -300,7 +304,7 @@ def evaluate(args) -> None:
     file = Path(args.pairs_out or "-")
     new = not file.exists() and file.parent.is_dir()
     require(new, f"--pairs_out {args.pairs_out}: expected a new file in a folder that exists")
-    rate_reward_model(args) if args.pairs else measure_accuracy(with_sizes(args))
+    rate_reward_model(args) if args.pairs else measure_accuracy(*with_sizes(args))
 
 
 if __name__ == "__main__":

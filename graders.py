@@ -335,5 +335,10 @@ def math_correct(completions: list[str], rows: list[dict]) -> list[bool]:
     return [b is not None and same_latex(row["answer"], b) for b, row in zip(boxed, rows, strict=True)]
 
 
+def math_reference(answer: str, solution: str) -> str | None:
+    r"""What stands in the last \boxed{} of `answer`, else `answer`, else the last \boxed{} of `solution`."""
+    return last_boxed(answer) or answer.strip(" $") or last_boxed(solution)
+
+
 def math_answered(completions: list[str]) -> list[bool]:
     return [last_boxed(own_answer(text)) is not None for text in completions]

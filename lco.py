@@ -52,7 +52,7 @@ class Args:
     model: str = arg("builtin", "the model: a Hub name, a folder, or builtin, which comes with this repository")
     dataset: str = arg("", "the data: a Hub name or a .jsonl, .json or .parquet file; empty: the built-in task")
     task: str = arg("auto", "the task: built-in, a kind of data (auto: by its columns), or gym:NAME of reasoning-gym")
-    test_dataset: str = arg("", "the held-out rows; empty: the test split of the Hub, or the last rows of --dataset")
+    test_dataset: str = arg("", "held-out prompts; empty: those of the Hub's test split, or the last of --dataset")
     test_rows: int = arg(256, "held-out prompts per evaluation", at_least=1)
     reward_file: str = arg("", "a Python file with reward(prompts, completions, rows) -> numbers, one per completion")
     reward_model: str = arg("", "a reward model in the place of the task's reward: by qrm.py, or pi_dpo")
@@ -214,7 +214,7 @@ def estimate_advantages(batch, args) -> None:
     if args.advantage == "gae":
         advantages, batch["returns"] = gae(rewards, batch["values"], mask, args.gamma, args.lam)
         returns = gae(rewards, torch.zeros_like(rewards), mask, args.gamma, 1.0)[0]
-        if common.all_equal(returns[:, 0]):  # none is better: only the critic's values differ, and it learns alone
+        if common.all_equal(returns[:, 0]) and common.all_equal(rewards.sum(1)):  # no answer is better
             advantages = torch.zeros_like(advantages)
         batch["advantages"] = whiten(advantages, mask)
     elif args.advantage == "token":  # QRM-2: the reward of a token already tells what follows, so nothing is summed
@@ -273,17 +273,17 @@ def sampled_objective(policy, heads, micro, args):
 
 def dense_objective(policy, heads, micro, args):
     """Each loss with A of the whole vocabulary: Z(s,.) = log phi, or log pi_dpo - log pi_ref, on the scale of rewards.
-
     A(s,a) = A(s,a_t) + scale (Z(s,a) - Z(s,a_t)), where A(s,a_t) is scale Z(s,a_t) up to a constant per state, which
-    pi* ignores. LCO-4 and -5 are means over a ~ pi_old, as if a had been sampled.
-    """
+    pi* ignores. LCO-4 and -5 are means over a ~ pi_old, as if a had been sampled."""
     mask, (now, old) = micro["mask"], states(policy, heads, micro)
     scorers = [(micro[f"{name}_hidden"][mask], heads[name]) for name in ("reward", "reward_ref") if name in heads]
 
     def loss(logits, old_logits, *given):
         *scores, ids, advantages, beta, scale = given
-        Z, *Z_ref = ((z * args.temperature).log_softmax(-1) for z in scores)  # reward models work at temperature 1
+        size = min(z.shape[1] for z in (logits, *scores))  # embeddings of one tokenizer may be padded differently
+        Z, *Z_ref = ((z * args.temperature).log_softmax(-1)[:, :size] for z in scores)  # they work at temperature 1
         Z = Z - Z_ref[0] if Z_ref else Z
+        Z = torch.cat([Z, Z.amin(-1, keepdim=True).expand(-1, logits.shape[1] - size)], -1)
         A = advantages[:, None] + scale[:, None] * (Z - Z.gather(-1, ids[:, None]))
         logp, old_logp = logits.log_softmax(-1), old_logits.log_softmax(-1)
         target_logp = target_logprobs(old_logits, A, beta[:, None], args.target)
@@ -436,7 +436,8 @@ def prepare(args):
         lm.fits_context(name, args.max_prompt + args.max_new_tokens)
     task = tasks.fit_prompts(task, tokenizer, args.max_prompt, args.long_prompts)
     times = 1 if dense else args.negative_beta_scale
-    common.say(f"{geometry}\nloss {args.loss}, beta {args.beta:g}, times {times:g} where A < 0\n{task.note}")
+    common.say(f"{geometry}\nloss {args.loss}, beta {args.beta:g}, times {times:g} where A < 0")
+    common.say(task.note + f"; trained on scores of {args.reward_model}" * bool(args.reward_model))
     return task, tokenizer
 
 
@@ -472,7 +473,7 @@ def token_rewards(task_rewards, batch, finished, args):
     """[B, T]: the task's reward on the last token, or its reward of each token, less the KL penalty per token."""
     mask, last = batch["mask"], batch["mask"].sum(1, keepdim=True) - 1
     how = lm.score_of(args.reward_model, args.reward_ref) if args.reward_model else ""
-    if how and (how == "last" or args.advantage in ("reward", "group")):  # a score per answer, on its last token
+    if how and (how == "last" or args.advantage != "token"):  # a score per answer, on its last token
         scores = lm.answer_scores(batch["scores"], mask, how)[:, None] * mask
         rewards = whiten(scores, mask & (mask.cumsum(1) > last))
     elif how:  # scores of all tokens

@@ -69,10 +69,10 @@ def model_path(name: str) -> str:
         return str(folder)
     folder = Path(name)
     if folder.is_dir():
-        require((folder / "config.json").exists(), f"--model {name}: the folder has no config.json{unfinished(folder)}")
+        require((folder / "config.json").exists(), f"model {name}: the folder has no config.json{unfinished(folder)}")
     else:
         local = name.startswith((".", "/", "~")) or name.count("/") > 1 or unfinished(folder)
-        require(not local, f"--model {name}: no such folder{unfinished(folder)}")
+        require(not local, f"model {name}: no such folder{unfinished(folder)}")
     return name
 
 
@@ -1174,6 +1174,9 @@ def score_of(name: str, ref: str) -> str:
         require(not has_scalar_head(config), f"--reward_ref: {name} has a scalar head, and so no log-probabilities")
         return "sum"
     known = getattr(config, "reward_score", "last" if has_scalar_head(config) else None)
+    kind = (config.architectures or [""])[0]
+    found = f"--reward_model {name} is a {kind}; expected token classification with one label, or a language model"
+    require(known or not kind.endswith("ForSequenceClassification"), found)
     require(known, f"--reward_model {name} is a language model: give --reward_ref, the model that it was aligned from")
     return known
 

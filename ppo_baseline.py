@@ -37,7 +37,7 @@ class Args:
     model: str = arg("builtin", "the model: a Hub name, a folder, or builtin, which comes with this repository")
     dataset: str = arg("", "the data: a Hub name or a .jsonl, .json or .parquet file; empty: the built-in task")
     task: str = arg("auto", "the task: built-in, a kind of data (auto: by its columns), or gym:NAME of reasoning-gym")
-    test_dataset: str = arg("", "the held-out rows; empty: the test split of the Hub, or the last rows of --dataset")
+    test_dataset: str = arg("", "held-out prompts; empty: those of the Hub's test split, or the last of --dataset")
     test_rows: int = arg(256, "held-out prompts per evaluation", at_least=1)
     reward_file: str = arg("", "a Python file with reward(prompts, completions, rows) -> numbers, one per completion")
     reward_model: str = arg("", "a reward model in the place of the task's reward: by qrm.py, or pi_dpo")
@@ -166,7 +166,7 @@ def estimate_advantages(batch, args) -> None:
     if args.advantage == "gae":
         advantages, batch["returns"] = gae(rewards, batch["values"], mask, args.gamma, args.lam)
         returns = gae(rewards, torch.zeros_like(rewards), mask, args.gamma, 1.0)[0]
-        if common.all_equal(returns[:, 0]):  # none is better: only the critic's values differ, and it learns alone
+        if common.all_equal(returns[:, 0]) and common.all_equal(rewards.sum(1)):  # no answer is better
             advantages = torch.zeros_like(advantages)
         batch["advantages"] = whiten(advantages, mask)
     elif args.advantage == "token":  # QRM-2: the reward of a token already tells what follows, so nothing is summed
@@ -325,7 +325,8 @@ def prepare(args):
         lm.same_tokenizer(args.model, tokenizer, name, lm.load_tokenizer(name))
         lm.fits_context(name, args.max_prompt + args.max_new_tokens)
     task = tasks.fit_prompts(task, tokenizer, args.max_prompt, args.long_prompts)
-    common.say(f"{geometry}\n{task.note}")
+    common.say(geometry)
+    common.say(task.note + f"; trained on scores of {args.reward_model}" * bool(args.reward_model))
     return task, tokenizer
 
 
@@ -355,7 +356,7 @@ def token_rewards(task_rewards, batch, finished, args):
     """[B, T]: the task's reward on the last token, or its reward of each token, less the KL penalty per token."""
     mask, last = batch["mask"], batch["mask"].sum(1, keepdim=True) - 1
     how = lm.score_of(args.reward_model, args.reward_ref) if args.reward_model else ""
-    if how and (how == "last" or args.advantage in ("reward", "group")):  # a score per answer, on its last token
+    if how and (how == "last" or args.advantage != "token"):  # a score per answer, on its last token
         scores = lm.answer_scores(batch["scores"], mask, how)[:, None] * mask
         rewards = whiten(scores, mask & (mask.cumsum(1) > last))
     elif how:  # scores of all tokens

@@ -110,12 +110,13 @@ def end(folder: Path, step: int, seconds: float, then: str) -> None:
 
 def evaluation(folder: Path, settings: dict, graded: bool) -> str:
     """The command that evaluates model/ on the task of the run. In capitals: what only its user has."""
-    words = {name: settings.get(name, "") for name in ("task", "dataset", "test_dataset", "reward_file", "test_rows")}
+    usual = dict(task="auto", dataset="", test_dataset="", reward_file="", test_rows=256, temperature=1.0, seed=0)
+    words = {name: settings.get(name, value) for name, value in usual.items()}
     pairs = "samples_per_prompt" not in settings and (words["task"] != "auto" or words["test_dataset"])
     words["dataset"] = settings.get("prompts") or ("" if pairs else words["dataset"])  # not the pairs themselves
     if not graded and not words["reward_file"]:
         words = {"dataset": "PROMPTS", "reward_file": "REWARD"}
-    given = [w for name, value in words.items() if value not in ("", "auto", 256) for w in (f"--{name}", str(value))]
+    given = [w for name, value in words.items() if value != usual[name] for w in (f"--{name}", str(value))]
     return shlex.join(["python", "evaluate.py", "--model", str(folder / "model"), *given])
 
 

@@ -167,7 +167,8 @@ def train(args) -> None:
     run.take_best()
     show_credit(run, models, test_pairs[:12], tokenizer, args, device)
     advantage = "token" if args.objective == "qrm" else "gae"
-    model = "" if args.model in common.BUILTIN else f" --model {args.model} --dataset PROMPTS"
+    model = f" --model {args.model}" * (args.model != "builtin")
+    model += " --dataset PROMPTS" * (args.model not in common.BUILTIN)
     use = f"--reward_model {run.path / 'model'} --advantage {advantage} --kl_coef 0.1"
     run.finish(models["reward"], tokenizer, then=f"python ppo_baseline.py{model} {use}")
 
@@ -200,7 +201,7 @@ def build(args, device):
     # Into the exported config.json: what it was trained as, and how the score of an answer comes from its tokens.
     model.config.reward_objective = args.objective
     model.config.reward_score = {"qrm": "mean", "orm": "last"}[args.objective]
-    # Adam's own eps: below a scalar head that starts at 0 gradients are as small as the 1e-5 that PPO takes.
+    # Adam's own eps: below a scalar head that starts at 0 gradients are so small that 1e-5 would swallow them.
     optimizer = torch.optim.Adam(lm.trainable_parameters(model), lr=args.lr, fused=True)
     return torch.nn.ModuleDict({"reward": model}), optimizer
 

@@ -31,8 +31,8 @@ What differs from the paper, besides all that is marked [I]
 Run
     python seft.py --out runs/reviser                                                    # this laptop, offline
     python seft.py --out runs/policy --stage evolve --reviser runs/reviser/model
-    python seft.py --model MODEL --dataset PAIRS --out runs/reviser                                     # 1 GPU
-    torchrun --nproc_per_node=8 seft.py --stage evolve --model MODEL --prompts FILE --reviser REVISER      # 8 GPUs
+    python seft.py --model MODEL --dataset PAIRS --prompts FILE --out runs/reviser                      # 1 GPU
+    torchrun --nproc_per_node=8 seft.py --stage evolve --model MODEL --dataset PAIRS --prompts FILE ...    # 8 GPUs
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 seft.py ...   # 2 nodes
 More in docs/seft.md. Shapes: B sequences, T completion positions, N unmasked tokens, V vocabulary, H width.
 """
@@ -65,7 +65,7 @@ class Args:
     dataset: str = arg("", "the data: a Hub name or a .jsonl, .json or .parquet file; empty: the built-in task")
     prompts: str = arg("", "the unannotated prompts: a Hub name or file; empty: made by --task")
     task: str = arg("auto", "the task: built-in, a kind of data (auto: by its columns), or gym:NAME of reasoning-gym")
-    test_dataset: str = arg("", "the held-out rows; empty: the test split of the Hub, or the last rows of --dataset")
+    test_dataset: str = arg("", "held-out prompts; empty: those of the Hub's test split, or the last of --dataset")
     test_rows: int = arg(256, "held-out prompts per evaluation", at_least=1)
     reward_file: str = arg("", "a Python file with reward(prompts, completions, rows) -> numbers, one per completion")
     builtin_pairs: int = arg(2000, "the number of built-in preference pairs", at_least=1)
@@ -401,6 +401,9 @@ def make_round(writers, data, number: int, first: int, args) -> list[dict]:
     ended = [answer[-1] in ends for answer in ids]
     if writer.tokenizer is not data.tokenizer:  # an external model may have another one
         ids = [common.encode_completion(data.tokenizer, text, row["prompt"]) for row, text in zip(rows, texts)]
+        whole = [len(x) <= args.max_new_tokens and data.tokenizer.unk_token_id not in x for x in ids]
+        ended = [a and b for a, b in zip(ended, whole)]
+        ids = [x[: args.max_new_tokens] for x in ids]
     answers = [Answer(*one) for one in zip(mine, rows, ids, texts, ended, data.grade(texts, rows))]
     revise(writers.get("reviser"), answers, data, args)
     return list(map(vars, answers))
@@ -434,8 +437,6 @@ def find_threshold(reviser, answers: list[Answer], data, args) -> float:
     """The t of --keep_threshold; the same on all ranks."""
     if args.keep_threshold != "auto":
         return float(args.keep_threshold)
-    graded = any(common.gather([a.before is not None for a in answers]))
-    require(graded, "--keep_threshold auto: nothing can grade these answers; expected a number from 0 to 1")
     some = [a for a in answers if a.number < args.calibration and a.ended and a.before is not None]
     write_revisions(reviser, some, data, args)
     known = common.gather([(a.chances[NO], a.before, None if a.fault else a.after) for a in some])
@@ -459,7 +460,7 @@ def fault_of(revision: list[int], answer: list[int], reviser, data, args) -> str
     text = common.decode(data.tokenizer, [revision])[0]
     if revision[-1] not in lm.stop_ids(reviser.policy, data.tokenizer):
         return "unfinished"
-    if any(mark.strip() in text for mark in [*args.labels, args.ask]):
+    if any(mark.strip() and mark.strip() in text for mark in [*args.labels, args.ask]):
         return "echo"
     if args.max_growth and len(revision) > args.max_growth * len(answer):
         return "long"
@@ -577,9 +578,10 @@ class Data:
     def grade(self, texts: list[str], rows: list[dict]) -> list[float | None]:
         """1 and 0 for right and wrong, or a user's reward, or None if these rows have no grader."""
         task = self.task
-        if task.correct:  # a pair has what the grader reads if its file brings it
-            needed = {"chains": "prompt", "strings": "prompt"}.get(task.name, "entry" if ":" in task.name else "answer")
-            known = [row.get(needed) is not None for row in rows]
+        if task.correct:  # a pair from a file may lack what the grader reads
+            kind = dict(chains=str, strings=str, words=list).get(task.name, object)
+            needed = "prompt" if kind is str else "entry" if ":" in task.name else "answer"
+            known = [row.get(needed) is not None and isinstance(row["prompt"], kind) for row in rows]
             right = iter(task.correct(list(itertools.compress(texts, known)), list(itertools.compress(rows, known))))
             return [float(next(right)) if there else None for there in known]
         if not task.reward or not rows:
@@ -600,7 +602,7 @@ def load_data(args, tokenizer) -> Data:
     pairs, test = [], []
     if args.dataset:
         pairs, test = tasks.split_pairs(tasks.load_pairs(args.dataset), args.test_rows, "test_rows")
-        pairs = tasks.apart(pairs, task.test)
+        pairs = tasks.apart(pairs, task.held_out)
     elif task.pairs:
         pairs, test = task.pairs(args.builtin_pairs, args.seed), task.pairs(args.test_rows, 0, held_out=True)
     if pairs:
@@ -611,6 +613,8 @@ def load_data(args, tokenizer) -> Data:
         pair["half"] = 1 - zlib.crc32(json.dumps(pair["prompt"]).encode()) % 2  # all pairs of a prompt are in one half
         for side in ("chosen", "rejected"):  # as answers of a policy are read: without an end that the text may bring
             pair[side] = common.decode(tokenizer, [pair[f"{side}_ids"]])[0]
+        for name in ("label", "keep_chosen"):  # of SEFT-2, and not of a user's file
+            pair.pop(name, None)
         if task.name in ("gsm8k", "math"):
             pair["answer"] = tasks.reference(task.name, pair, args.dataset)
     test = [pair | {"half": 0} for pair in test]  # scored by the second R0, from which R goes on
@@ -626,11 +630,11 @@ def load_data(args, tokenizer) -> Data:
 def load_prompts(args, task, pairs: list[dict], tokenizer) -> list[dict]:
     """Unannotated prompts with their ids; none is repeated, in a pair, in the test set or too long."""
     rows = task.unannotated(2 * args.unannotated, args.seed) if task.unannotated else task.train
-    seen, new, changes = {json.dumps(row["prompt"]) for row in [*pairs, *task.test]}, [], Counter()
+    seen, new, changes = {tasks.asked(row["prompt"]) for row in [*pairs, *task.held_out]}, [], Counter()
     for row in rows:
-        if json.dumps(row["prompt"]) not in seen:
+        if tasks.asked(row["prompt"]) not in seen:
             new.append(row | {"prompt_ids": common.encode_prompt(tokenizer, row["prompt"], changes)})
-        seen.add(json.dumps(row["prompt"]))
+        seen.add(tasks.asked(row["prompt"]))
     short = [row for row in new if len(row["prompt_ids"]) <= args.max_prompt]
     found = short[: args.unannotated]
     left_out = f"{len(rows) - len(new)} seen before or elsewhere, {len(new) - len(short)} too long"
@@ -650,7 +654,10 @@ def prepare(args) -> Data:
         known = t == "auto" or (t.replace(".", "", 1).isdigit() and float(t) <= 1)
         require(known, f"--keep_threshold {t!r}: expected auto or a number from 0 to 1")
         require(args.steps % args.rounds == 0, f"--steps {args.steps} does not divide into --rounds {args.rounds}")
-        require(not args.external_rounds or args.external_model, "--external_rounds needs --external_model")
+        both = bool(args.external_rounds) == bool(args.external_model)
+        require(both, "--external_model and --external_rounds go together: give both, or none of them")
+        if args.external_model:
+            lm.fits_context(args.external_model, args.max_prompt + args.max_new_tokens)
         require(args.reviser or args.revise == "never", f"--reviser is empty: --revise {args.revise} needs one")
     tokenizer = lm.load_tokenizer(args.model)
     lm.fits_context(args.model, args.max_prompt + args.max_new_tokens)
@@ -677,6 +684,9 @@ def prepare(args) -> Data:
         found = f"{getattr(prompt, 'where', 'a prompt')}: the last message is not the user's"
         asked = isinstance(prompt, str) or prompt[-1]["role"] == "user"
         require(asked, f"{found}; expected one, as whole answers are revised")
+    graded = data.task.correct or data.task.reward or args.revise != "adaptive" or args.keep_threshold != "auto"
+    found = "--keep_threshold auto: nothing can grade these answers"
+    require(graded or args.stage == "reviser", f"{found}; expected a number from 0 to 1")
     unneeded = args.stage == "evolve" and not args.pair_share
     require(data.pairs or unneeded, "--dataset is empty: --stage reviser and --pair_share need preference pairs")
     halves = len({pair["half"] for pair in data.pairs})

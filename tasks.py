@@ -50,11 +50,12 @@ class Task:
 
     name: str
     rows: Callable  # rows(seed, step, n) -> the n training rows of one step, a function of its arguments alone
-    test: list[dict]  # held-out rows, none of whose prompts is ever in `rows`
+    test: list[dict]  # rows to evaluate with, none of whose prompts is ever in `rows`
     reward: Callable | None  # reward(prompts, completions, rows) -> a float per completion, or a list, one per token
     correct: Callable | None = None  # correct(completions, rows) -> list[bool]
     answered: Callable | None = None  # answered(completions) -> list[bool]
     train: list[dict] = field(default_factory=list)  # what `rows` walks through; empty when it makes new rows
+    held_out: list[dict] = field(default_factory=list)  # `test` and what is held out beside it
     pairs: Callable | None = None  # pairs(n, seed, held_out) -> n preference pairs
     unannotated: Callable | None = None  # unannotated(n, seed) -> n rows {prompt}, nobody's answers beside them
     note: str = ""  # one line for the log: how many rows, how many were left out and why
@@ -199,7 +200,7 @@ MATH_ASK = "\n\nReason step by step, and put the final answer in \\boxed{}."
 COLUMNS = {  # what the rows are is told by the columns of the first one
     "gsm8k": [{"question", "answer"}],
     "math": [{"problem", "answer"}, {"problem", "solution"}],
-    "prompts": [{"prompt"}, {"messages"}],
+    "prompts": [{"prompt"}, {"messages"}, {"chosen", "rejected"}],
     "pairs": [{"chosen", "rejected"}],
     "demonstrations": [{"messages"}, {"prompt", "completion"}],
 }
@@ -231,12 +232,9 @@ def graded_row(kind: str, row: dict, where: str) -> dict | None:
 
 
 def reference(kind: str, row: dict, where: str) -> str | None:
-    r"""The right answer as the grader reads it: of gsm8k the number in `answer`; of math what stands in the last
-    \boxed{} of `answer`, else `answer` itself, else the last \boxed{} of `solution`. None where there is none."""
-    answer, graders = given(row, "answer", where), optional("graders")
-    if kind == "gsm8k":
-        return graders.gsm8k_reference(answer)
-    return graders.last_boxed(answer) or answer.strip(" $") or graders.last_boxed(given(row, "solution", where))
+    """The right answer of a row of `gsm8k` or `math`, as graders.py reads it; None where there is none."""
+    names = ("answer", "solution") if kind == "math" else ("answer",)
+    return getattr(optional("graders"), f"{kind}_reference")(*(given(row, name, where) for name in names))
 
 
 def given(row: dict, name: str, where: str) -> str:
@@ -248,7 +246,9 @@ def given(row: dict, name: str, where: str) -> str:
 
 
 def prompt_row(row: dict, where: str) -> dict:
-    """TRL's `prompt`, or its `messages` up to the last user turn."""
+    """TRL's `prompt`, or its `messages` up to the last user turn, or what `chosen` and `rejected` begin with."""
+    if isinstance(row.get("chosen"), list) and isinstance(row.get("rejected"), list):
+        return pair_row(row, where)  # a `prompt` as text beside them is only a part of it
     if "prompt" in row:
         return {**row, "prompt": column(row, "prompt", where, (str, list))}
     prompt = column(row, "messages", where, list)
@@ -296,8 +296,14 @@ def answer_text(prompt: str | list, answer: str | list, name: str, where: str) -
 
 def apart(rows: list[dict], test: list[dict]) -> list[dict]:
     """The rows whose prompts are not among those of `test`."""
-    held_out = {json.dumps(row["prompt"]) for row in test}
-    return [row for row in rows if json.dumps(row["prompt"]) not in held_out]
+    held_out = {asked(row["prompt"]) for row in test}
+    return [row for row in rows if asked(row["prompt"]) not in held_out]
+
+
+def asked(prompt: str | list) -> str:
+    """The same for a prompt as text and as messages, and with what a task appends to it."""
+    text = prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
+    return text.removesuffix(GSM8K_ASK).removesuffix(MATH_ASK)
 
 
 def load_pairs(dataset: str) -> list[dict]:
@@ -413,7 +419,7 @@ def load_task(
     reward = load_reward(reward_file) if reward_file else None
     dataset = dataset or (test_dataset if not train else "")
     if gym or task in ("chains", "strings", "words") or (task == "auto" and not dataset):
-        task, found = task.replace("auto", "chains"), f"--dataset {dataset or test_dataset}"
+        task, found = task.replace("auto", "chains"), f"--{'test_' * (not dataset)}dataset {dataset or test_dataset}"
         require(not dataset and not test_dataset, f"{found}: --task {task} makes its own rows; expected one of both")
         made = optional("builtin.gym" if gym else "builtin.tasks").load(task, test_rows)
     else:
@@ -422,13 +428,14 @@ def load_task(
     require(made.correct is not None or reward is not None or not graded, found)
     if made.correct:
         reward = reward or (lambda prompts, completions, rows: [float(ok) for ok in made.correct(completions, rows)])
-    return replace(made, reward=reward)
+    return replace(made, reward=reward, held_out=made.held_out or made.test)
 
 
 def task_of_data(task: str, dataset: str, test_rows: int, test_dataset: str, needs_train: bool) -> Task:
     """A Task without its reward, from a file or the Hub."""
     dataset = dataset or ("openai/gsm8k" if task == "gsm8k" else "")
-    found = f"--dataset is empty; expected a Hub name or a file ({', '.join(EXTENSIONS)}) for --task {task}"
+    name = "dataset" if needs_train else "test_dataset"
+    found = f"--{name} is empty; expected a Hub name or a file ({', '.join(EXTENSIONS)}) for --task {task}"
     require(bool(dataset), found)
     task, rows, note = load_rows(dataset, ["gsm8k", "math", "prompts"] if task == "auto" else [task])
     source = test_dataset or dataset
@@ -448,7 +455,7 @@ def task_of_data(task: str, dataset: str, test_rows: int, test_dataset: str, nee
     note = f"{task}: {len(train)} training rows, {min(test_rows, len(test))} held-out rows{note}"
     if len(train) < len(rows):
         note += f"; {len(rows) - len(train)} training rows left out, as their prompts are held out"
-    made = Task(task, walk(train), test[:test_rows], None, train=train, note=note)
+    made = Task(task, walk(train), test[:test_rows], None, train=train, held_out=test, note=note)
     if task == "prompts":
         return made
     grade = optional("graders")

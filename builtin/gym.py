@@ -8,6 +8,7 @@ the right answer is a number, a completion that states this number in its last s
 part of the credit for an answer which contains the right one give none here.
 """
 
+import contextlib
 import functools
 import json
 import re
@@ -19,6 +20,7 @@ from graders import extract_number, gsm8k_reference
 from tasks import Task, generator, one_line
 
 SIZE = 10**6  # entries of a family; each is a function of its number
+CARELESS = ("coin_flip", "game_of_life_halting", "puzzle24")  # scorers of 0.1.25 that give wrong answers the full score
 ASK = "\n\nGive the final answer between <answer> and </answer>."
 
 
@@ -33,6 +35,7 @@ def create(task: str):
         ) from error
     known = sorted(factory.DATASETS)
     require(name in known, f"{found}: reasoning-gym has no family '{name}'; expected one of {', '.join(known)}")
+    require(name not in CARELESS, f"{found}: the package's scorer calls wrong answers right; expected another family")
     keys, config = [f.name for f in fields(factory.DATASETS[name][1]) if f.name not in ("seed", "size")], {}
     for setting in filter(None, settings.split(",")):
         key, _, value = setting.partition("=")
@@ -52,8 +55,9 @@ def is_right(dataset, entry: dict, completion: str) -> bool:
 
     text = completion.rpartition("</think>")[2]
     answer = extract_answer(text) or text.strip()
-    if dataset.score_answer(answer, entry) == 1:
-        return True
+    with contextlib.suppress(Exception):  # some scorers raise at what they cannot read
+        if dataset.score_answer(answer, entry) == 1:
+            return True
     plain = re.fullmatch(r"-?(0|[1-9]\d*)(\.\d+)?", entry["answer"] or "")  # 0101 is a string
     return bool(plain) and extract_number(answer) == gsm8k_reference(entry["answer"])
 

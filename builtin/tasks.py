@@ -103,7 +103,7 @@ def first_wrong(prompt: str, completion: str) -> int | None:
 
 def chain_correct(completions: list[str], rows: list[dict]) -> list[bool]:
     """The answer is the text after the last `=`, and it must be the exact total; steps are graded apart."""
-    totals = [row.get("answer") or str(sum(chain_terms(row["prompt"][:-1]))) for row in rows]
+    totals = [str(row.get("answer") or sum(chain_terms(row["prompt"][:-1]))) for row in rows]
     return [text.rpartition("=")[2] == total for text, total in zip(completions, totals, strict=True)]
 
 
@@ -434,7 +434,7 @@ def sum_correct(question: str, answer: str, text: str) -> bool:
     if answer not in (str(number) for number, _, _ in find_numbers(question)):
         return True
     head = re.sub(r"\D*$", "", text)  # up to the last number
-    result = re.search(rf"(?:[=:]|\b(?:is|equals|equal to))[\s*$]*{answer}$", head)
+    result = re.search(rf"(?:[=:]|\b(?:is|equals|equal to)|['’]s)[\s*$]*(?:\\boxed\{{)?{answer}$", head)
     return bool(result or re.search(rf"^\W*{answer}\W*$", text, re.MULTILINE))
 
 
@@ -457,6 +457,6 @@ def load(name: str, test_rows: int) -> Task:
         made.pairs, made.unannotated = string_pairs, string_unannotated
     else:
         train, test = word_rows()
-        made = Task(name, walk(train), test[:test_rows], None, word_correct, word_answered, train=train)
+        made = Task(name, walk(train), test[:test_rows], None, word_correct, word_answered, train=train, held_out=test)
     made.note = f"{name}: {len(made.train) or 'endless'} training rows, {len(made.test)} held-out rows"
     return made

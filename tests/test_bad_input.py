@@ -77,9 +77,16 @@ def test_model_folders(refused, tmp_path):
     empty.mkdir()
     no_tokenizer.mkdir()
     (no_tokenizer / "config.json").write_text('{"model_type": "llama"}')
-    refused(lco, [f"--model {missing}: no such folder"], model=str(missing))
-    refused(lco, [f"--model {empty}", "no config.json"], model=str(empty))
+    refused(lco, [f"model {missing}: no such folder"], model=str(missing))
+    refused(lco, [f"model {empty}", "no config.json"], model=str(empty))
     refused(lco, [f"--model {no_tokenizer}", "no tokenizer"], model=str(no_tokenizer))
+
+
+def test_a_classifier_is_no_reward_model(refused, tmp_path):
+    """The usual kind of reward models has a head that is read nowhere here; --reward_ref would not help."""
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]}')
+    parts = ["is a LlamaForSequenceClassification", "expected token classification with one label"]
+    refused(lco, parts, reward_model=str(tmp_path))
 
 
 def test_hub_name_without_a_network(refused):

@@ -120,6 +120,25 @@ def test_graded_prompts_are_not_trained_on(name, tmp_path):
     assert sorted(row["prompt"] for row in found) == sorted(prompts[8:12])
 
 
+@pytest.mark.parametrize("name", ["dpo", "dckd", "adpa", "seft"])
+def test_no_prompt_of_a_test_set_is_trained_on(name, tmp_path, reward_file):
+    """Not even those that are not evaluated, and those that are text in one file and messages in the other."""
+    pairs = [{"prompt": f"{i}+1=", "chosen": str(i + 1), "rejected": str(i)} for i in range(10, 34)]
+    prompts = [{"prompt": f"{i}+1="} for i in range(10, 14)]
+    prompts += [{"prompt": [{"role": "user", "content": f"{i}+1="}]} for i in range(14, 18)]
+    data, test = (written(tmp_path / f"{n}.jsonl", rows) for n, rows in (("pairs", pairs), ("test", prompts)))
+    script = seft if name == "seft" else SCRIPTS[name]
+    given = dict(dataset=data, test_dataset=test, reward_file=reward_file, test_rows=2, prompts_per_step=4)
+    args, tokenizer = script.Args(**given, max_prompt=24, max_new_tokens=24), lm.load_tokenizer("builtin")
+    task = tasks.load_task("auto", "", reward_file, 2, test, graded=False, train=False)
+    assert len(task.test) == 2 and len(task.held_out) == 8
+    if name == "seft":
+        train = seft.load_data(args, tokenizer).pairs
+    else:
+        train = script.load_data(args, tokenizer, tasks.load_pairs)[0]
+    assert [row["prompt"] for row in train] == [f"{i}+1=" for i in range(18, 32)]
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_what_is_graded(name, base, tmp_path, capsys):
     """--test_dataset holds the graded prompts, without --task too; long ones are left out; pairs have no part in it."""

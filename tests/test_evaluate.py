@@ -175,13 +175,16 @@ def test_held_out_as_in_training(tiny_model, reward_file, tmp_path):
     data = prompts_file(tmp_path)
     settings = TINY | dict(model=tiny_model, steps=1, dataset=data, reward_file=reward_file, test_rows=3)
     model = str(run_here(lco, **settings, out=str(tmp_path / "run")) / "model")
-    given = evaluate.with_sizes(evaluate.Args(model=model, dataset=data))
-    assert (given.test_rows, given.test_dataset) == (3, "")
+    given, held_out = evaluate.with_sizes(evaluate.Args(model=model, dataset=data))
+    assert (given.test_rows, given.test_dataset, held_out) == (3, "", 3)
     for same in (os.path.relpath(data), str(shutil.copy(data, tmp_path / "copy.jsonl"))):  # the file, spelled otherwise
-        assert evaluate.with_sizes(evaluate.Args(model=model, dataset=same)).test_rows == 3
-    assert evaluate.with_sizes(evaluate.Args(model=model, dataset="other.jsonl")).test_rows == 256
-    assert evaluate.with_sizes(evaluate.Args(model=model, dataset=data, test_rows=5)).test_rows == 5
-    assert evaluate.with_sizes(evaluate.Args(model=model, dataset=data, pairs_out="x")).test_rows == 256
+        assert evaluate.with_sizes(evaluate.Args(model=model, dataset=same))[1] == 3
+    assert evaluate.with_sizes(evaluate.Args(model=model, dataset="other.jsonl"))[1] == 256
+    assert evaluate.with_sizes(evaluate.Args(model=model, dataset=data, test_rows=5))[1] == 5
+    pairs = dict(model=model, test_rows=5, pairs_out=str(tmp_path / "pairs.jsonl"))
+    given, held_out = evaluate.with_sizes(evaluate.Args(**pairs, dataset=data))
+    assert (given.test_rows, held_out) == (5, 3), "5 prompts are sampled, of those that training did not hold out"
+    assert evaluate.with_sizes(evaluate.Args(**pairs, dataset="other.jsonl"))[1] == 5
 
 
 def test_first_command_after_training(tmp_path):

@@ -31,6 +31,8 @@ class Sums:
         return {"question": f"{a} {self.config.sign} {b} =", "answer": str(a + b), "metadata": {}}
 
     def score_answer(self, answer, entry) -> float:
+        if answer == "what no scorer reads":
+            raise KeyError(answer)
         return 1.0 if answer == entry["answer"] else 0.5 if entry["answer"] in answer else 0.0
 
 
@@ -79,7 +81,7 @@ def test_settings_reach_the_family(package):
 @pytest.mark.parametrize("completion, right", [
     ("12", True), ("<answer>12</answer>", True), ("5 + 7 = 12.", True), ("so <answer>The answer is 12.</answer>", True),
     ("<think>12</think> 13", False), ("<think>13</think> 12", True), ("<answer>13</answer> 12", False), ("120", False),
-    ("12 or 13", False), ("", False), ("The sum 5 + 7 is hard", False),
+    ("12 or 13", False), ("", False), ("what no scorer reads", False), ("The sum 5 + 7 is hard", False),
 ])  # fmt: skip
 def test_an_answer_is_right_by_the_scorer_or_by_its_number(package, completion, right):
     assert gym.is_right(gym.create("gym:sums"), {"answer": "12"}, completion) is right
@@ -94,6 +96,12 @@ def test_a_family_of_one_prompt_is_refused_and_does_not_hang(package, monkeypatc
     monkeypatch.setattr(Sums, "__getitem__", lambda self, i: {"question": "0 =", "answer": "0"})
     with pytest.raises(BadInput, match="too few prompts"):
         tasks.load_task("gym:sums", test_rows=4)
+
+
+def test_a_family_with_a_careless_scorer_is_refused(package):
+    sys.modules["reasoning_gym"].factory.DATASETS["puzzle24"] = Sums, SumConfig
+    with pytest.raises(BadInput, match="calls wrong answers right"):
+        tasks.load_task("gym:puzzle24")
 
 
 @pytest.mark.parametrize("task, words", [

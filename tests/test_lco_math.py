@@ -157,6 +157,27 @@ def test_dense_is_the_expectation_of_sampled(loss):
     torch.testing.assert_close(whole, (old.softmax(-1) * torch.stack(each, -1)).sum(-1))
 
 
+@pytest.mark.parametrize("loss", ["kld", "lch"])
+@pytest.mark.parametrize("rows", [V - 3, V, V + 3])
+def test_embeddings_that_are_padded_differently(loss, rows, monkeypatch):
+    """Judges with more or fewer rows than the policy: the same A of the tokens that all know, the lowest of others."""
+    hidden, policy, judge, ids = random(4, 5), random(V, 5, seed=1), random(V + 3, 5, seed=2), torch.arange(4)
+    monkeypatch.setattr(lco, "states", lambda *_: ((hidden, policy), (hidden, policy)))
+    columns = {"advantages": random(4, seed=3), "beta": torch.ones(4), "scale": torch.ones(4), "completion_ids": ids}
+    micro = {"mask": torch.ones(4, 1, dtype=torch.bool), "reward_hidden": hidden[:, None]}
+    micro |= {name: x[:, None] for name, x in columns.items()}
+    found, _ = lco.dense_objective(None, {"reward": judge[:rows]}, micro, lco.Args(loss=loss, beta=2.0))
+    size = min(rows, V)
+    Z = (hidden @ judge[:rows].T).log_softmax(-1)[:, :size]
+    Z = torch.cat([Z, Z.amin(-1, keepdim=True).expand(-1, V - size)], -1)
+    A, z = columns["advantages"][:, None] + Z - Z.gather(-1, ids[:, None]), hidden @ policy.T
+    if loss == "kld":
+        expected = lco.kld_loss(z.log_softmax(-1), lco.target_logprobs(z, A, torch.full((4, 1), 1.0), "exp")).sum()
+    else:
+        expected = (z.softmax(-1) * lco.log_cosh_loss(A)).sum()
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
 # ---- convexity -------------------------------------------------------------------------------------------------------
 
 

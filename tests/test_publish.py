@@ -353,6 +353,7 @@ PAIRS = {name: value for name, value in RL.items() if name != "samples_per_promp
         (RL, True, ""),
         (RL | dict(task="strings", test_rows=9), True, "--task strings --test_rows 9"),
         (RL | dict(dataset="openai/gsm8k"), True, "--dataset openai/gsm8k"),
+        (RL | dict(temperature=0.7, seed=3, test_rows=1), True, "--test_rows 1 --temperature 0.7 --seed 3"),
         (RL | dict(dataset="p.jsonl", reward_file="r.py"), False, "--dataset p.jsonl --reward_file r.py"),
         (RL | dict(dataset="p.jsonl", reward_model="m"), False, "--dataset PROMPTS --reward_file REWARD"),
         (PAIRS, True, ""),

@@ -208,14 +208,15 @@ def test_reward_models_that_cannot_be_used(script, base, out, tiny_model, scalar
 
 
 def test_token_rewards_of_a_reward_model(base, scalar_model):
-    """Standardised over the tokens that it scores: all of them, or (an ORM) the last ones alone."""
+    """Standardised over the tokens that it scores: all of them with `token`, or (an ORM) the last ones alone."""
     mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]]).bool()
     batch = {"mask": mask, "scores": torch.tensor([[1.0, 2.0, 6.0, 0], [3.0, 4.0, 0, 0]])}
     args = ppo_baseline.Args(reward_model=scalar_model)
     with mock.patch.object(lm, "score_of", return_value="last"):
         last = ppo_baseline.token_rewards(None, batch, [True, True], args)
     torch.testing.assert_close(last, torch.tensor([[0, 0, 1.0, 0], [0, -1.0, 0, 0]]))
-    every = ppo_baseline.token_rewards(None, batch, [True, True], args)
+    token = ppo_baseline.Args(reward_model=scalar_model, advantage="token")
+    every = ppo_baseline.token_rewards(None, batch, [True, True], token)
     z = torch.tensor([1.0, 2.0, 6.0, 3.0, 4.0])
     torch.testing.assert_close(every[mask], (z - z.mean()) / z.std(correction=0))
 

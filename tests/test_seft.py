@@ -235,6 +235,33 @@ def test_pairs_with_an_answer_are_graded(base, tmp_path, task, answer, right):
     assert data.grade([right, wrong, right], data.test_pairs[2:]) == [1.0, 0.0, None]
 
 
+def test_a_column_of_the_user_is_no_label(base, tmp_path):
+    """Nor does an empty --ask stand in every revision."""
+    rows = [dict(prompt=f"{i}+1=", chosen="2", rejected="1", label="good", keep_chosen=True) for i in range(10, 40)]
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    args = seft.Args(**base | dict(stage="reviser", dataset=str(pairs), task="chains", ask=""))
+    data = seft.prepare(args)
+    assert not any({"label", "keep_chosen"} & pair.keys() for pair in data.pairs + data.test_pairs)
+    reviser = lm.Sampling(lm.load_model("builtin", device=common.local_device("cpu")), data.tokenizer, 24, 24, 1.0, 8)
+    end = data.tokenizer.eos_token_id
+    assert seft.fault_of([*data.tokenizer("12")["input_ids"], end], [end], reviser, data, args) is None
+
+
+def test_answers_of_an_external_model_keep_to_the_limit(base, monkeypatch):
+    """Its tokenizer may need fewer tokens than that of the policy, or have characters that the policy has not."""
+    args, other = seft.Args(**base | dict(rounds=1)), lm.load_tokenizer("builtin")
+    data = seft.prepare(args)
+    texts = iter(["1" * 40, "1§2", "12"])
+    monkeypatch.setattr(common, "decode", lambda tokenizer, ids: [next(texts) for _ in ids])
+    monkeypatch.setattr(seft, "revise", lambda *_: None)
+    policy, limits = lm.load_model("builtin", device=common.local_device("cpu")), (18, 20, 1.0, 8)
+    writer = lm.Sampling(policy, other, *limits)
+    data.prompts = data.prompts[:3]
+    answers = seft.make_round({"policy": writer}, data, 0, 0, args)
+    assert [a["ended"] for a in answers][:2] == [False, False] and max(len(a["ids"]) for a in answers) <= 20
+
+
 def test_prompts_are_new(base, out, tmp_path, capsys):
     """No prompt is there twice, in a pair or in the test set; what was left out is counted."""
     pairs = tmp_path / "pairs.jsonl"
@@ -312,7 +339,9 @@ def refused(base, out, monkeypatch):
         (dict(reviser=""), ["--reviser is empty", "--revise adaptive needs one"]),
         (dict(rounds=3), ["--steps 4 does not divide into --rounds 3"]),
         (dict(unannotated=1), ["1 new prompts, expected 2 or more"]),
-        (dict(external_rounds=1), ["--external_rounds needs --external_model"]),
+        (dict(external_rounds=1), ["--external_model and --external_rounds go together"]),
+        (dict(external_model="builtin"), ["--external_model and --external_rounds go together"]),
+        (dict(external_model="./nosuch", external_rounds=1), ["./nosuch: no such folder"]),
         (
             dict(stage="reviser", task="words"),
             ["--dataset is empty: --stage reviser and --pair_share need preference pairs"],

@@ -461,9 +461,10 @@ def test_prompts_and_messages_with_a_reward_file(tmp_path):
     reward = tmp_path / "r.py"
     reward.write_text("K = 2\ndef reward(prompts, completions, rows):\n    return [K * len(c) for c in completions]\n")
     turns = [{"role": r, "content": c} for r, c in (("system", "s"), ("user", "u"), ("assistant", "a"))]
-    rows = [{"messages": turns, "extra": 1}, {"prompt": "p"}, {"prompt": turns[:2]}]
-    for row, expected in zip(rows, (turns[:2], "p", turns[:2]), strict=True):
-        other = {**row, "prompt": "q"} if "prompt" in row else {"messages": [{"role": "user", "content": "q"}]}
+    pair = {"chosen": turns, "rejected": [*turns[:2], {"role": "assistant", "content": "no"}]}
+    rows = [{"messages": turns, "extra": 1}, {"prompt": "p"}, {"prompt": turns[:2]}, pair, pair | {"prompt": "text"}]
+    for row, expected in zip(rows, (turns[:2], "p", *[turns[:2]] * 3), strict=True):
+        other = {"prompt": "q"} if "prompt" in row else {"messages": [{"role": "user", "content": "q"}]}
         task = tasks.load_task(dataset=write(tmp_path / "p.jsonl", [other, row]), reward_file=str(reward), test_rows=1)
         assert task.name == "prompts" and task.correct is None and task.answered is None
         assert task.test[0]["prompt"] == expected

@@ -55,7 +55,7 @@ def test_advantage_token(script):
 
 
 @BOTH
-@pytest.mark.parametrize("kind", ["group", "reward"])
+@pytest.mark.parametrize("kind", ["group", "reward", "gae", "return"])
 @pytest.mark.parametrize("how", ["mean", "sum", "last"])
 def test_answers_are_ranked_by_the_score_of_the_model(script, kind, how, monkeypatch):
     """By the mean over tokens of a Q-RM, the sum of log-ratios, the last token of an ORM: whatever their lengths."""
@@ -67,10 +67,18 @@ def test_answers_are_ranked_by_the_score_of_the_model(script, kind, how, monkeyp
     monkeypatch.setattr(script.lm, "score_of", lambda model, ref: how)
     args = script.Args(advantage=kind, samples_per_prompt=2, reward_model="any")
     mask = torch.tensor([[True, True, False, False], [True] * 4])
-    batch = {"mask": mask, "scores": torch.tensor(scores[how], dtype=torch.float32)}
+    batch = {"mask": mask, "scores": torch.tensor(scores[how], dtype=torch.float32), "values": torch.zeros(2, 4)}
     batch["rewards"] = script.token_rewards([0.0, 0.0], batch, [True, True], args)
     script.estimate_advantages(batch, args)
     assert (batch["advantages"][0][mask[0]] > 0).all() and (batch["advantages"][1] < 0).all()
+
+
+@BOTH
+def test_no_discounted_future(script):
+    """--gamma 0: the return of a first token is 0 whatever follows, and yet there is something to learn."""
+    found = advantages_of(script, "gae", [[0.0, 0.0, 1.0], [0.0, 0.0]], gamma=0.0)
+    assert found[0, 2] > 0 > found[1, 1]
+    assert not advantages_of(script, "gae", [[0.0, 0.0, 1.0], [0.0, 1.0]], gamma=0.0).any(), "equal sums are no signal"
 
 
 @BOTH
