@@ -25,6 +25,7 @@ import pytest
 import common  # before torch: it sets how OpenMP threads wait
 import check
 import forked
+import gpu  # noqa: F401, before a test puts benchmarks/gpu.py on the path
 import lm
 import tasks
 from builtin import tasks as toys
