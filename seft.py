@@ -401,7 +401,8 @@ def make_round(writers, data, number: int, first: int, args) -> list[dict]:
     ended = [answer[-1] in ends for answer in ids]
     if writer.tokenizer is not data.tokenizer:  # an external model may have another one
         ids = [common.encode_completion(data.tokenizer, text, row["prompt"]) for row, text in zip(rows, texts)]
-        whole = [len(x) <= args.max_new_tokens and data.tokenizer.unk_token_id not in x for x in ids]
+        unknown = data.tokenizer.unk_token_id  # may be the EOS that ends an answer
+        whole = [len(x) <= args.max_new_tokens and unknown not in x[:-1] for x in ids]
         ended = [a and b for a, b in zip(ended, whole)]
         ids = [x[: args.max_new_tokens] for x in ids]
     answers = [Answer(*one) for one in zip(mine, rows, ids, texts, ended, data.grade(texts, rows))]
