@@ -510,7 +510,8 @@ def sample_of(a: Answer, kind: str, tokenizer) -> dict:
     """A row of samples.jsonl."""
     label, text = "" if a.label is None else NAMES[a.label].capitalize(), common.decode(tokenizer, [a.target])[0]
     about = {"kind": kind, "prompt": a.row["prompt"], "answer": a.text, "before": a.before, "label": label}
-    return about | {"chances": a.chances, "completion": text, "dropped": a.fault, "reward": a.after}
+    about |= {"chances": a.chances, "threshold": a.threshold}
+    return about | {"completion": text, "dropped": a.fault, "reward": a.after}
 
 
 # ---- evaluation ------------------------------------------------------------------------------------------------------

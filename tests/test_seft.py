@@ -92,7 +92,8 @@ def test_samples_show_the_revision(bare):
     samples = [json.loads(line) for line in (folder / "policy" / "samples.jsonl").read_text().splitlines()]
     shown = [s for s in samples if s["kind"].startswith("round")]
     assert len(shown) == 24 and {s["kind"].split()[1] for s in shown} == {"0", "1"}
-    assert all({"prompt", "answer", "before", "label", "completion", "dropped", "chances"} <= s.keys() for s in shown)
+    names = {"prompt", "answer", "before", "label", "chances", "threshold", "completion", "dropped"}
+    assert all(names <= s.keys() for s in shown)
     page = (folder / "policy" / "report.html").read_text()
     assert "round 0" in page and not re.search(r"https?://|<script", page)
 
