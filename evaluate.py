@@ -300,6 +300,7 @@ def evaluate(args) -> None:
     require(not wrong, f"--k {wrong}: expected numbers from 1 to --samples_per_prompt {args.samples_per_prompt}")
     both = bool(args.pairs) == bool(args.reward_model)
     require(both, "--pairs and --reward_model go together: give both to rate a reward model, or none of them")
+    require(args.pairs or not args.reward_ref, "--reward_ref is about a --reward_model: give --pairs and both models")
     require(not (args.pairs and args.pairs_out), "--pairs and --pairs_out are two evaluations; expected one of them")
     file = Path(args.pairs_out or "-")
     new = not file.exists() and file.parent.is_dir()

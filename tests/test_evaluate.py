@@ -448,6 +448,7 @@ def test_model_names_in_files(judged, tmp_path):
         (dict(k=[1, 8]), "--k [8]: expected numbers from 1 to --samples_per_prompt 4"),
         (dict(pairs="p.jsonl"), "--pairs and --reward_model go together"),
         (dict(reward_model="x"), "--pairs and --reward_model go together"),
+        (dict(reward_ref="x"), "--reward_ref is about a --reward_model"),
         (dict(pairs="p.jsonl", reward_model="x", pairs_out="new.jsonl"), "--pairs and --pairs_out are two evaluations"),
         (dict(test_dataset="none.jsonl"), "there is no such file"),
         (dict(max_prompt=60), "--max_prompt + --max_new_tokens is 72"),
