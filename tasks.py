@@ -226,9 +226,9 @@ def load_rows(dataset: str, kinds: list[str], split: str = "train") -> tuple[str
 def graded_row(kind: str, row: dict, where: str) -> dict | None:
     """A row of `gsm8k` or `math` with `prompt` and the right `answer`; None without one."""
     name, ask = ("question", GSM8K_ASK) if kind == "gsm8k" else ("problem", MATH_ASK)
-    asked, answer = [{"role": "user", "content": column(row, name, where) + ask}], reference(kind, row, where)
+    turns, answer = [{"role": "user", "content": column(row, name, where) + ask}], reference(kind, row, where)
     kept = {"solution": given(row, "answer", where)} if kind == "gsm8k" else {}
-    return {**row, **kept, "prompt": Messages(asked, where), "answer": answer} if answer else None
+    return {**row, **kept, "prompt": Messages(turns, where), "answer": answer} if answer else None
 
 
 def reference(kind: str, row: dict, where: str) -> str | None:
