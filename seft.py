@@ -581,9 +581,8 @@ class Data:
         """1 and 0 for right and wrong, or a user's reward, or None if these rows have no grader."""
         task = self.task
         if task.correct:  # a pair from a file may lack what the grader reads
-            kind = dict(chains=str, strings=str, words=list).get(task.name, object)
-            needed = "prompt" if kind is str else "entry" if ":" in task.name else "answer"
-            known = [row.get(needed) is not None and isinstance(row["prompt"], kind) for row in rows]
+            column, kind = task.reads
+            known = [isinstance(row.get(column), kind) for row in rows]
             right = iter(task.correct(list(itertools.compress(texts, known)), list(itertools.compress(rows, known))))
             return [float(next(right)) if there else None for there in known]
         if not task.reward or not rows:

@@ -44,8 +44,7 @@ KINDS = ("auto", "chains", "strings", "words", "gsm8k", "math", "prompts")  # of
 class Task:
     """What a script needs to know about a task.
 
-    `correct` and `answered` are None when nobody can say, as for a user's prompts with a user's reward.
-    `answered` tells "no answer found" from "a wrong answer": True where `correct` had something to look at.
+    `correct` and `answered` are None where nobody can tell, as for a user's prompts with a user's reward.
     """
 
     name: str
@@ -53,7 +52,8 @@ class Task:
     test: list[dict]  # rows to evaluate with, none of whose prompts is ever in `rows`
     reward: Callable | None  # reward(prompts, completions, rows) -> a float per completion, or a list, one per token
     correct: Callable | None = None  # correct(completions, rows) -> list[bool]
-    answered: Callable | None = None  # answered(completions) -> list[bool]
+    answered: Callable | None = None  # answered(completions) -> list[bool]: is there an answer, right or wrong?
+    reads: tuple[str, type] = ("answer", str)  # the column of a row that `correct` reads, and its type
     train: list[dict] = field(default_factory=list)  # what `rows` walks through; empty when it makes new rows
     held_out: list[dict] = field(default_factory=list)  # `test` and what is held out beside it
     pairs: Callable | None = None  # pairs(n, seed, held_out) -> n preference pairs
@@ -249,7 +249,7 @@ def prompt_row(row: dict, where: str) -> dict:
     """TRL's `prompt`, or its `messages` up to the last user turn, or what `chosen` and `rejected` begin with."""
     if isinstance(row.get("chosen"), list) and isinstance(row.get("rejected"), list):
         return pair_row(row, where)  # a `prompt` as text beside them is only a part of it
-    if "prompt" in row:
+    if "prompt" in row or "messages" not in row:
         return {**row, "prompt": column(row, "prompt", where, (str, list))}
     prompt = column(row, "messages", where, list)
     while prompt and prompt[-1]["role"] != "user":

@@ -101,4 +101,5 @@ def load(task: str, test_rows: int) -> Task:
             break
     require(test and others, f"--task {task}: too few prompts to hold some out; expected a family with more")
     note = f"{task}: {SIZE:,} entries, {len(test)} held-out rows"
-    return Task(task, rows, list(test.values()), None, correct, unannotated=unannotated, note=note)
+    test = list(test.values())
+    return Task(task, rows, test, None, correct, reads=("entry", int), unannotated=unannotated, note=note)

@@ -451,12 +451,13 @@ def load(name: str, test_rows: int) -> Task:
     """The task of this name, without its reward."""
     if name == "chains":
         made = Task(name, chain_rows, chain_test_rows(test_rows), None, chain_correct, chain_answered)
-        made.pairs, made.unannotated = preference_pairs, unannotated
+        made.pairs, made.unannotated, made.reads = preference_pairs, unannotated, ("prompt", str)
     elif name == "strings":
         made = Task(name, string_rows, string_test_rows(test_rows), None, string_correct, string_answered)
-        made.pairs, made.unannotated = string_pairs, string_unannotated
+        made.pairs, made.unannotated, made.reads = string_pairs, string_unannotated, ("prompt", str)
     else:
         train, test = word_rows()
         made = Task(name, walk(train), test[:test_rows], None, word_correct, word_answered, train=train, held_out=test)
+        made.reads = ("prompt", list)
     made.note = f"{name}: {len(made.train) or 'endless'} training rows, {len(made.test)} held-out rows"
     return made

@@ -236,6 +236,17 @@ def test_pairs_with_an_answer_are_graded(base, tmp_path, task, answer, right):
     assert data.grade([right, wrong, right], data.test_pairs[2:]) == [1.0, 0.0, None]
 
 
+@pytest.mark.parametrize("name", ["chains", "strings", "words", "gym:chain_sum"])
+def test_a_row_that_the_grader_cannot_read_is_not_graded(name):
+    """A pair of a user's may have its prompt in another form than the task's own rows, or none of their columns."""
+    if ":" in name:
+        pytest.importorskip("reasoning_gym")
+    task = seft.tasks.load_task(name, test_rows=2)
+    row, (column, kind) = task.test[0], task.reads
+    data = seft.Data(None, task, [], [], [])
+    assert data.grade(["?"] * 3, [row, row | {column: kind is list or [{}]}, row]) == [0.0, None, 0.0]
+
+
 def test_a_column_of_the_user_is_no_label(base, tmp_path):
     """Nor does an empty --ask stand in every revision."""
     rows = [dict(prompt=f"{i}+1=", chosen="2", rejected="1", label="good", keep_chosen=True) for i in range(10, 40)]

@@ -516,6 +516,7 @@ def test_bad_rows(tmp_path):
     reward = {"reward_file": str(tmp_path / "r.py")}
     refused("row 1: 'prompt' is a int; expected text or a list of messages", load, [{"prompt": 3}], **reward)
     refused("row 1: 'prompt' is missing or empty", load, [{"prompt": []}], **reward)
+    refused("row 1: 'prompt' is missing or empty", load, [{"chosen": "a", "rejected": "b"}], **reward)
     refused("row 1: 'prompt' has the message {'role': 'user'}", load, [{"prompt": [{"role": "user"}]}], **reward)
     turn = {"role": "user", "content": "a"}
     for more in ({"tool_calls": [1]}, {"name": "b"}, {"role": "tool"}, {"role": "human"}, {"weight": 1}):
