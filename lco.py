@@ -23,7 +23,7 @@ Relatives: AWR, MPO, REBEL, A*-PO (2505.20686), QRPO (2507.08068), LAD (2602.201
 What differs from the paper (its abstract and introduction were read; the tags are ours), each for a reason
     1. Old logits are exact: rebuilt from the rollout's hidden states and a copy of the LM head, never a top-k.
     2. --target linear and --negative_beta_scale: one noisy A per state biases exp(A / beta). The scale is the authors',
-       and on for real models, where it did best; docs/lco.md has the study, and the rest of their code's departures.
+       and on for real models, where it did best; docs/results/lco.md has the study, and their other departures.
 
 Run
     python lco.py                                                                        # this laptop, offline

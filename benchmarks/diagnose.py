@@ -1,7 +1,7 @@
 """The shape of a policy loss while a script trains: is it flat, or does it point uphill, on the way to its optimum?
 
     python benchmarks/diagnose.py lco.py --loss mse --epochs 4          any arguments of ppo_baseline.py or lco.py
-    python benchmarks/study.py diagnose                                 the table of docs/lco.md
+    python benchmarks/study.py diagnose                                 the table of docs/results/lco.md
 
 After the updates of each step, on the tokens of the first micro-batch of its rollout, metrics.jsonl gets
     diagnose/zero_gradient      the share of tokens whose loss has no slope
