@@ -1099,12 +1099,15 @@ def export_model(folder: Path, model, tokenizer, card: str = "") -> None:
         tokenizer.save_pretrained(work)
         if card and not (folder / "README.md").exists():  # which its owner may have changed
             (work / "README.md").write_text(card)
-        for file in work.iterdir():  # safetensors gives its files to their owner alone
+        files = [file for file in work.rglob("*") if file.is_file()]
+        for file in files:  # safetensors gives its files to their owner alone
             file.chmod((work / "config.json").stat().st_mode)
         if folder.exists():  # an ended run that was resumed: the same files again, beside what was added to them
-            for file in work.iterdir():
-                file.replace(folder / file.name)
-            work.rmdir()
+            for file in files:
+                place = folder / file.relative_to(work)
+                place.parent.mkdir(exist_ok=True)
+                file.replace(place)
+            shutil.rmtree(work)
         else:
             work.rename(folder)
     dist.barrier()

@@ -16,6 +16,7 @@ import re
 import signal
 import threading
 import unicodedata
+from collections.abc import Callable
 from fractions import Fraction
 
 DIGIT = r"[\d¼½¾⅐-⅞]"
@@ -96,12 +97,12 @@ WITHDRAWN = re.compile(  # 5 is wrong, 5 isn't the answer
 ASSIGNMENTS = re.compile(r"^\W*[a-zA-Z]\w* *= *[-$]*[\d.]+ *(?:[,;]|\band\b|\bor\b) *[a-zA-Z]\w* *=")  # x = 3, y = 4
 UNDONE = re.compile(r"√|\b(?:sqrt|log|ln|sin|cos|tan)(?:_\w+)? *[({\d]")
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
-ANSWER = re.compile(rf"####.*{DIGIT}|\\(?:boxed|fbox)\b|\b[Aa]nswer(?: is)?:? *\$?-?\d|^A:", re.M)
+MARKED = re.compile(rf"####.*{DIGIT}|\\(?:boxed|fbox)\b")
+ANSWER = re.compile(rf"{MARKED.pattern}|\b[Aa]nswer(?: is)?:? *\$?-?\d|^A:", re.M)
 NEXT_QUESTION = re.compile(
-    r"\b(?:Q|Question|Problem|Exercise|Instruction|Input|User|Human)\b[*\d ]*:|^(?:user|human):|<\|im_start\|"
-    r"|^(?=.*\d).{25,}\? *$",
-    re.M,
+    r"\b(?:Q|Question|Problem|Exercise|Instruction|Input|User|Human)\b[*\d ]*:|^(?:user|human):|<\|im_start\|", re.M
 )
+ASKED = re.compile(r"^(?=.*\d).{25,}\? *$", re.M)
 BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z]) *")
 
 
@@ -128,6 +129,7 @@ def find_numbers(text: str) -> list[tuple[Fraction, int, int]]:
             for tens in re.findall(r"(?:\^|e)([+-]?\d+)", get["tens"]):
                 value *= Fraction(10) ** int(tens)
             value **= int(get["power"] or 1)
+            str(value)
         except (ValueError, ZeroDivisionError):  # thousands of digits from a model that repeats itself; 3/0
             continue
         if not (get["bottom"] and value.denominator == 1):  # 48/2 is a sum to do
@@ -210,10 +212,14 @@ def last_number(text: str) -> str | None:
 
 def own_answer(text: str) -> str:
     """A completion without its thoughts, and without the next question that some models go on with."""
-    text = text.rpartition("</think>")[2]
-    answer = ANSWER.search(text)
-    question = answer and NEXT_QUESTION.search(text, answer.end())
-    return text[: question.start()] if question else text
+
+    def cut(text: str, answered: re.Pattern, asked: re.Pattern) -> str:
+        answer = answered.search(text)
+        question = answer and asked.search(text, answer.end())
+        return text[: question.start()] if question else text
+
+    text = cut(text.rpartition("</think>")[2], ANSWER, NEXT_QUESTION)
+    return cut(text, MARKED if MARKED.search(text) else ANSWER, ASKED)  # before its mark a text may ask itself
 
 
 def last_boxed(text: str) -> str | None:
@@ -263,10 +269,10 @@ def gsm8k_answered(completions: list[str]) -> list[bool]:
     return [extract_number(text) is not None for text in completions]
 
 
-def same_latex(reference: str, answer: str) -> bool:
-    """_same_latex() within 10 seconds of the CPU, not of the clock, so that a busy machine grades alike; else False."""
+def in_time(check: Callable, *args) -> bool:
+    """check(*args) within 10 seconds of the CPU, not of the clock, so that a busy machine grades alike; else False."""
     if threading.current_thread() is not threading.main_thread():
-        return _same_latex(reference, answer)  # signals only exist in the main thread
+        return check(*args)  # signals only exist in the main thread
 
     def stop(*_):
         raise TooLong
@@ -274,7 +280,7 @@ def same_latex(reference: str, answer: str) -> bool:
     before = signal.signal(signal.SIGVTALRM, stop)
     signal.setitimer(signal.ITIMER_VIRTUAL, 10)
     try:
-        return _same_latex(reference, answer)
+        return check(*args)
     except TooLong:
         return False
     finally:
@@ -286,7 +292,7 @@ class TooLong(BaseException):  # math-verify swallows every Exception
     pass
 
 
-def _same_latex(reference: str, answer: str) -> bool:
+def same_latex(reference: str, answer: str) -> bool:
     r"""Whether two LaTeX answers mean the same: 1/2 and \frac12 do, 40 and 140 do not. Decided by math-verify.
 
     Before it, spellings are made alike, and what it ignores (bases, a.m.) is compared; after it, equations and small
@@ -332,7 +338,7 @@ def _zeros(node) -> int:
 def math_correct(completions: list[str], rows: list[dict]) -> list[bool]:
     r"""The last \boxed{} counts; without one the answer is wrong."""
     boxed = [last_boxed(own_answer(text)) for text in completions]
-    return [b is not None and same_latex(row["answer"], b) for b, row in zip(boxed, rows, strict=True)]
+    return [b is not None and in_time(same_latex, row["answer"], b) for b, row in zip(boxed, rows, strict=True)]
 
 
 def math_reference(answer: str, solution: str) -> str | None:

@@ -225,6 +225,9 @@ def _load(name: str, head: str):
             torch.nn.init.zeros_(parameter)
     for keys, what in ((missing, "missing in its files"), (unexpected, "of its files without a place in the model")):
         require(not keys, f"--model {name}: {len(keys)} tensor(s) {what}, for example {min(keys, default='')}")
+    if not scalar:  # files with a head of its own are not tied, whatever the configuration says
+        tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+        model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = tied
     model.config.architectures = [type(model).__name__]  # what it is now, not what its folder held
     model.config.dtype = model.config.get_text_config().dtype = torch.float32
     for module in model.modules():

@@ -124,9 +124,14 @@ def card(folder: Path, script: str, step: int) -> str:
     """model/README.md: how the model was made, and what came of it. Its licence is left to its owner."""
     about, header = json.loads((folder / "args.json").read_text()), ast.parse((folder / "source.py").read_text())
     settings, header = about["args"], ast.get_docstring(header)
+    if settings.get("task") == "gsm8k" and not settings.get("dataset"):
+        settings["dataset"] = "openai/gsm8k"
     paper = "https://arxiv.org/abs/" + re.search(r"arXiv:([\d.]+\d)", header)[1]
     sources = ("dataset", "pairs", "prompts", "test_dataset", "reward_file", "reward_model", "teacher", "reviser")
-    data = {name: settings[name] for name in sources if settings.get(name)} or {"data": "the built-in task"}
+    data = {name: settings[name] for name in sources if settings.get(name)}
+    if settings.get("task", "").startswith("gym:"):
+        data["task"] = settings["task"]
+    data = data or {"data": "the built-in task"}
     tags = {"library_name": "transformers", "tags": ["minalign", script]}
     for tag, names in (("base_model", ["model"]), ("datasets", sources[:4])):
         found = [settings.get(name, "") for name in names]

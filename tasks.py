@@ -378,6 +378,8 @@ def checked_reward(reward: Callable, name: str) -> Callable:
         return number
 
     def checked(prompts: list, completions: list[str], rows: list[dict]) -> list:
+        if not completions:  # of a rank beyond the held-out rows
+            return []
         try:
             result = plain(reward(prompts, completions, rows))
         except SystemExit as stop:  # else a rank would leave the others without a word

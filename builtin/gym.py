@@ -5,22 +5,28 @@
 
 The family's own scorer decides, on what stands in the last <answer>...</answer>, else on the whole completion. Where
 the right answer is a number, a completion that states this number in its last sentence is right, too. Scorers that give
-part of the credit for an answer which contains the right one give none here.
+part of the credit for an answer which contains the right one give none here. Some scorers run an answer as Python: an
+answer with a call in it (but of sin and the like) is wrong without being run, and so is one that takes too long.
 """
 
 import contextlib
 import functools
+import inspect
 import json
 import re
 import zlib
 from dataclasses import fields
 
 from common import BadInput, require
-from graders import extract_number, gsm8k_reference
+from graders import extract_number, gsm8k_reference, in_time
 from tasks import Task, generator, one_line
 
 SIZE = 10**6  # entries of a family; each is a function of its number
 CARELESS = ("coin_flip", "game_of_life_halting", "puzzle24")  # scorers of 0.1.25 that give wrong answers the full score
+FUNCTIONS = "a?(?:sin|cos|tan|sec|csc|cot)h?|exp|log|ln|sqrt|Abs|Rational"
+CALL = re.compile(  # without one an expression does no harm; # and \ may stand between a name and its bracket
+    rf"__|[#\\]|\b(?!(?:{FUNCTIONS})\b)[^\W\d]\w*\s*\(|[])}}'\"]\s*\("
+)
 ASK = "\n\nGive the final answer between <answer> and </answer>."
 
 
@@ -50,13 +56,20 @@ def create(task: str):
         raise BadInput(f"{found}: reasoning-gym refuses it ({one_line(error)}); expected other settings") from error
 
 
+@functools.cache
+def runs_answers(family: type) -> bool:
+    """Whether the scorer of a family runs an answer as Python."""
+    return bool(re.search(r"\b(?:eval|parse_expr)\(", inspect.getsource(family.score_answer)))
+
+
 def is_right(dataset, entry: dict, completion: str) -> bool:
     from reasoning_gym.utils import extract_answer
 
     text = completion.rpartition("</think>")[2]
     answer = extract_answer(text) or text.strip()
+    refused = runs_answers(type(dataset)) and CALL.search(answer)
     with contextlib.suppress(Exception):  # some scorers raise at what they cannot read
-        if dataset.score_answer(answer, entry) == 1:
+        if not refused and in_time(lambda: dataset.score_answer(answer, entry) == 1):
             return True
     plain = re.fullmatch(r"-?(0|[1-9]\d*)(\.\d+)?", entry["answer"] or "")  # 0101 is a string
     return bool(plain) and extract_number(answer) == gsm8k_reference(entry["answer"])

@@ -6,6 +6,7 @@ import types
 
 import pytest
 
+import graders
 import tasks
 from builtin import gym
 from common import BadInput
@@ -87,6 +88,25 @@ def test_an_answer_is_right_by_the_scorer_or_by_its_number(package, completion, 
     assert gym.is_right(gym.create("gym:sums"), {"answer": "12"}, completion) is right
 
 
+class Lists(Sums):
+    def score_answer(self, answer, entry) -> float:
+        return float(eval(answer) == eval(entry["answer"]))
+
+
+@pytest.mark.parametrize("answer, right", [
+    ("[1, 2]", True), ("[1, (2)]", True), ("[2, 1]", False), ("[1", False), ("exit()", False), ("9 ** 9 ** 9", False),
+    ("[1, 2] if open('found', 'w') else []", False), ("__import__('os').mkdir('found')", False),
+    ("(lambda f: f('found', 'w') and [1, 2])(open)", False), ("[open][0]('found', 'w') and [1, 2]", False),
+    ("open\\\n('found', 'w') and [1, 2]", False), ("(open # \n ('found', 'w') and [1, 2])", False),
+])  # fmt: skip
+def test_an_answer_that_a_scorer_runs_does_no_harm(answer, right, package, monkeypatch, tmp_path):
+    real = graders.signal.setitimer
+    monkeypatch.setattr(graders.signal, "setitimer", lambda which, seconds: real(which, seconds / 20))
+    monkeypatch.chdir(tmp_path)
+    assert gym.is_right(Lists(SumConfig()), {"answer": "[1, 2]"}, f"<answer>{answer}</answer>") is right
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_string_of_digits_is_no_number(package):
     assert not gym.is_right(gym.create("gym:sums"), {"answer": "0101"}, "It is 101.")
     assert gym.is_right(gym.create("gym:sums"), {"answer": "-2.50"}, "It is -2.5.")
@@ -127,3 +147,19 @@ def test_with_the_package():
     assert task.correct([row["answer"] for row in rows], rows) == [True] * 8
     assert task.correct([f"It is {row['answer']}." for row in rows], rows) == [True] * 8
     assert task.reward([""] * 8, ["1234567"] * 8, rows) == [0.0] * 8
+
+
+@pytest.mark.parametrize("name", [
+    "binary_matrix", "countdown", "intermediate_integration", "n_queens", "polynomial_multiplication",
+    "simple_integration", "spiral_matrix", "string_insertion",
+])  # fmt: skip
+def test_right_answers_of_scorers_that_run_them(name):
+    """These families of 0.1.25 run an answer as Python, and their own answers pass."""
+    pytest.importorskip("reasoning_gym")
+    data = gym.create(f"gym:{name}")
+    assert gym.runs_answers(type(data)) and not gym.runs_answers(type(gym.create("gym:chain_sum")))
+    for entry in map(data.__getitem__, range(8)):
+        if "Integral" in entry["answer"]:  # unsolved: the question repeated would be right
+            continue
+        assert gym.is_right(data, entry, f"<answer>{entry['answer']}</answer>"), entry["answer"]
+        assert not gym.is_right(data, entry, "<answer>exit()</answer>")

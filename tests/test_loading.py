@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import shutil
 import weakref
 
 import common
@@ -105,6 +106,32 @@ def test_export_of_bfloat16_weights_under_adapters(letter_tokenizer, tmp_path):
     a, b = (transformers.AutoModelForCausalLM.from_pretrained(x, dtype="auto") for x in (folder, tmp_path / "out"))
     for x, y in zip(a.parameters(), b.parameters()):
         assert y.dtype == torch.float32 and torch.equal(x.float(), y)
+
+
+def test_a_head_of_its_own_in_a_model_called_tied(tiny_model, tmp_path):
+    """As merges and trainers write it: the file decides, and the exported model has the head, too."""
+    shutil.copytree(tiny_model, tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    model = lm.load_model(str(tmp_path / "model"), device=CPU)
+    common.export_model(tmp_path / "out", model, lm.load_tokenizer(tiny_model))
+    ids = torch.arange(3, 11)[None]
+    with torch.no_grad():
+        expected = lm.load_model(tiny_model, device=CPU)(ids).logits
+        assert torch.equal(model(ids).logits, expected)
+        out = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        assert torch.equal(out(ids).logits, expected) and not out.config.tie_word_embeddings
+
+
+def test_export_of_several_chat_templates(tiny_model, tmp_path):
+    """They lie in a folder, which everyone can enter and which a second export replaces."""
+    tokenizer = lm.load_tokenizer(tiny_model)
+    tokenizer.chat_template = {"default": "{{ messages[0].content }}", "tool_use": "{{ messages[0].role }}"}
+    for _ in range(2):
+        common.export_model(tmp_path / "out", lm.load_model(tiny_model, device=CPU), tokenizer)
+    (folder,) = [path for path in (tmp_path / "out").iterdir() if path.is_dir()]
+    assert folder.stat().st_mode & 0o111 and not (tmp_path / "out.part").exists()
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == tokenizer.chat_template
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

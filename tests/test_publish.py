@@ -312,6 +312,10 @@ def test_card(tmp_path):
     assert "| eval/nll | 0.5000 | 0.3000 |" in text and "eval/new" not in text and "- reward_file: `a/b.py`" in text
     bare = publish.card(write_run(tmp_path / "bare"), "dpo", 2)
     assert "base_model" not in bare and "datasets" not in bare and "- data: `the built-in task`" in bare
+    text = publish.card(write_run(tmp_path / "gsm8k", task="gsm8k", dataset=""), "dpo", 2)
+    assert 'datasets: ["openai/gsm8k"]' in text and "- dataset: `openai/gsm8k`" in text
+    text = publish.card(write_run(tmp_path / "gym", task="gym:chain_sum", reward_file=""), "dpo", 2)
+    assert "- task: `gym:chain_sum`" in text and "built-in" not in text
 
 
 def test_a_card_that_was_changed_stays(base, out):

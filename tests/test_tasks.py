@@ -703,6 +703,12 @@ def test_credit_of_longer_tokens_and_other_prompts():
         assert toys.chain_credit(prompt, ["2", "2", ""]) is None
 
 
+def test_a_reward_is_not_called_without_rows():
+    """Ranks beyond the held-out rows have none, and a user's reward takes the largest of nothing."""
+    reward = tasks.checked_reward(lambda prompts, completions, rows: [max(map(len, completions))] * len(rows), "r.py")
+    assert reward([], [], []) == [] and reward(["p"], ["ab"], [{}]) == [2.0]
+
+
 def test_held_out_pairs_share_no_prompt_with_the_others():
     def pair(prompt, n):
         return {"prompt": prompt, "chosen": str(n), "rejected": "x"}
