@@ -293,7 +293,7 @@ def real() -> None:
     """SmolLM2: accuracy after each method, one mark per seed, and the median before."""
     figure, axes = plt.subplots(3, 2, figsize=(9.4, 10.4), gridspec_kw={"height_ratios": (13, 10, 8)})
     titles = {"real_rl": "LCO, PPO and REINFORCE", "real_text": "LCO and PPO: sentences"}
-    titles |= {"real_distil_more": "Distillation", "real_qrm_bf16": "RL with reward models", "real_seft": "SEFT"}
+    titles |= {"real_distil_more": "Distillation", "real_qrm": "RL with reward models", "real_seft": "SEFT"}
     for axis, (name, title) in zip(axes.flat, titles.items()):
         study = STUDIES[name]
         names = {"teacher": "the teacher", "dckd": "DCKD"} if name == "real_distil_more" else {}
@@ -327,7 +327,7 @@ def real() -> None:
 PICTURES = {  # name: its studies
     stability: ("stability", "lco"), limits: ("rates", "epochs"), convergence: ("qrm",), gamma: ("gamma",),
     revision: ("base_rate", "unannotated"), credit: ("credit",),
-    real: ("real_rl", "real_text", "real_distil_more", "real_qrm_bf16", "real_seft"),
+    real: ("real_rl", "real_text", "real_distil_more", "real_qrm", "real_seft"),
 }  # fmt: skip
 
 
