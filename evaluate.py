@@ -301,8 +301,9 @@ def evaluate(args) -> None:
     both = bool(args.pairs) == bool(args.reward_model)
     require(both, "--pairs and --reward_model go together: give both to rate a reward model, or none of them")
     require(args.pairs or not args.reward_ref, "--reward_ref is about a --reward_model: give --pairs and both models")
-    more = [name for name in ("dataset", "test_dataset", "reward_file", "pairs_out") if args.pairs and getattr(args, name)]
-    require(not more, f"--pairs rates a reward model; expected no --{' --'.join(more)} beside it")
+    others = [name for name in ("dataset", "test_dataset", "reward_file", "pairs_out") if getattr(args, name)]
+    found = f"--pairs rates a reward model; expected no --{' --'.join(others)} beside it"
+    require(not (args.pairs and others), found)
     file = Path(args.pairs_out or "-")
     new = not file.exists() and file.parent.is_dir()
     require(new, f"--pairs_out {args.pairs_out}: expected a new file in a folder that exists")

@@ -580,7 +580,7 @@ def test_a_reward_that_exits_is_an_error_with_its_text(tmp_path):
         ("quit()", "sys.exit("),
     ):
         file.write_text(f"import sys\ndef reward(prompts, completions, rows): {call}")
-        refused(f"exits.py: reward() called {text}", tasks.load_reward(str(file)), [], [], [])
+        refused(f"exits.py: reward() called {text}", tasks.load_reward(str(file)), ["p"], ["a"], [{}])
 
 
 def test_rewards_are_checked():
