@@ -50,7 +50,9 @@ class Args:
     reward_file: str = arg("", "a Python file with reward(prompts, completions, rows) -> numbers, one per completion")
     right_from: float = arg(1.0, "the reward from which a completion that only --reward_file can grade counts as right")
     max_prompt: int = arg(0, "the longest prompt, in tokens; 0: as in training, else up to 512", at_least=0)
-    long_prompts: Literal["drop", "truncate", "error"] = arg("error", "what happens to longer prompts")
+    long_prompts: Literal["auto", "drop", "truncate", "error"] = arg(
+        "auto", "what happens to longer prompts; auto: as in training on the same data, else error"
+    )
     # sampling
     samples_per_prompt: int = arg(16, "completions per prompt", at_least=1)
     k: list[int] = arg([], "Pass@k for these k; empty: powers of 4 up to --samples_per_prompt")
@@ -250,9 +252,9 @@ def grade(task, mine: list[tuple], tokenizer, stops: list[int], args) -> list[di
 
 
 def with_sizes(args):
-    """--test_rows, --max_prompt and --max_new_tokens where they are not given: those of the run that trained the model,
-    which stand in args.json beside its folder, else 256, and 512 or what its positions leave. And how many rows are
-    held out: with --pairs_out those of training, as --test_rows is then the number of the prompts that are sampled."""
+    """--test_rows, --max_prompt, --max_new_tokens and --long_prompts where they are not given: those of the run that
+    trained the model, which stand in args.json beside its folder, else 256, 512 or what its positions leave, and error.
+    And how many rows are held out: with --pairs_out those of training, as --test_rows then numbers the prompts."""
     file, trained = Path(args.model).parent / "args.json", {}
     if Path(args.model).is_dir() and file.is_file():
         trained = common.stored(file)["args"]
@@ -268,11 +270,12 @@ def with_sizes(args):
     mine = common.digest(Path(args.dataset)) if Path(args.dataset).is_file() else "no file"
     same = any(args.dataset == trained[name] or mine == read.get(f"--{name} {trained[name]}") for name in names)
     same = trained if same else {}
+    long = same.get("long_prompts", "error") if args.long_prompts == "auto" else args.long_prompts
     held_out = rows = args.test_rows or same.get("test_rows", 256)
     if args.pairs_out:
         held_out, rows = same.get("test_rows", rows), args.test_rows or 256
     apart = args.test_dataset or same.get("test_dataset", "")
-    return replace(args, test_rows=rows, test_dataset=apart, **sizes), held_out
+    return replace(args, test_rows=rows, test_dataset=apart, long_prompts=long, **sizes), held_out
 
 
 def write(run, args, metrics: dict, samples: list[dict], task: str, prompts: int) -> None:

@@ -38,7 +38,7 @@ def write(path: Path, rows: list) -> str:
 
 
 def read(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
 def run(out, **settings) -> dict:
@@ -147,11 +147,15 @@ def test_command_line(tmp_path):
 def test_same_numbers_as_training(tiny_model, reward_file, tmp_path):
     """What a training script logs after its last step, evaluate.py finds in its model."""
     settings = TINY | dict(model=tiny_model, steps=2, save_every=5)
-    for name, more in (("task", {}), ("reward", {"reward_file": reward_file, "dataset": prompts_file(tmp_path)})):
+    of_file = {"reward_file": reward_file, "dataset": prompts_file(tmp_path)}
+    long = [{"prompt": prompt} for prompt in ("12=", "1+2+3+4+5+6+7+8+9+1+2+3+4+5=", "13=", "14=")]
+    with_long = of_file | {"dataset": write(tmp_path / "long.jsonl", read(of_file["dataset"]) + long)}
+    for name, more in (("task", {}), ("reward", of_file), ("drop", with_long)):
         trained = run_here(lco, **settings | more, out=str(tmp_path / name))
         last = {k: v for k, v in read_metrics(trained)[-1].items() if k.startswith("eval/")}
         same = {k: settings[k] for k in ("max_prompt", "max_new_tokens", "test_rows")}
         found = run(tmp_path / f"{name}-found", model=str(trained / "model"), samples_per_prompt=1, **same | more)
+        assert found["prompts"] == settings["test_rows"] - (name == "drop")
         assert last and last.items() <= {k: pytest.approx(v) for k, v in values(found).items()}.items()
 
 
@@ -179,7 +183,9 @@ def test_held_out_as_in_training(tiny_model, reward_file, tmp_path):
     assert (given.test_rows, given.test_dataset, held_out) == (3, "", 3)
     for same in (os.path.relpath(data), str(shutil.copy(data, tmp_path / "copy.jsonl"))):  # the file, spelled otherwise
         assert evaluate.with_sizes(evaluate.Args(model=model, dataset=same))[1] == 3
-    assert evaluate.with_sizes(evaluate.Args(model=model, dataset="other.jsonl"))[1] == 256
+    assert given.long_prompts == "drop", "as in training"
+    other, held_out = evaluate.with_sizes(evaluate.Args(model=model, dataset="other.jsonl"))
+    assert (other.long_prompts, held_out) == ("error", 256)
     assert evaluate.with_sizes(evaluate.Args(model=model, dataset=data, test_rows=5))[1] == 5
     pairs = dict(model=model, test_rows=5, pairs_out=str(tmp_path / "pairs.jsonl"))
     given, held_out = evaluate.with_sizes(evaluate.Args(**pairs, dataset=data))
