@@ -28,8 +28,8 @@ def exercise_1() -> None:
 
 
 def exercise_2() -> None:
-    """2. exp is convex, so the mean of the two targets is not p. The bias falls as 1/beta^2; the linear target has
-    none, as long as nothing is clipped at 0."""
+    """2. The target is not linear in A, so the mean of the two is not p. The bias falls as 1/beta^2; the linear target
+    has none, as long as nothing is clipped at 0."""
     old = torch.tensor([0.99, 0.01]).log()
     means = {}
     for target, beta in (("exp", 1.0), ("exp", 10.0), ("linear", 1.0)):
