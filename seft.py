@@ -662,12 +662,12 @@ def prepare(args) -> Data:
         require(args.reviser or args.revise == "never", f"--reviser is empty: --revise {args.revise} needs one")
     tokenizer = lm.load_tokenizer(args.model)
     lm.fits_context(args.model, args.max_prompt + args.max_new_tokens)
-    labels, ask = label_ids(tokenizer, args), tokenizer(args.ask)["input_ids"]
-    unknown = [text for text, ids in zip([*args.labels, args.ask], [*labels, ask]) if tokenizer.unk_token_id in ids]
-    require(not unknown, f"--labels and --ask: the tokenizer of {args.model} cannot write {unknown}")
-    for a, b in itertools.pairwise(sorted(labels)):
-        require(a != b[: len(a)], f"--labels {args.labels}: one of them begins another; expected three that differ")
     if args.stage == "reviser" or args.revise != "never":  # a reviser reads a prompt, maybe twice, and two answers
+        labels, ask = label_ids(tokenizer, args), tokenizer(args.ask)["input_ids"]
+        unknown = [t for t, ids in zip([*args.labels, args.ask], [*labels, ask]) if tokenizer.unk_token_id in ids]
+        require(not unknown, f"--labels and --ask: the tokenizer of {args.model} cannot write {unknown}")
+        for a, b in itertools.pairwise(sorted(labels)):
+            require(a != b[: len(a)], f"--labels {args.labels}: one of them begins another; expected three that differ")
         name, longest = args.reviser or args.model, 2 * args.max_new_tokens
         longest += args.max_prompt * (1 + ("{prompt}" in args.then))
         longest += len(ask) + len(tokenizer(args.then)["input_ids"]) + max(map(len, labels))

@@ -290,7 +290,8 @@ def test_prompts_are_new(base, out, tmp_path, capsys):
     changes |= dict(max_growth=0.0)
     data = seft.prepare(seft.Args(**base | changes))
     assert sorted(int(r["prompt"].split("+")[0]) for r in data.prompts) == list(range(13, 29))
-    run = run_here(seft, **base | changes | dict(revise="never"), out=out)  # and nobody grades
+    changes |= dict(revise="never", ask="revise")  # which the tokenizer cannot write, and no reviser reads
+    run = run_here(seft, **base | changes, out=out)  # and nobody grades
     assert "eval/greedy" not in read_metrics(run)[0] and read_metrics(run)[1]["revise/before"] is None
     assert "16 unannotated prompts" in capsys.readouterr().out
 
