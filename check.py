@@ -28,8 +28,8 @@ import torch.nn.functional as F
 # Less to do. Two epochs: with a single update per rollout pi_old would not be evaluated, and nothing compared with it.
 LESS = dict(
     steps=2, warmup_reviser_steps=2, reviser_steps=2, epochs=2, minibatches=1, rounds=2, micro_batch=8,
-    test_rows=4, test_pairs=2, builtin_pairs=64, warmup_steps=0, external_rounds=0, pair_share=0.0, keep_threshold="0",
-    critic_warmup=0, keep="last", track="none", push_to_hub="", resume=False,
+    test_rows=4, test_pairs=2, builtin_pairs=64, warmup_steps=0, external_rounds=0, external_model="", pair_share=0.0,
+    keep_threshold="0", critic_warmup=0, keep="last", track="none", push_to_hub="", resume=False,
 )  # fmt: skip
 
 
@@ -49,7 +49,8 @@ class Checks:
         """The whole script, in a folder that is thrown away."""
         world, home = common.world(), Path(common.from_rank_0(tempfile.mkdtemp() if common.rank() == 0 else None))
         less = LESS | dict(prompts_per_step=4 * world, pairs_per_step=4 * world, unannotated=16 * world)
-        less |= dict(samples_per_prompt=4, max_new_tokens=min(self.args.max_new_tokens, 32), out=str(home / "run"))
+        most = 32 if hasattr(self.args, "samples_per_prompt") else 10**9  # else answers of pairs have to fit
+        less |= dict(samples_per_prompt=4, max_new_tokens=min(self.args.max_new_tokens, most), out=str(home / "run"))
         names = [f.name for f in fields(self.args) if f.name in (less if self.trains else ("micro_batch", "out"))]
         with contextlib.ExitStack() as stack:
             stack.callback(shutil.rmtree, home, ignore_errors=True)

@@ -576,6 +576,8 @@ def take(batch: dict, rows: list[int]) -> dict:
 ON_SCREEN = ("reward/mean", "loss/", "kl/", "policy/kl_old", "policy/logit_gap", "length/mean", "revise/", "eval/")
 _folder = None  # of this process's run
 FREE_TO_CHANGE = {"out", "resume", "device", "micro_batch", "rollout_rows", "save_every", "track", "push_to_hub"}
+NAMES_FILES = {"model", "teacher", "ref_teacher", "reviser", "external_model", "reward_model", "reward_ref"}
+NAMES_FILES |= {"dataset", "pairs", "prompts", "test_dataset", "reward_file"}
 
 
 def from_rank_0(value):
@@ -781,8 +783,11 @@ class Run(RunFolder):
         """With --keep best, load the best weights, unless the run was stopped; returns the step of what is loaded."""
         at = -self.best[1] or self.total
         if at < self.total and not self.stopped:
-            load_checkpoint(self.path / "checkpoint" / f"step-{at:06d}", self.models, self.optimizer)
+            load_checkpoint(verified(self._checkpoint(at)), self.models, self.optimizer)
         return at
+
+    def _checkpoint(self, step: int) -> Path:
+        return self.path / "checkpoint" / f"step-{step:06d}"
 
     def finish(self, policy, tokenizer, then: str = "") -> None:
         """A run has ended when it has model/. One that was stopped exports nothing and leaves with an exit code.
@@ -818,6 +823,8 @@ class Run(RunFolder):
         if path:
             load_checkpoint(path, self.models, self.optimizer)
             self.best = tuple(stored(path / "manifest.json", "files").get("best") or self.best)
+            if 0 < -self.best[1] < step:
+                verified(self._checkpoint(-self.best[1]))  # now, and not after all steps
             _remove_other_checkpoints(path.parent, self._kept(step))  # which the run was removing when it was killed
             say(f"resumed from {path}")
         self.cut(step if path else -1)
@@ -925,7 +932,7 @@ def _watch(script: Path, settings: dict) -> dict[str, str]:
     code = (script.name, "common.py", "lm.py", "gpu.py", "tasks.py", "graders.py", "builtin/tasks.py", "builtin/gym.py")
     files = {name: script.parent / name for name in code}
     for name, value in settings.items():
-        if isinstance(value, str) and value and name not in FREE_TO_CHANGE:
+        if value and name in NAMES_FILES:
             here, on_hub = BUILTIN.get(value, Path(value)), Path(HF_HUB_CACHE, f"models--{value.replace('/', '--')}")
             files[f"--{name} {value}"] = here if os.path.exists(here) else on_hub / "refs" / "main"  # its commit
     if settings.get("reward_file"):
@@ -1035,22 +1042,25 @@ def _begin_state(optimizer) -> None:
 
 
 def latest_checkpoint(folder: Path) -> tuple[int, Path] | None:
-    """(step, path) of the newest checkpoint of a run folder, every byte of it checked; None when there is none.
-
-    All ranks call it: each checks its share of the files.
-    """
+    """(step, path) of the newest checkpoint of a run folder, verified; None when there is none. All ranks call it."""
     found = (Path(folder) / "checkpoint").glob("step-*")
     steps = {int(path.name[5:]): path for path in found if re.fullmatch(r"step-\d{6,}", path.name)}
     if not steps:
         return None
     step, newest = max(steps.items())
-    manifest = stored(newest / "manifest.json", "files")
+    return step, verified(newest)
+
+
+def verified(path: Path) -> Path:
+    """A checkpoint with every byte of it checked. All ranks call it: each checks its share of the files."""
+    manifest = stored(path / "manifest.json", "files")
     saved, files = manifest.get("step"), sorted(manifest["files"].items())
-    require(saved == step, f"checkpoint {newest} was saved after step {saved}: give the folder its name back")
-    found = [(name, _size_and_hash(newest / name), expected) for name, expected in files[rank() :: world()]]
+    own = saved == int(path.name[5:])
+    require(own, f"checkpoint {path} was saved after step {saved}: give the folder its name back")
+    found = [(name, _size_and_hash(path / name), expected) for name, expected in files[rank() :: world()]]
     wrong = gather([f"{name} is {has}, expected {expected}" for name, has, expected in found if has != expected])
-    require(not wrong, f"checkpoint {newest} is damaged: {'; '.join(wrong[:1])}")
-    return step, newest
+    require(not wrong, f"checkpoint {path} is damaged: {'; '.join(wrong[:1])}")
+    return path
 
 
 class _Index(pickle.Unpickler):

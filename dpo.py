@@ -42,7 +42,7 @@ class Args:
     model: str = arg("builtin", "the model: a Hub name, a folder, or builtin, which comes with this repository")
     dataset: str = arg("", "the data: a Hub name or a .jsonl, .json or .parquet file; empty: the built-in task")
     task: str = arg("auto", "the task: built-in, a kind of data (auto: by its columns), or gym:NAME of reasoning-gym")
-    test_dataset: str = arg("", "held-out prompts; empty: those of the Hub's test split, or the last of --dataset")
+    test_dataset: str = arg("", "held-out prompts; empty: those of the last pairs of --dataset")
     test_rows: int = arg(256, "held-out prompts per evaluation", at_least=1)
     reward_file: str = arg("", "a Python file with reward(prompts, completions, rows) -> numbers, one per completion")
     max_prompt: int = arg(512, "the longest prompt, in tokens", at_least=1)
@@ -192,13 +192,15 @@ def prepare(args):
     require(even, f"--micro_batch {args.micro_batch}: the answers to a prompt stay together, so it must be even")
     tokenizer = lm.load_tokenizer(args.model)
     lm.fits_context(args.model, args.max_prompt + args.max_new_tokens)
-    load = tasks.load_pairs if args.loss == "dpo" else tasks.load_demonstrations
-    return *load_data(args, tokenizer, load), tokenizer
+    if args.loss == "sft":  # a rejected answer, if there is one, counts in the evaluation alone
+        return *load_data(args, tokenizer, tasks.load_demonstrations, ["chosen"]), tokenizer
+    return *load_data(args, tokenizer, tasks.load_pairs), tokenizer
 
 
 # same in: dpo.py dckd.py adpa.py
-def load_data(args, tokenizer, load):
-    """Returns encoded training rows, held-out rows, and the task that grades answers, or None; load reads --dataset."""
+def load_data(args, tokenizer, load, trained=("chosen", "rejected")):
+    """Returns encoded training rows, held-out rows, and the task that grades answers, or None.
+    load: reads --dataset; trained: the columns of the answers that are trained on."""
     ranks, n = common.world(), args.prompts_per_step
     require(n % ranks == 0, f"--prompts_per_step {n} does not divide among {ranks} ranks")
     task, graded = None, ("", args.reward_file, args.test_rows, args.test_dataset)
@@ -219,8 +221,8 @@ def load_data(args, tokenizer, load):
         require(not twice, f"--reward_file: the task {task.name} has a grader of its own; expected one of both")
         task = tasks.fit_prompts(replace(task, train=[], note=""), tokenizer, args.max_prompt)
         common.say(f"{len(task.test)} held-out prompts are graded{task.note}")
-    sides = [side for side in ("chosen", "rejected") if side in train[0]]
-    train, note = common.encode_pairs(tokenizer, train, args.max_prompt, args.max_new_tokens, sides)
+    sides = [side for side in ("chosen", "rejected") if side in test[0]]
+    train, note = common.encode_pairs(tokenizer, train, args.max_prompt, args.max_new_tokens, trained)
     test, test_note = common.encode_pairs(tokenizer, test, args.max_prompt, args.max_new_tokens, sides)
     common.say(f"training: {note}; held out: {test_note}; {n} per step, {n // ranks} on each of {ranks} rank(s)")
     return train, test, task

@@ -270,7 +270,7 @@ def with_sizes(args):
     mine = common.digest(Path(args.dataset)) if Path(args.dataset).is_file() else "no file"
     same = any(args.dataset == trained[name] or mine == read.get(f"--{name} {trained[name]}") for name in names)
     same = trained if same else {}
-    long = same.get("long_prompts", "error") if args.long_prompts == "auto" else args.long_prompts
+    long = same.get("long_prompts", "drop" if same else "error") if args.long_prompts == "auto" else args.long_prompts
     held_out = rows = args.test_rows or same.get("test_rows", 256)
     if args.pairs_out:
         held_out, rows = same.get("test_rows", rows), args.test_rows or 256

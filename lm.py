@@ -18,6 +18,7 @@ import contextlib
 import functools
 import gc
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -170,7 +171,8 @@ def load_model(
     torch.manual_seed(seed)  # new weights (adapters, heads) are the same on every rank
     model, file_dtype = _load(name, head)
     if trainable:
-        vars(model.config).pop("aligned_from", None)  # what a file brings is not true of what is trained from it
+        for key in ("aligned_from", "reward_score", "reward_objective"):  # not true of what is trained from it
+            vars(model.config).pop(key, None)
     head = "scalar" if has_scalar_head(model.config) else "lm"
     _fp32_buffers(model)
     model.requires_grad_(trainable)
@@ -319,7 +321,10 @@ def quiet_transformers():
 @contextlib.contextmanager
 def adapters_off(model):
     """The model as it was before LoRA."""
+    adapters = trainable_parameters(model)
     model.disable_adapters()
+    for parameter in adapters:  # peft freezes them, and FSDP settles in the first forward what is trained
+        parameter.requires_grad_(True)
     try:
         yield model
     finally:
@@ -867,17 +872,18 @@ def generate(
     """
     pulse.start()
     order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))
-    at_once = max(1, rows_at_once // samples)
+    at_once, draws = max(1, rows_at_once // samples), min(samples, rows_at_once)
     completions, logprobs = ([[]] * (len(prompt_ids) * samples) for _ in range(2))
-    most = min(at_once, len(order)) * samples
+    most = min(at_once, len(order)) * draws
     with gathered(model), _sampling(model), cpu.fast_decoding(model, most) if cpu else contextlib.nullcontext():
         limits = max_new_tokens, temperature, stop_ids, pad_id
         decode = _decoder(model, most, max(map(len, prompt_ids), default=0) + max_new_tokens, *limits)
-        for i in range(0, len(order), at_once):
-            piece = order[i : i + at_once]
-            rows = [p * samples + s for p in piece for s in range(samples)]
+        pieces = [order[i : i + at_once] for i in range(0, len(order), at_once)]
+        for piece, first in itertools.product(pieces, range(0, samples, draws)):
+            some = range(first, min(first + draws, samples))
+            rows = [p * samples + s for p in piece for s in some]
             u, prompts = None if noise is None else noise[rows], [prompt_ids[p] for p in piece]
-            done = decode(prompts, samples, u)
+            done = decode(prompts, len(some), u)
             for row, completion, logprob in zip(rows, *done):
                 completions[row], logprobs[row] = completion, logprob
             if not math.isfinite(sum(map(sum, done[1]))):

@@ -31,6 +31,7 @@ Run
 More in docs/qrm.md. Shapes: B answers, T completion positions, n pairs.
 """
 
+import shlex
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -167,10 +168,10 @@ def train(args) -> None:
     run.take_best()
     show_credit(run, models, test_pairs[:12], tokenizer, args, device)
     advantage = "token" if args.objective == "qrm" else "gae"
-    model = f" --model {args.model}" * (args.model != "builtin")
-    model += " --dataset PROMPTS" * (args.model not in common.BUILTIN)
-    use = f"--reward_model {run.path / 'model'} --advantage {advantage} --kl_coef 0.1"
-    run.finish(models["reward"], tokenizer, then=f"python ppo_baseline.py{model} {use}")
+    model = ["--model", args.model] * (args.model != "builtin")
+    model += ["--dataset", "PROMPTS"] * (args.model not in common.BUILTIN)
+    use = ["--reward_model", str(run.path / "model"), "--advantage", advantage, "--kl_coef", "0.1"]
+    run.finish(models["reward"], tokenizer, then=shlex.join(["python", "ppo_baseline.py", *model, *use]))
 
 
 # ---- what the loop needs ---------------------------------------------------------------------------------------------

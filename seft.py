@@ -65,7 +65,7 @@ class Args:
     dataset: str = arg("", "the data: a Hub name or a .jsonl, .json or .parquet file; empty: the built-in task")
     prompts: str = arg("", "the unannotated prompts: a Hub name or file; empty: made by --task")
     task: str = arg("auto", "the task: built-in, a kind of data (auto: by its columns), or gym:NAME of reasoning-gym")
-    test_dataset: str = arg("", "held-out prompts; empty: those of the Hub's test split, or the last of --dataset")
+    test_dataset: str = arg("", "held-out prompts; empty: a Hub test split, or the last of --prompts, or of --dataset")
     test_rows: int = arg(256, "held-out prompts per evaluation", at_least=1)
     reward_file: str = arg("", "a Python file with reward(prompts, completions, rows) -> numbers, one per completion")
     builtin_pairs: int = arg(2000, "the number of built-in preference pairs", at_least=1)
@@ -254,6 +254,8 @@ def train_reviser(args) -> None:
         # ---- 3. log; evaluate and save when it is time
         run.end_step(metrics, evaluate=step + 1 == end)
     use = f"the arguments of this run with --stage evolve --reviser {run.path / 'model'} and another --out"
+    use += ", and --prompts FILE" * (data.task.name == "pairs")
+    use += ", and --keep_threshold 0.5" * (not data.task.correct and not data.task.reward)
     run.finish(models["reviser"], data.tokenizer, then=use)
 
 
@@ -604,6 +606,7 @@ def load_data(args, tokenizer) -> Data:
     if args.dataset:
         pairs, test = tasks.split_pairs(tasks.load_pairs(args.dataset), args.test_rows, "test_rows")
         pairs = tasks.apart(pairs, task.held_out)
+        require(bool(pairs), f"{args.dataset}: its training prompts are all held-out ones of the task {task.name}")
     elif task.pairs:
         pairs, test = task.pairs(args.builtin_pairs, args.seed), task.pairs(args.test_rows, 0, held_out=True)
     if pairs:
@@ -663,7 +666,7 @@ def prepare(args) -> Data:
     tokenizer = lm.load_tokenizer(args.model)
     lm.fits_context(args.model, args.max_prompt + args.max_new_tokens)
     if args.stage == "reviser" or args.revise != "never":  # a reviser reads a prompt, maybe twice, and two answers
-        labels, ask = label_ids(tokenizer, args), tokenizer(args.ask)["input_ids"]
+        labels, ask = label_ids(tokenizer, args), tokenizer(args.ask, add_special_tokens=False)["input_ids"]
         unknown = [t for t, ids in zip([*args.labels, args.ask], [*labels, ask]) if tokenizer.unk_token_id in ids]
         require(not unknown, f"--labels and --ask: the tokenizer of {args.model} cannot write {unknown}")
         for a, b in itertools.pairwise(sorted(labels)):

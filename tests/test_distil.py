@@ -233,6 +233,16 @@ def test_sft_rows(base, tmp_path):
     assert runs["messages"] == runs["trl"] == runs["text"]  # the built-in chat template adds nothing to a prompt
 
 
+def test_sft_needs_no_rejected_answer(base, tmp_path, capsys):
+    """One that is too long, or the same as the better one, costs no training row; held-out pairs are compared."""
+    rows = [{"prompt": f"{i}+1=", "chosen": str(i + 1), "rejected": "1" * 50 if i % 2 else str(i + 1)} for i in range(8)]
+    rows += [{"prompt": f"{i}+1=", "chosen": str(i + 1), "rejected": str(i)} for i in range(20, 24)]
+    args = dpo.Args(**base | dict(loss="sft", dataset=written(tmp_path / "rows.jsonl", rows), test_rows=4))
+    train, test, _, _ = dpo.prepare(args)
+    assert len(train) == 8 and "training: 8 pairs; held out: 4 pairs" in capsys.readouterr().out
+    assert "rejected_ids" not in train[0] and "rejected_ids" in test[0]
+
+
 def test_sft_rows_that_are_refused(refused, tmp_path):
     question = {"role": "user", "content": "1+1="}
     for rows, parts in (

@@ -211,6 +211,14 @@ def test_stopped_after_each_step(name, settings_of, alone, out):
     assert_a_stop_changes_nothing(JOBS[name][0], settings_of(name), alone(name), range(1, steps), out)
 
 
+@pytest.mark.parametrize("name", ["lco lora", "dpo lora", "adpa lora", "evolve lora"])
+def test_adapters_in_bfloat16_stopped(name, settings_of, out, tmp_path):
+    """FSDP settles in the first forward what is trained, also where that is the reference's, without adapters."""
+    settings = settings_of(name, dtype="bfloat16")
+    whole = run_here(JOBS[name][0], **settings, out=str(tmp_path / "whole"))
+    assert_a_stop_changes_nothing(JOBS[name][0], settings, whole, [1], out)
+
+
 @pytest.fixture
 def two_threads():
     before = torch.get_num_threads()
@@ -301,6 +309,16 @@ def test_check_of_the_bare_command(script, capsys):
 def test_check_passes(name, changes, settings_of, capsys):
     check_here(JOBS[name][0], **settings_of(name, **changes))
     assert "all checks passed" in capsys.readouterr().out
+
+
+def test_check_of_long_answers(settings_of, tmp_path, capsys):
+    """What a script trains on fits its check too; and a model that is not used there is not asked for."""
+    rows = [{"prompt": f"{i}+1=", "chosen": "1+" * 20, "rejected": "2+" * 20} for i in range(24)]
+    pairs = dict(dataset=written(tmp_path / "long.jsonl", rows), max_prompt=8, max_new_tokens=50)
+    check_here(dpo, **settings_of("dpo", **pairs))
+    other = dict(model="builtin", external_model="builtin-small", external_rounds=1)
+    check_here(seft, **settings_of("evolve", **other))
+    assert capsys.readouterr().out.count("all checks passed") == 2
 
 
 def replaced(monkeypatch, place, name, make) -> None:

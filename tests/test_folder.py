@@ -1,5 +1,6 @@
 """Run folders: one process at a time, whole or named as not whole, and nothing in them is lost or trusted blindly."""
 
+import importlib
 import json
 import os
 import pickle
@@ -9,6 +10,7 @@ import shutil
 import signal
 import sys
 import time
+import typing
 from pathlib import Path
 from unittest import mock
 
@@ -344,6 +346,18 @@ def test_what_a_reward_file_imports_is_watched(tmp_path, monkeypatch):
     (tmp_path / "parts" / "below_it.py").write_text("x = 2\n")
     after = common._watch(Path(lco.__file__), {"reward_file": str(reward)})
     assert [name for name in after if before.get(name, after[name]) != after[name]] == ["parts/below_it.py"]
+
+
+def test_words_are_no_files(base, tmp_path, monkeypatch):
+    """A folder with the name of a --loss is not what the argument means, even where it is that of the run."""
+    monkeypatch.chdir(tmp_path)
+    settings = base | dict(loss="lch", out="lch")
+    run_here(lco, 1, **settings)
+    assert run_here(lco, **settings, resume=True).joinpath("model").is_dir()
+    words = {"task", "out", "push_to_hub", "ask", "then", "keep_threshold"}
+    for script in map(importlib.import_module, ("ppo_baseline", "lco", "qrm", "dpo", "dckd", "adpa", "seft")):
+        texts = {name for name, kind in typing.get_type_hints(script.Args).items() if kind is str}
+        assert texts <= common.NAMES_FILES | words, "an argument that may or may not name a file"
 
 
 def test_another_commit_of_a_hub_model_is_refused(base, run, tmp_path, monkeypatch):

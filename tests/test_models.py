@@ -94,6 +94,15 @@ def test_lora(folder, head):
                 torch.testing.assert_close(logprobs(model, make_batch()), plain)
 
 
+def test_what_a_file_was_is_forgotten_in_training(tiny_model, tmp_path):
+    """A policy trained from a Q-RM is none, and would be taken for one."""
+    was = dict(aligned_from="builtin", reward_score="mean", reward_objective="qrm")
+    folder = changed(tiny_model, tmp_path / "judge", **was)
+    for trainable in (True, False):
+        config = vars(lm.load_model(folder, device=CPU, trainable=trainable).config)
+        assert {key: config[key] for key in was if key in config} == ({} if trainable else was)
+
+
 def test_new_weights_depend_on_the_seed_alone(tiny_model):
     def adapters(seed):
         model = lm.load_model(tiny_model, device=CPU, lora_rank=4, seed=seed)

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 from unittest import mock
@@ -152,6 +153,11 @@ def test_the_best_checkpoint_stays_and_is_the_model(base, out, scores, capsys):
     scores += [0.9, 0.2, 0.1, 0.7, 0.7]
     run_here(lco, 4, **settings)
     assert saved(out) == [3, 4]
+    damaged = shutil.copytree(out, f"{out}-damaged")
+    file = Path(damaged) / "checkpoint" / "step-000003" / "__0_0.distcp"
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    with pytest.raises(common.BadInput, match="step-000003 is damaged: __0_0.distcp"):
+        run_here(lco, **settings | dict(out=damaged), resume=True)
     scores += [0.6]
     run_here(lco, **settings, resume=True)
     assert saved(out) == [3, 5]

@@ -48,6 +48,12 @@ def bare(tmp_path_factory):
     return folder, run_forked("qrm.py", *flags(steps=3, test_pairs=16, out=folder)).stdout
 
 
+def test_the_next_command_has_quotes(base, tmp_path, capsys):
+    folder = run_here(qrm, **base | dict(steps=1), out=str(tmp_path / "my qrm"))
+    words = shlex.split(capsys.readouterr().out.strip().splitlines()[-1].removeprefix("next: "))
+    assert words[words.index("--reward_model") + 1] == str(folder / "model")
+
+
 def test_run_folder(bare):
     folder, screen = bare
     assert sorted(p.name for p in folder.iterdir()) == FILES

@@ -189,6 +189,10 @@ def test_samples_share_the_prompt(models, name):
     separate = generate(model, [p for p in prompt_ids for _ in range(4)], noise)
     assert shared == separate
     assert generate(model, prompt_ids, noise, samples=4, rows_at_once=8) == shared
+    reads.clear()
+    handle = model.base_model.register_forward_pre_hook(lambda m, a, k: reads.append(len(k["input_ids"])), with_kwargs=True)
+    assert generate(model, prompt_ids, noise, samples=4, rows_at_once=3) == shared and max(reads) == 3
+    handle.remove()
     assert len({tuple(c) for c in shared[:4]}) > 1
 
 
@@ -213,7 +217,7 @@ def static_decoder(model, rows, length, *limits):
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3"])
-@pytest.mark.parametrize("samples, rows_at_once", [(1, 256), (4, 256), (4, 16), (1, 3)])
+@pytest.mark.parametrize("samples, rows_at_once", [(1, 256), (4, 256), (4, 16), (1, 3), (4, 3)])
 def test_static_decoder_equals_the_reference(monkeypatch, models, name, samples, rows_at_once):
     """Greedy and sampled tokens and their log-probabilities, in pieces and in shrinking batches."""
     model, prompt_ids, limit = models[name], prompts(13), 40

@@ -313,6 +313,14 @@ def test_own_data_in_messages_with_a_reward(base, out, tmp_path):
     assert "revise/fix" not in lines[1]
 
 
+def test_what_comes_after_a_reviser_of_ones_own_pairs(base, out, tmp_path, capsys):
+    """Nothing in these arguments tells --stage evolve of prompts or of a grader."""
+    pairs = [dict(prompt=f"{i}+1=", chosen=str(i + 1), rejected=str(i)) for i in range(30)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    run_here(seft, **base | dict(stage="reviser", reviser="", dataset=str(tmp_path / "pairs.jsonl")), out=out)
+    assert "and another --out, and --prompts FILE, and --keep_threshold 0.5" in capsys.readouterr().out
+
+
 def test_a_policy_learns_from_revisions(base, out):
     """The revisions become likelier, and the policy moves away from its start."""
     changes = dict(revise="always", steps=20, rounds=1, unannotated=8, prompts_per_step=8, lr=1e-2)
@@ -373,6 +381,15 @@ def test_a_reviser_of_other_words(bare, refused):
     """What the reviser learnt to read and to write stands in the args.json of its run."""
     reviser = dict(model="builtin", reviser=str(bare[0] / "reviser" / "model"))
     refused(["--then ''", "was trained with '{prompt}'; expected the same"], **reviser, then="")
+
+
+def test_all_pairs_are_held_out(refused, tmp_path):
+    rows = [dict(prompt=f"{i}+1=", chosen=str(i + 1), rejected=str(i)) for i in range(10, 30)]
+    pairs, prompts = tmp_path / "pairs.jsonl", tmp_path / "prompts.jsonl"
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prompts.write_text("".join(json.dumps({"prompt": f"{i}+2="}) + "\n" for i in range(30)))
+    files = dict(dataset=str(pairs), prompts=str(prompts), test_dataset=str(pairs), test_rows=4)
+    refused(["pairs.jsonl: its training prompts are all held-out ones"], **files, keep_threshold="0.3")
 
 
 def test_begun_answers_are_refused(refused, tmp_path):
