@@ -134,7 +134,7 @@ def card(folder: Path, script: str, step: int) -> str:
     data = data or {"data": "the built-in task"}
     tags = {"library_name": "transformers", "tags": ["minalign", script]}
     for tag, names in (("base_model", ["model"]), ("datasets", sources[:4])):
-        found = [settings.get(name, "") for name in names]
+        found = [settings.get(name, "").partition(":")[0] for name in names]  # NAME:SPLIT
         tags[tag] = [x for x in found if re.fullmatch(r"[\w.-]+/[\w.-]+", x) and not Path(x).exists()]  # Hub names
     rows = [f"| {name} | {before:.4f} | {after:.4f} |" for name, (before, after) in before_after(folder, step).items()]
     return "\n".join([

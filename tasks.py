@@ -97,12 +97,14 @@ def is_local(dataset: str) -> bool:
 
 
 def read_rows(dataset: str, split: str = "train") -> list[dict]:
-    """All rows of a local file, or of one split of a Hub dataset."""
+    """All rows of a local file, or of one split of a Hub dataset, which may be named: NAME:SPLIT."""
     if is_local(dataset):
         rows = read_file(dataset)
     else:
-        splits = read_hub(dataset)
-        require(split in splits, f"{dataset}: it has no split '{split}'; expected one of {', '.join(splits)}")
+        name, _, named = dataset.partition(":")
+        splits, split = read_hub(name), named or split
+        found = f"{dataset}: it has no split '{split}'"
+        require(split in splits, f"{found}; expected {name}:SPLIT with one of {', '.join(splits)}")
         rows = splits[split].to_list()
     require(len(rows) > 0, f"{dataset}: it has no rows; expected at least one")
     for i, row in enumerate(rows, 1):
@@ -412,8 +414,8 @@ def load_task(
 ) -> Task:  # fmt: skip
     """The task that the arguments of the same names describe; BadInput when they do not describe one.
 
-    Held out are the rows of `test_dataset`, else the Hub's test split, else the last `test_rows` rows of the
-    dataset; at most `test_rows` of them are used, and no training row has the prompt of any of them. `graded` False
+    Held out are the rows of `test_dataset`, else the Hub's test split (not of NAME:SPLIT), else the last `test_rows`
+    rows; at most `test_rows` of them are used, and no training row has the prompt of any of them. `graded` False
     allows prompts that nobody can grade; then Task.reward is None. `train` False allows a `test_dataset` alone.
     """
     gym = task.startswith("gym:")
@@ -441,7 +443,7 @@ def task_of_data(task: str, dataset: str, test_rows: int, test_dataset: str, nee
     require(bool(dataset), found)
     task, rows, note = load_rows(dataset, ["gsm8k", "math", "prompts"] if task == "auto" else [task])
     source = test_dataset or dataset
-    has_test_split = not is_local(source) and "test" in read_hub(source)
+    has_test_split = not is_local(source) and ":" not in source and "test" in read_hub(source)
     if test_dataset or has_test_split:
         _, test, more = load_rows(source, [task], "test" if has_test_split else "train")
         note += more
