@@ -595,7 +595,7 @@ class RunFolder:
 
     def __init__(self, args, script: str):
         name = Path(script).stem
-        self.path = Path(from_rank_0(args.out or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"))
+        self.path = Path(from_rank_0(args.out or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")).expanduser()
         self.settings = settings = asdict(args)
         self.total = settings.get("steps", 0)  # a script without steps has no --resume either
         self.first = self.tracker = None
@@ -933,8 +933,8 @@ def _watch(script: Path, settings: dict) -> dict[str, str]:
     files = {name: script.parent / name for name in code}
     for name, value in settings.items():
         if value and name in NAMES_FILES:
-            here, on_hub = BUILTIN.get(value, Path(value)), Path(HF_HUB_CACHE, f"models--{value.replace('/', '--')}")
-            files[f"--{name} {value}"] = here if os.path.exists(here) else on_hub / "refs" / "main"  # its commit
+            here, on_hub = BUILTIN.get(value, Path(value).expanduser()), f"models--{value.replace('/', '--')}/refs/main"
+            files[f"--{name} {value}"] = here if os.path.exists(here) else Path(HF_HUB_CACHE, on_hub)  # its commit
     if settings.get("reward_file"):
         reward = Path(settings["reward_file"]).resolve()
         imported = [Path(getattr(module, "__file__", None) or "") for module in list(sys.modules.values())]

@@ -267,7 +267,8 @@ def with_sizes(args):
     # Held out is what training held out: of the same name, or the same file under another; else it sees trained rows.
     names = [name for name in ("dataset", "prompts") if name in trained]
     read = common.stored(file).get("watched", {}) if trained else {}  # digests of files
-    mine = common.digest(Path(args.dataset)) if Path(args.dataset).is_file() else "no file"
+    file = Path(args.dataset).expanduser()
+    mine = common.digest(file) if file.is_file() else "no file"
     same = any(args.dataset == trained[name] or mine == read.get(f"--{name} {trained[name]}") for name in names)
     same = trained if same else {}
     long = same.get("long_prompts", "drop" if same else "error") if args.long_prompts == "auto" else args.long_prompts

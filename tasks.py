@@ -277,6 +277,7 @@ def pair_row(row: dict, where: str) -> dict:
 
 def demonstration_row(row: dict, where: str) -> dict:
     """{prompt, chosen}: `chosen` is the `completion`, text or one message, or the last of `messages`."""
+    row = {key: value for key, value in row.items() if key != "rejected"}  # it has not been read as an answer
     if "messages" in row:
         turns = column(row, "messages", where, list)
         prompt, answer, name = Messages(turns[:-1], where), turns[-1:], "messages"

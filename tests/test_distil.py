@@ -224,8 +224,8 @@ def test_sft_rows(base, tmp_path):
         "trl": [{"prompt": [user(p)], "completion": [answer(c)]} for p, c in made],
     }
     runs = {}
-    for name in rows:
-        data = written(tmp_path / f"{name}.jsonl", rows[name])
+    for name in rows:  # another column of that name is no answer
+        data = written(tmp_path / f"{name}.jsonl", [row | {"rejected": None} for row in rows[name]])
         changes = dict(loss="sft", dataset=data, micro_batch=3)
         runs[name] = read_metrics(run_here(dpo, **base | changes, out=str(tmp_path / name)))
     assert "eval/nll" in runs["text"][0] and "eval/pair_accuracy" not in runs["text"][0]

@@ -360,6 +360,13 @@ def test_words_are_no_files(base, tmp_path, monkeypatch):
         assert texts <= common.NAMES_FILES | words, "an argument that may or may not name a file"
 
 
+def test_a_tilde_is_a_home(tmp_path, monkeypatch):
+    """A shell does not expand --dataset=~/x.jsonl, and interactive.run() has none."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "x.jsonl").write_text("{}")
+    assert "--dataset ~/x.jsonl" in common._watch(Path(lco.__file__), {"dataset": "~/x.jsonl"})
+
+
 def test_another_commit_of_a_hub_model_is_refused(base, run, tmp_path, monkeypatch):
     """A name of the Hub is compared by the commit that was fetched last."""
     ref = tmp_path / "models--org--name" / "refs" / "main"

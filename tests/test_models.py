@@ -103,6 +103,16 @@ def test_what_a_file_was_is_forgotten_in_training(tiny_model, tmp_path):
         assert {key: config[key] for key in was if key in config} == ({} if trainable else was)
 
 
+def test_tokens_from_a_longer_padding(tiny_model):
+    """A policy whose embeddings have more rows than those of its teacher or reward model may draw any of them."""
+    model, found = lm.load_model(tiny_model, device=CPU, trainable=False), []
+    last = model.config.vocab_size - 1
+    for drawn in (last, last + 5):
+        batch = common.make_batch([[3, 4]], [[5, drawn, 6]], 0, CPU)
+        found.append(torch.stack(lm.policy_logprobs(model, batch)))
+    assert torch.equal(*found)
+
+
 def test_new_weights_depend_on_the_seed_alone(tiny_model):
     def adapters(seed):
         model = lm.load_model(tiny_model, device=CPU, lora_rank=4, seed=seed)
