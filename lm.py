@@ -595,7 +595,8 @@ def policy_logprobs(model, batch: dict, temperature: float = 1.0):
     """log-probabilities of the completion tokens, and entropies: [B, T], 0 where masked. Alike for pi, pi_old, ref."""
     mask = batch["mask"]
     hidden, ids = completion_hidden(model, batch)[mask], batch["completion_ids"][mask]  # [N, H], [N]
-    flat = token_logprobs(hidden, head_weight(model), _known(ids, model), temperature)
+    weight = head_weight(model)
+    flat = token_logprobs(hidden, weight, ids.clamp_max(len(weight) - 1), temperature)  # see _read
     return tuple(torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, x) for x in flat)
 
 
@@ -659,7 +660,9 @@ def _read(model, forward, batch: dict) -> torch.Tensor:
     one after another, each of which sees the prompt and itself.
     """
     (B, P), T = batch["prompt_ids"].shape, batch["completion_ids"].shape[1]
-    ids = _known(torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1), model)
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+    # Embeddings of one tokenizer may be padded differently: what was drawn from a longer padding is the last row here.
+    ids = ids.clamp_max(model.config.get_text_config().vocab_size - 1)
     real = torch.cat([batch["prompt_mask"], batch["mask"]], 1)
     position = (real.cumsum(1) - 1).clamp_min(0)  # left padding must not move a position
     shapes = _row_shapes(batch)
@@ -680,11 +683,6 @@ def _read(model, forward, batch: dict) -> torch.Tensor:
     at = torch.cat([n[:, None] - 1, start[:, None] + column], 1).clamp_max(S - 1)
     # Not states[group[:, None], at], whose backward pass adds up a row that is read twice in the order threads arrive.
     return F.embedding(S * group[:, None] + at, states.flatten(0, 1))
-
-
-def _known(ids: torch.Tensor, model) -> torch.Tensor:
-    """Embeddings of one tokenizer may be padded differently: what was drawn from a longer padding is the last row."""
-    return ids.clamp_max(model.config.get_text_config().vocab_size - 1)
 
 
 # ---- 5. vocabulary ---------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -325,6 +326,7 @@ class FixedStates(torch.nn.Module):
     def __init__(self, hidden, weight):
         super().__init__()
         self.hidden, self.weight = torch.nn.Parameter(hidden), torch.nn.Parameter(weight)
+        self.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=len(weight)))
 
     def final_hidden(self, input_ids, attention_mask, position_ids):
         return self.hidden

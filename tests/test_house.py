@@ -23,7 +23,7 @@ FAMILIES = [("ppo_baseline", "lco"), ("dpo", "dckd"), ("dckd", "adpa")]
 DIFF_BUDGET = {"ppo_baseline--lco": 170, "dpo--dckd": 90, "dckd--adpa": 140}  # changed lines
 BUDGET = {  # lines of a room; when it outgrows them, something in it wants to leave
     "ppo_baseline": 400, "lco": 494, "qrm": 420, "dpo": 300, "dckd": 300, "adpa": 380, "check": 289, "report": 286,
-    "tasks": 510, "graders": 350, "cpu": 130, "gpu": 300, "common": 1136, "lm": 1214, "seft": 721, "evaluate": 319,
+    "tasks": 510, "graders": 350, "cpu": 130, "gpu": 300, "common": 1136, "lm": 1212, "seft": 721, "evaluate": 319,
     "publish": 166, "interactive": 55,
 }  # fmt: skip
 DIFFS = {
