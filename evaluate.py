@@ -271,7 +271,9 @@ def with_sizes(args):
     mine = common.digest(file) if file.is_file() else "no file"
     same = any(args.dataset == trained[name] or mine == read.get(f"--{name} {trained[name]}") for name in names)
     same = trained if same else {}
-    long = same.get("long_prompts", "drop" if same else "error") if args.long_prompts == "auto" else args.long_prompts
+    alike = args.task == same.get("task") and args.test_dataset in ("", same.get("test_dataset"))
+    auto = same.get("long_prompts", "drop") if alike else "error"
+    long = auto if args.long_prompts == "auto" else args.long_prompts
     held_out = rows = args.test_rows or same.get("test_rows", 256)
     if args.pairs_out:
         held_out, rows = same.get("test_rows", rows), args.test_rows or 256

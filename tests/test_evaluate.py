@@ -186,6 +186,8 @@ def test_held_out_as_in_training(tiny_model, reward_file, tmp_path):
     assert given.long_prompts == "drop", "as in training"
     other, held_out = evaluate.with_sizes(evaluate.Args(model=model, dataset="other.jsonl"))
     assert (other.long_prompts, held_out) == ("error", 256)
+    for other in (dict(test_dataset="other.jsonl"), dict(task="gsm8k")):
+        assert evaluate.with_sizes(evaluate.Args(model=model, dataset=data, **other))[0].long_prompts == "error"
     assert evaluate.with_sizes(evaluate.Args(model=model, dataset=data, test_rows=5))[1] == 5
     pairs = dict(model=model, test_rows=5, pairs_out=str(tmp_path / "pairs.jsonl"))
     given, held_out = evaluate.with_sizes(evaluate.Args(**pairs, dataset=data))

@@ -312,7 +312,7 @@ def test_check_passes(name, changes, settings_of, capsys):
 
 
 def test_check_of_long_answers(settings_of, tmp_path, capsys):
-    """What a script trains on fits its check too; and a model that is not used there is not asked for."""
+    """check.py takes answers as long as those of training, and needs no external model, whose rounds it leaves out."""
     rows = [{"prompt": f"{i}+1=", "chosen": "1+" * 20, "rejected": "2+" * 20} for i in range(24)]
     pairs = dict(dataset=written(tmp_path / "long.jsonl", rows), max_prompt=8, max_new_tokens=50)
     check_here(dpo, **settings_of("dpo", **pairs))

@@ -23,7 +23,7 @@ FAMILIES = [("ppo_baseline", "lco"), ("dpo", "dckd"), ("dckd", "adpa")]
 DIFF_BUDGET = {"ppo_baseline--lco": 170, "dpo--dckd": 90, "dckd--adpa": 140}  # changed lines
 BUDGET = {  # lines of a room; when it outgrows them, something in it wants to leave
     "ppo_baseline": 400, "lco": 494, "qrm": 420, "dpo": 300, "dckd": 300, "adpa": 380, "check": 289, "report": 286,
-    "tasks": 510, "graders": 350, "cpu": 130, "gpu": 300, "common": 1136, "lm": 1212, "seft": 721, "evaluate": 319,
+    "tasks": 510, "graders": 350, "cpu": 130, "gpu": 300, "common": 1136, "lm": 1212, "seft": 721, "evaluate": 321,
     "publish": 166, "interactive": 55,
 }  # fmt: skip
 DIFFS = {
@@ -39,7 +39,8 @@ PAPER_NAMES = re.compile(
 METHOD_ARGUMENTS = {"stage", "objective", "loss", "advantage", "beta", "gamma", "steps", "kl_estimator"}
 METHOD_ARGUMENTS |= {"pairs", "reward_model", "reward_ref", "test_pairs"}  # trained in qrm.py, rated in evaluate.py
 METHOD_ARGUMENTS |= {"epochs", "lr"}  # of rollouts or pairs, of a policy or a reward model
-METHOD_ARGUMENTS |= {"max_prompt", "max_new_tokens", "test_rows", "long_prompts", "test_dataset"}  # evaluate.py takes those of training
+METHOD_ARGUMENTS |= {"max_prompt", "max_new_tokens", "test_rows", "long_prompts"}  # evaluate.py takes those of training
+METHOD_ARGUMENTS |= {"test_dataset"}  # where it is empty, prompts are held out of rows, or of pairs
 
 
 def method(path: Path) -> list[str]:

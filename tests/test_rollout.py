@@ -190,7 +190,8 @@ def test_samples_share_the_prompt(models, name):
     assert shared == separate
     assert generate(model, prompt_ids, noise, samples=4, rows_at_once=8) == shared
     reads.clear()
-    handle = model.base_model.register_forward_pre_hook(lambda m, a, k: reads.append(len(k["input_ids"])), with_kwargs=True)
+    rows = lambda m, a, k: reads.append(len(k["input_ids"]))  # noqa: E731
+    handle = model.base_model.register_forward_pre_hook(rows, with_kwargs=True)
     assert generate(model, prompt_ids, noise, samples=4, rows_at_once=3) == shared and max(reads) == 3
     handle.remove()
     assert len({tuple(c) for c in shared[:4]}) > 1
